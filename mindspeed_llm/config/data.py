@@ -42,8 +42,7 @@ class DataConfig:
     )
     json_keys: list[str] = option(["text"], help="columns to tokenize for pre-training", level="advanced")
     map_keys: dict | None = option(
-        help="column mapping as a JSON object, e.g. '{\"prompt\":\"instruction\",\"query\":\"input\","
-        "\"response\":\"output\"}'",
+        help='column mapping as a JSON object, e.g. \'{"prompt":"instruction","query":"input","response":"output"}\'',
         level="advanced",
         metavar="JSON",
     )
@@ -85,12 +84,14 @@ class DataConfig:
     overwrite_cache: bool = option(
         help="preprocess again although the cache has these data, or replace finished output", level="advanced"
     )
-    log_interval: int = option(1, help="write the log line every N iterations", check=at_least(1), doors=TRAINING_DOORS)
     split: str = option(
         "949,50,1", help="proportions of training, validation and test data", kind="continuity", doors=TRAINING_DOORS
     )
     seed: int = option(
-        1234, help="seed of data order, initial weights and dropout", kind="continuity", doors=(*EVERY_DATA_DOOR, "inference")
+        1234,
+        help="seed of data order, initial weights and dropout",
+        kind="continuity",
+        doors=(*EVERY_DATA_DOOR, "inference"),
     )
 
 

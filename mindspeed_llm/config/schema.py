@@ -42,7 +42,15 @@ def option(
     """
     assert level in LEVELS and kind in KINDS, (level, kind)
     metadata = dict(
-        help=help, level=level, kind=kind, doors=doors, choices=choices, check=check, also=also, off=off, metavar=metavar
+        help=help,
+        level=level,
+        kind=kind,
+        doors=doors,
+        choices=choices,
+        check=check,
+        also=also,
+        off=off,
+        metavar=metavar,
     )
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)

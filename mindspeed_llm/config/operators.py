@@ -1,0 +1,24 @@
+"""Options that choose operator implementations. Each defaults to the best one available on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option
+
+
+@dataclass
+class OperatorConfig:
+    """On is the fused form of an operator; `--no-...` selects the plain torch reference it is tested against."""
+
+    use_flash_attn: bool = option(True, help="attention without a materialised score matrix", level="advanced")
+    use_fused_rmsnorm: bool = option(True, help="norm as one operator", level="advanced")
+    use_fused_swiglu: bool = option(True, help="SiLU gate as one operator", level="advanced")
+    use_fused_rotary_pos_emb: bool = option(True, help="rotary embedding as one operator", level="advanced")
+    loss_chunk_size: int = option(
+        1024,
+        help="labelled tokens whose logits exist at once in the loss",
+        level="expert",
+        check=at_least(1),
+        doors=TRAINING_DOORS,
+    )

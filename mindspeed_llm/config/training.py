@@ -1,0 +1,113 @@
+"""Options of the training run: batches, precision, length, evaluation, what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option
+
+
+@dataclass
+class TrainingConfig:
+    """How much is trained, on which batches, in which precision."""
+
+    stage: str = option(
+        "sft", help="what kind of post-training", doors=("posttrain",), choices=("sft",), kind="continuity"
+    )
+    micro_batch_size: int = option(
+        1, help="samples (prompts) per forward pass", check=at_least(1), doors=(*TRAINING_DOORS, "inference")
+    )
+    global_batch_size: int | None = option(
+        help="samples per optimizer step over all processes; default: micro-batch size x data-parallel size",
+        kind="continuity",
+        check=at_least(1),
+    )
+    train_iters: int | None = option(help="optimizer steps", check=at_least(1))
+    train_epochs: float | None = option(help="passes over the training data instead of --train-iters", check=above(0))
+    train_samples: int | None = option(
+        help="samples to train on instead of --train-iters", level="advanced", check=at_least(1)
+    )
+    exit_interval: int | None = option(
+        help="stop after iterations divisible by N, with a checkpoint", level="advanced", check=at_least(1)
+    )
+    eval_interval: int | None = option(help="evaluate every N iterations; default: at the end", check=at_least(1))
+    eval_iters: int = option(10, help="global batches per evaluation; 0 for none", check=at_least(0))
+    eval_only: bool = option(help="evaluate the loaded model on the validation split and exit")
+    trainable: list[str] | None = option(
+        help="regular expressions: only matching parameters are trained", level="advanced"
+    )
+    freeze: list[str] | None = option(help="regular expressions: matching parameters are frozen", level="advanced")
+    trainable_layers: str | None = option(
+        help="train only these layers, e.g. last:4, first:2 or 3,5,7", level="advanced"
+    )
+    frozen_layers: str | None = option(help="freeze these layers, e.g. first:20", level="advanced")
+    recompute_granularity: str | None = option(
+        help="recompute activations in the backward pass instead of keeping them",
+        level="advanced",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = option(
+        help="with full: uniform chunks, or the first layers of a stage", level="advanced", choices=("uniform", "block")
+    )
+    recompute_num_layers: int | None = option(
+        help="layers per chunk (uniform) or recomputed layers (block)", level="advanced", check=at_least(1)
+    )
+    no_pad_to_seq_lengths: bool = option(
+        help="micro-batches are as long as their longest sample instead of --seq-length (SFT: on by default)",
+        level="advanced",
+        also=("--variable-seq-lengths",),
+    )
+    pad_to_seq_length: bool = option(
+        help="pad every SFT sample to --seq-length instead of joining samples without padding", level="advanced"
+    )
+    pad_to_multiple_of: int = option(
+        8, help="round padded lengths up to a multiple of this", level="advanced", check=at_least(1)
+    )
+    padding_free: bool = option(
+        True,
+        help="join the samples of a micro-batch in one row with isolated documents instead of padding them",
+        level="advanced",
+    )
+    reset_attention_mask: bool = option(
+        help="pre-training: documents of one sample do not see each other (packed SFT data always isolates)",
+        level="advanced",
+        also=("--reset-position-ids",),
+        kind="continuity",
+    )
+    no_shuffle: bool = option(help="keep the order of the data", level="advanced", kind="continuity")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float | None = option(help="peak learning rate; default 1e-4 (1e-5 for full fine-tuning)", check=above(0))
+    min_lr: float = option(0.0, help="learning rate at the end of the decay", check=at_least(0))
+    lr_decay_style: str = option(
+        "cosine", help="shape of the decay", choices=("cosine", "linear", "constant", "inverse-square-root", "WSD")
+    )
+    lr_decay_iters: int | None = option(
+        help="iterations until --min-lr; default: --train-iters", level="advanced", check=at_least(1)
+    )
+    lr_warmup_fraction: float | None = option(help="share of the decay iterations that warms up", check=at_least(0))
+    lr_warmup_iters: int = option(0, help="iterations of warm-up", check=at_least(0))
+    lr_warmup_init: float = option(0.0, help="learning rate at the first step", level="expert", check=at_least(0))
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        help="decay of the WSD schedule",
+        level="advanced",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = option(
+        help="iterations of the WSD schedule's decay; default: a tenth", level="advanced", check=at_least(1)
+    )
+    weight_decay: float = option(0.01, help="decay of matrices; norms and biases have none", check=at_least(0))
+    adam_beta1: float = option(0.9, help="decay of the first moment", level="advanced", check=at_least(0))
+    adam_beta2: float = option(0.999, help="decay of the second moment", level="advanced", check=at_least(0))
+    adam_eps: float = option(1e-8, help="epsilon of AdamW", level="advanced", check=above(0))
+    clip_grad: float = option(1.0, help="gradient norm is clipped to this; 0 for no clipping", check=at_least(0))
+    loss_scale: float | None = option(help="static loss scale (fp16)", level="expert", check=above(0))
+    initial_loss_scale: float = option(2.0**32, help="first dynamic loss scale (fp16)", level="expert", check=above(0))
+    min_loss_scale: float = option(1.0, help="smallest dynamic loss scale (fp16)", level="expert", check=above(0))
+    loss_scale_window: int = option(1000, help="steps before the loss scale grows", level="expert", check=at_least(1))
+    hysteresis: int = option(2, help="overflows before the loss scale shrinks", level="expert", check=at_least(1))
