@@ -1,0 +1,330 @@
+"""config.json -> ModelShape, read as raw json so that nobody's defaults slip in between.
+
+Every field must be understood: it is mapped by the family, known to have no numeric meaning, or an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.family import ConfigField, Family, Quotient, Required, SameAs, Variant, family_of_model_type
+from mindspeed_llm.models.shape import ModelShape
+
+IGNORED_FIELDS = frozenset(
+    # bookkeeping of transformers
+    "_name_or_path _attn_implementation_autoset _attn_implementation _experts_implementation _commit_hash "
+    "attn_implementation architectures model_type transformers_version torch_dtype dtype use_cache return_dict "
+    "output_attentions output_hidden_states torchscript tokenizer_class tie_last_hidden_states "
+    # other tasks than causal language modelling
+    "id2label label2id num_labels problem_type finetuning_task task_specific_params is_encoder_decoder is_decoder "
+    "add_cross_attention cross_attention_hidden_size tie_encoder_decoder decoder_start_token_id prefix "
+    # execution details that compute the same function
+    "chunk_size_feed_forward pruned_heads use_bfloat16 tf_legacy_loss base_model_tp_plan base_model_pp_plan "
+    # token ids belong to the tokenizer and to generation_config.json
+    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id forced_bos_token_id forced_eos_token_id "
+    "suppress_tokens begin_suppress_tokens bad_words_ids "
+    # sampling settings of old configs
+    "max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty "
+    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate "
+    "exponential_decay_length_penalty remove_invalid_values "
+    # marks left by fine-tuning tools
+    "unsloth_fixed unsloth_version".split()
+)
+
+_LENGTH = "original_max_position_embeddings"
+_ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # rope_type -> (required, optional)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _LENGTH), ()),
+    "yarn": (
+        (_LENGTH,),
+        ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", _LENGTH), ("factor", "attention_factor")),
+}
+_OLD_ROPE_NAMES = {"su": "longrope"}  # Phi-3's first configs
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The raw json of a config file.
+
+    Args:
+        path: a directory that holds config.json, or a json file.
+
+    Raises:
+        UserError: there is no such file or it is not a json object.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    if not file.is_file():
+        raise UserError(f"config: {file} does not exist; legal: a Hugging Face model directory or a json file")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {file} is not json ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"config: {file} holds a json {type(config).__name__}; legal: an object")
+    return config
+
+
+def shape_from_hf(config: Mapping[str, Any], ignore_fields: Collection[str] = ()) -> ModelShape:
+    """The architecture that a config.json describes.
+
+    Args:
+        config: raw json of config.json.
+        ignore_fields: names of fields to disregard although nothing here knows their meaning.
+
+    Raises:
+        UserError: a field is missing, has a value that is not implemented, or is not known at all.
+    """
+    family, variant = _recognise(config)
+    values: dict[str, Any] = {"family": family.name, **variant.constants}
+    extra: dict[str, Any] = {}
+    later = []
+    for name, rule in variant.fields.items():
+        value = _field_value(config, name, rule)
+        if isinstance(value, (SameAs, Quotient)):
+            later.append((name, rule, value))
+        else:
+            _assign(values, extra, name, rule, value)
+    for name, rule, value in later:
+        _assign(values, extra, name, rule, _derive(name, value, values))
+    understood = set(variant.fields)
+    understood |= _read_rope(config, variant, values)
+    understood |= _read_window(config, variant, values)
+    _refuse_unknown(config, family, understood, ignore_fields)
+    shape = ModelShape(**values, extra=extra)
+    _check_shape(shape)
+    return shape
+
+
+def _recognise(config: Mapping[str, Any]) -> tuple[Family, Variant]:
+    if "model_type" not in config:
+        raise UserError("config: config.json has no 'model_type', so the family is unknown; try: add it")
+    family, variant = family_of_model_type(config["model_type"])
+    for architecture in config.get("architectures") or ():
+        if architecture not in variant.architectures:
+            raise UserError(
+                f"config: architectures={architecture!r} in config.json is not a causal language model of family "
+                f"{family.name}; legal: {', '.join(variant.architectures)}"
+            )
+    return family, variant
+
+
+def _field_value(config: Mapping[str, Any], name: str, rule: ConfigField) -> Any:
+    if name not in config:
+        if rule.default is Required:
+            raise UserError(f"config: {name!r} is missing in config.json and has no safe default; try: add it")
+        return rule.default
+    value = config[name]
+    if value is None:
+        if rule.null is Required:
+            raise UserError(f"config: {name}=null in config.json has no meaning; legal: a value, or leave it out")
+        return rule.null
+    if rule.legal is not None:
+        if value not in rule.legal:
+            raise UserError(
+                f"config: '{name}={value}' in config.json is not implemented; converting would change outputs "
+                f"silently; legal: {', '.join(map(str, rule.legal))}"
+            )
+        return rule.legal[value]
+    return value
+
+
+_KINDS = {f.name: str(f.type).split(" ")[0] for f in dataclasses.fields(ModelShape)}
+_PYTHON_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def _assign(values: dict[str, Any], extra: dict[str, Any], name: str, rule: ConfigField, value: Any) -> None:
+    for target in rule.to:
+        if target.startswith("extra."):
+            extra[target.removeprefix("extra.")] = value
+            continue
+        kind = _KINDS[target]
+        wrong = not isinstance(value, _PYTHON_TYPES[kind]) or (kind != "bool" and isinstance(value, bool))
+        if wrong or (kind == "int" and value < 1):
+            legal = "a positive whole number" if kind == "int" else f"a {kind}"
+            raise UserError(f"config: {name}={value!r} in config.json is wrong; legal: {legal}")
+        values[target] = float(value) if kind == "float" else value
+
+
+def _derive(name: str, default: SameAs | Quotient, values: Mapping[str, Any]) -> int:
+    if isinstance(default, SameAs):
+        return values[default.name]
+    numerator, denominator = values[default.numerator], values[default.denominator]
+    if numerator % denominator:
+        raise UserError(
+            f"config: {name!r} is not given, and {default.numerator}={numerator} is not divisible by "
+            f"{default.denominator}={denominator}; try: add {name!r} to config.json"
+        )
+    return numerator // denominator
+
+
+def _read_rope(config: Mapping[str, Any], variant: Variant, values: dict[str, Any]) -> set[str]:
+    """Sets rotary_base, rotary_percent and rope_scaling; returns the names of the fields it understood."""
+    scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for name, given in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+            raise UserError(
+                f"config: {name!r} in config.json is not a flat object (RoPE that differs by layer is not implemented)"
+            )
+    top = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
+    merged = _agreeing(top, _plain_names(parameters), _plain_names(scaling))
+    base = merged.pop("rope_theta", variant.rope_theta)
+    if isinstance(base, bool) or not isinstance(base, (int, float)) or base <= 0:
+        raise UserError(f"config: rope_theta={base!r} in config.json is wrong; legal: a positive number")
+    values["rotary_base"] = float(base)
+    _read_partial_rotary(merged, variant, values)
+    understood = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+    if _LENGTH in config:
+        understood.add(_LENGTH)
+    values["rope_scaling"] = _rope_scaling(merged, config.get(_LENGTH), values["max_position_embeddings"])
+    return understood
+
+
+def _plain_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without nulls, with the older names `type` and `su` replaced."""
+    parameters = {name: value for name, value in given.items() if value is not None}
+    old = parameters.pop("type", None)
+    if old is not None:
+        parameters.setdefault("rope_type", old)
+    if "rope_type" in parameters:
+        parameters["rope_type"] = _OLD_ROPE_NAMES.get(parameters["rope_type"], parameters["rope_type"])
+    return parameters
+
+
+def _agreeing(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            if merged.setdefault(name, value) != value:
+                raise UserError(
+                    f"config: config.json states {name} twice, as {merged[name]!r} and {value!r}; try: remove one of "
+                    f"rope_theta, rope_scaling, rope_parameters"
+                )
+    return merged
+
+
+def _read_partial_rotary(merged: dict[str, Any], variant: Variant, values: dict[str, Any]) -> None:
+    default = 1.0 if variant.partial_rotary_factor is None else variant.partial_rotary_factor
+    factor = merged.pop("partial_rotary_factor", default)
+    if variant.partial_rotary_factor is None and factor != 1.0:
+        raise UserError(
+            f"config: partial_rotary_factor={factor} in config.json is not honoured by "
+            f"model_type={variant.model_type}; legal: 1.0"
+        )
+    values["rotary_percent"] = float(factor)
+
+
+def _rope_scaling(merged: dict[str, Any], length: int | None, max_length: int) -> dict[str, Any] | None:
+    """The parameters of a scaled RoPE, complete and checked; None for plain RoPE."""
+    rope_type = merged.setdefault("rope_type", "default")
+    if rope_type not in _ROPE_PARAMETERS:
+        raise UserError(
+            f"config: 'rope_scaling.rope_type={rope_type}' in config.json is not implemented; converting would change "
+            f"outputs silently; legal: {', '.join(_ROPE_PARAMETERS)}"
+        )
+    required, optional = _ROPE_PARAMETERS[rope_type]
+    if _LENGTH in required:
+        # a length beside the rope object wins, as in transformers (Phi-3 writes it there); without any, the model was
+        # trained at its full length
+        merged[_LENGTH] = length if length is not None else merged.get(_LENGTH, max_length)
+    elif rope_type != "default" and length is not None:
+        raise UserError(f"config: {_LENGTH}={length} in config.json has no meaning for rope_type={rope_type}")
+    if missing := [name for name in required if name not in merged]:
+        raise UserError(f"config: rope_type={rope_type} in config.json needs {', '.join(missing)}")
+    if unknown := sorted(set(merged) - {"rope_type", *required, *optional}):
+        raise UserError(
+            f"config: RoPE parameter {unknown[0]!r} in config.json is not known for rope_type={rope_type}; legal: "
+            f"{', '.join((*required, *optional)) or 'none'}"
+        )
+    return None if rope_type == "default" else merged
+
+
+def _read_window(config: Mapping[str, Any], variant: Variant, values: dict[str, Any]) -> set[str]:
+    """Sets window_size and window_layers; returns the names of the fields it understood."""
+    if variant.sliding_window == "none":
+        return set()
+    window = config.get("sliding_window", variant.sliding_window_default)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise UserError(f"config: sliding_window={window!r} in config.json is wrong; legal: a positive number or null")
+    if variant.sliding_window == "every_layer":
+        values["window_size"] = window
+        return {"sliding_window"}
+    if not config.get("use_sliding_window", False):
+        window = None
+    num_layers = values["num_layers"]
+    layers = _window_layers(config, variant, window, num_layers)
+    if layers:
+        values["window_size"] = window
+        values["window_layers"] = None if len(layers) == num_layers else layers
+    return {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+
+
+def _window_layers(config: Mapping[str, Any], variant: Variant, window: int | None, num_layers: int) -> tuple[int, ...]:
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", variant.max_window_layers_default)
+        return tuple(i for i in range(num_layers) if i >= first) if window is not None else ()
+    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"config: layer_types in config.json has {len(types)} entries of {sorted(set(types))}; legal: "
+            f"{num_layers} entries, each full_attention or sliding_attention"
+        )
+    layers = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if layers and window is None:
+        raise UserError(
+            "config: layer_types in config.json names sliding_attention but there is no window; try: set "
+            "use_sliding_window and sliding_window"
+        )
+    return layers
+
+
+def _refuse_unknown(
+    config: Mapping[str, Any], family: Family, understood: set[str], ignore_fields: Collection[str]
+) -> None:
+    known = understood | IGNORED_FIELDS | family.ignored_fields
+    if never := sorted(set(ignore_fields) & understood):
+        raise UserError(f"config: --ignore-config-field {never[0]} names a field that is read; try: edit config.json")
+    stated = {name for name, value in config.items() if value is not None}
+    for name in sorted(stated - known - set(ignore_fields)):
+        if name == "quantization_config":
+            raise UserError(
+                "config: 'quantization_config' in config.json says that the weights are quantised; legal: weights in "
+                "float32, float16 or bfloat16"
+            )
+        raise UserError(
+            f"config: '{name}={_shortened(config[name])}' in config.json is not known to family {family.name}; "
+            f"converting could change outputs silently; try: --ignore-config-field {name} if it has no effect"
+        )
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_shape(shape: ModelShape) -> None:
+    if shape.num_attention_heads % shape.num_query_groups:
+        raise UserError(
+            f"config: num_attention_heads={shape.num_attention_heads} is not divisible by "
+            f"num_key_value_heads={shape.num_query_groups}"
+        )
+    rotary_dim = int(shape.kv_channels * shape.rotary_percent)
+    if rotary_dim % 2:
+        raise UserError(f"config: the rotary dimension {rotary_dim} is odd; legal: an even head_dim")
+    scaling = shape.rope_scaling or {}
+    for name in ("short_factor", "long_factor"):
+        if name in scaling and len(scaling[name]) != rotary_dim // 2:
+            raise UserError(
+                f"config: RoPE's {name} in config.json has {len(scaling[name])} numbers; legal: {rotary_dim // 2}"
+            )

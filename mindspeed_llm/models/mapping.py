@@ -1,0 +1,77 @@
+"""A family's tensor rules applied to one shape: every mcore tensor of the model with the HF tensors it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindspeed_llm.models import layouts
+from mindspeed_llm.models.family import Family, TensorRule, get_family
+from mindspeed_llm.models.layouts import TensorLayout
+from mindspeed_llm.models.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class TensorPair:
+    """One mcore tensor and its HF tensors, with the layer number filled in.
+
+    Args:
+        mcore: name with the global layer index.
+        hf: HF names.
+        transform: "copy", "parts" or "concatenated" (see TensorRule).
+        layout: tensor-parallel layout of the mcore tensor.
+        dims: shape of the unsharded, unpadded mcore tensor.
+        hf_dims: shape of each HF tensor.
+    """
+
+    mcore: str
+    hf: tuple[str, ...]
+    transform: str
+    layout: TensorLayout
+    dims: tuple[int, ...]
+    hf_dims: tuple[tuple[int, ...], ...]
+
+
+def tensor_pairs(shape: ModelShape, family: Family | None = None) -> list[TensorPair]:
+    """All tensors of a model: embedding, layers in order, final norm, output layer.
+
+    Args:
+        family: the family's table; looked up by `shape.family` when not given.
+    """
+    family = family or get_family(shape.family)
+    rules = [rule for rule in family.tensors if exists(rule, shape)]
+    first_layer_rule = next(i for i, rule in enumerate(rules) if "{i}" in rule.mcore)
+    per_layer = [rule for rule in rules if "{i}" in rule.mcore]
+    single = [(i, rule) for i, rule in enumerate(rules) if "{i}" not in rule.mcore]
+    ordered: list[tuple[TensorRule, int]] = [(rule, 0) for i, rule in single if i < first_layer_rule]
+    ordered += [(rule, layer) for layer in range(shape.num_layers) for rule in per_layer]
+    ordered += [(rule, 0) for i, rule in single if i > first_layer_rule]
+    return [_pair(rule, layer, shape) for rule, layer in ordered]
+
+
+def exists(rule: TensorRule, shape: ModelShape) -> bool:
+    """Whether the shape has this rule's tensor."""
+    if rule.when is None:
+        return True
+    negated, name = rule.when.startswith("not "), rule.when.removeprefix("not ")
+    return bool(getattr(shape, name)) != negated
+
+
+def absent_rules(shape: ModelShape, family: Family | None = None) -> Iterator[tuple[TensorRule, str]]:
+    """(rule, HF name of layer 0) of the tensors that this shape says do not exist: a file that has them disagrees."""
+    for rule in (family or get_family(shape.family)).tensors:
+        if not exists(rule, shape):
+            for name in rule.hf:
+                yield rule, name.replace("{i}", "0")
+
+
+def _pair(rule: TensorRule, layer: int, shape: ModelShape) -> TensorPair:
+    mcore = rule.mcore.replace("{i}", str(layer))
+    layout, dims = layouts.layout_of(mcore), layouts.full_shape(mcore, shape)
+    hf_dims: tuple[tuple[int, ...], ...] = (dims,)
+    if rule.transform == "parts":
+        hf_dims = tuple((rows, *dims[1:]) for rows in layouts.part_rows(layout.packing, shape))
+    assert len(hf_dims) == len(rule.hf), f"{rule.mcore}: {len(rule.hf)} HF names for {len(hf_dims)} parts"
+    return TensorPair(
+        mcore, tuple(n.replace("{i}", str(layer)) for n in rule.hf), rule.transform, layout, dims, hf_dims
+    )
