@@ -1,0 +1,338 @@
+"""Resolve a configuration against config.json and checkpoint record into one plan; collect every problem on the way."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mindspeed_llm.config.run import RunConfig, all_options
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
+from mindspeed_llm.plan.identity import contradictions, shape_from_options
+from mindspeed_llm.plan.rules import Rule, batch_rules, layout_rules, sequence_rules
+from mindspeed_llm.plan.source import LoadSource, find_source
+
+# Names that people know from upstream's --model-type-hf.
+UPSTREAM_FAMILIES = {
+    "llama2": "llama", "llama3": "llama", "llama31": "llama", "codellama": "llama", "mistral": "llama", "yi": "llama",
+    "qwen2": "qwen", "qwen25": "qwen", "qwen3": "qwen",
+}  # fmt: skip
+LONGEST_DEFAULT_SEQUENCE = 4096
+
+
+@dataclass
+class Plan:
+    """What will be done, every default filled in.
+
+    Attributes:
+        shape: architecture of the model in memory (after --truncate-layers).
+        weights: where weights come from; None means random initial weights.
+        base: for an adapter checkpoint in --load, the base model it was trained on.
+        resume: continue iteration, optimizer and data position of `weights` (or of the adapters).
+        hf_files: directory with config.json and tokenizer files that checkpoints carry along; None for flags alone.
+        tokenizer: directory or file, None when no tokenizer is known.
+        rules: every divisibility rule with its legal values, for `--dry-run`.
+        notes: things worth saying that are not problems.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    weights: LoadSource | None
+    adapters: AdapterSettings | None
+    adapter_source: LoadSource | None
+    resume: LoadSource | None
+    hf_files: Path | None
+    tokenizer: str | None
+    world_size: int
+    data_parallel_size: int
+    global_batch_size: int
+    seq_length: int
+    padded_vocab_size: int
+    rules: list[Rule] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Processes that share each matrix."""
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Pipeline stages."""
+        return self.config.parallel.pipeline_model_parallel_size
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations are split along the sequence; without tensor parallelism there is nothing to split."""
+        return self.config.parallel.sequence_parallel and self.tensor_parallel_size > 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per optimizer step and data-parallel rank."""
+        return self.global_batch_size // (self.config.training.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def dtype_name(self) -> str:
+        """Storage type of weights and activations: "bf16", "fp16" or "fp32"."""
+        return "bf16" if self.config.runtime.bf16 else "fp16" if self.config.runtime.fp16 else "fp32"
+
+    def trainable_parameters(self) -> int:
+        """Trained parameters, adapters counted alone when there are any (freezing by pattern is not counted)."""
+        if self.adapters is not None:
+            return adapter_parameters(self.shape, self.adapters)
+        return self.shape.num_parameters()
+
+
+def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None = None) -> Plan:
+    """The plan of a training or inference door.
+
+    Args:
+        problems: lines already found while parsing; everything found here is raised together with them.
+        tokenizer_size: tokens of the tokenizer, needed when the shape comes from flags alone.
+
+    Raises:
+        UserError: all problems, a line each.
+    """
+    problems = list(problems)
+    problems += _check_combinations(config)
+    weights, adapter_source, resume = _try(problems, lambda: _sources(config, problems), (None, None, None))
+    shape, hf_files = _try(problems, lambda: _shape(config, weights, problems, tokenizer_size), (None, None))
+    adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
+    if shape is None:
+        raise UserError("\n".join(problems))
+    if config.model.truncate_layers is not None:
+        shape = _truncated(shape, config.model.truncate_layers, problems)
+    plan = _assemble(config, shape, weights, adapter_source, resume, adapters, hf_files)
+    problems += [rule.problem() for rule in plan.rules if not rule.ok]
+    if problems:
+        raise UserError("\n".join(problems))
+    return plan
+
+
+def _try(problems, action, otherwise):
+    try:
+        return action()
+    except UserError as wrong:
+        problems.append(str(wrong))
+        return otherwise
+
+
+def _check_combinations(config: RunConfig) -> list[str]:
+    t, o, p, r = config.training, config.optimizer, config.parallel, config.runtime
+    problems = []
+
+    def refuse(condition, line):
+        if condition:
+            problems.append(line)
+
+    refuse(r.bf16 and r.fp16, "--bf16 and --fp16 exclude each other; give one")
+    lengths = [n for n in ("train_iters", "train_epochs", "train_samples") if config.get(n) is not None]
+    refuse(len(lengths) > 1, f"{', '.join(all_options()[n].flags[0] for n in lengths)} exclude each other; give one")
+    needs_length = config.door in ("pretrain", "posttrain") and not t.eval_only
+    refuse(needs_length and not lengths and config.door == "pretrain", "--train-iters or --train-epochs is missing")
+    refuse(
+        p.overlap_param_gather and not p.use_distributed_optimizer,
+        "--overlap-param-gather needs --use-distributed-optimizer",
+    )
+    refuse(
+        p.overlap_param_gather and not p.overlap_grad_reduce,
+        "--overlap-param-gather needs --overlap-grad-reduce",
+    )
+    refuse(
+        t.recompute_granularity != "full" and (t.recompute_method or t.recompute_num_layers),
+        "--recompute-method and --recompute-num-layers have a meaning with --recompute-granularity full only",
+    )
+    refuse(
+        o.lr_warmup_fraction is not None and o.lr_warmup_iters > 0,
+        "--lr-warmup-fraction and --lr-warmup-iters exclude each other; give one",
+    )
+    refuse(o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr} is above --lr {o.lr}")
+    refuse(
+        t.pad_to_seq_length and t.no_pad_to_seq_lengths,
+        "--pad-to-seq-length and --no-pad-to-seq-lengths exclude each other; give one",
+    )
+    lora = config.lora
+    asked = lora.lora_r is not None or lora.lora_target_modules is not None
+    refuse(
+        not asked and lora.lora_load is None and (lora.lora_alpha is not None or lora.lora_dropout > 0),
+        "--lora-alpha and --lora-dropout have no meaning without --lora-r, --lora-target-modules or --lora-load",
+    )
+    partial = [n for n in ("trainable", "freeze", "trainable_layers", "frozen_layers") if config.get(n) is not None]
+    refuse(
+        asked and bool({"freeze", "trainable_layers", "frozen_layers"} & set(partial)),
+        "--freeze, --trainable-layers and --frozen-layers have no meaning with LoRA: the base is frozen already; "
+        "--trainable REGEX trains parameters beside the adapters",
+    )
+    c = config.checkpoint
+    refuse(
+        c.no_save_optim and config.door in ("pretrain", "posttrain") and c.save is None,
+        "--no-save-optim has no meaning without --save",
+    )
+    refuse(c.save_hf and c.save is None, "--save-hf has no meaning without --save")
+    return problems
+
+
+def _sources(config: RunConfig, problems: list[str]):
+    """(weights, adapters, what is resumed) from --load, --lora-load and --save."""
+    c = config.checkpoint
+    weights = find_source(c.load, c.ckpt_step) if c.load is not None else None
+    adapter_source = None
+    if config.lora.lora_load is not None:
+        adapter_source = find_source(config.lora.lora_load, flag="--lora-load")
+        if adapter_source is None or adapter_source.kind not in ("adapter", "peft"):
+            raise UserError(f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT")
+    if c.load is not None and weights is None:
+        if not c.allow_random_init:
+            found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None
+            state = "does not exist" if found is None else f"found: {', '.join(found) or 'an empty directory'}"
+            raise UserError(
+                f"checkpoint: nothing loadable in {c.load} ({state}); "
+                "legal: a Hugging Face directory, a Megatron checkpoint, a directory written by --save"
+                + ("; try: --allow-random-init to start from random weights" if config.door != "inference" else "")
+            )
+    if weights is not None and weights.kind in ("adapter", "peft"):
+        if adapter_source is not None:
+            raise UserError("lora: --load holds adapters and so does --lora-load; give the base model with --load")
+        adapter_source, weights = weights, _base_of(weights)
+    started = adapter_source if adapter_source is not None else weights
+    resumable = started is not None and started.kind in ("torch_dist", "adapter") and started.record.get("resumable")
+    resume = started if resumable and not c.finetune and config.door != "inference" else None
+    if c.save is not None and find_source(c.save) is not None:
+        if resume is None or Path(c.save).resolve() != resume.path.resolve():
+            flag = "--lora-load" if find_source(c.save).kind == "adapter" else "--load"
+            problems.append(
+                f"checkpoint: --save {c.save} already holds a checkpoint; try: {flag} {c.save} to resume it, or "
+                "another directory"
+            )
+    return weights, adapter_source, resume
+
+
+def _base_of(adapter: LoadSource) -> LoadSource:
+    base = (adapter.record.get("base") or {}).get("path")
+    source = find_source(base) if base else None
+    if source is None:
+        raise UserError(
+            f"lora: {adapter.path} holds adapters and its base model ({base or 'not recorded'}) is not there; "
+            "try: --load BASE --lora-load " + str(adapter.path)
+        )
+    return source
+
+
+def _shape(config: RunConfig, weights: LoadSource | None, problems: list[str], tokenizer_size: int | None):
+    """(shape, directory with config.json and tokenizer files)."""
+    m = config.model
+    ignore = m.ignore_config_field or ()
+    if weights is not None and weights.kind == "hf":
+        shape = shape_from_hf(read_hf_config(weights.directory), ignore)
+        problems += contradictions(config, shape, str(weights.path / "config.json"))
+        return shape, weights.directory
+    if weights is not None and weights.record.get("shape"):
+        shape = ModelShape.from_json(weights.record["shape"])
+        problems += contradictions(config, shape, f"the record in {weights.directory}")
+        files = weights.directory / "hf"
+        return shape, files if files.is_dir() else None
+    if m.hf_config is not None:
+        shape = shape_from_hf(read_hf_config(m.hf_config), ignore)
+        problems += contradictions(config, shape, m.hf_config)
+        path = Path(m.hf_config)
+        return shape, path if path.is_dir() else path.parent
+    if weights is not None and not m.num_layers:
+        raise UserError(f"config: {weights.path} records no architecture; try: --hf-config DIR with its config.json")
+    if config.door == "inference" and weights is None:
+        raise UserError("--load is missing: there is no model to answer with")
+    named = m.model_type_hf or ("qwen" if m.add_qkv_bias or m.qk_layernorm else "llama")
+    if m.vocab_size is None and tokenizer_size is None:
+        raise UserError("--vocab-size is missing: the shape comes from flags and there is no tokenizer to ask")
+    shape, missing = shape_from_options(config, UPSTREAM_FAMILIES.get(named, named), tokenizer_size or 0)
+    problems += missing
+    return shape, None
+
+
+def _truncated(shape: ModelShape, layers: int, problems: list[str]) -> ModelShape:
+    import dataclasses
+
+    if layers > shape.num_layers:
+        problems.append(f"--truncate-layers: {layers} is more than the {shape.num_layers} layers of the checkpoint")
+        return shape
+    windows = shape.window_layers
+    kept = None if windows is None else tuple(i for i in windows if i < layers)
+    return dataclasses.replace(shape, num_layers=layers, window_layers=kept)
+
+
+def _adapters(config: RunConfig, source: LoadSource | None, problems: list[str]) -> AdapterSettings | None:
+    asked = adapters_asked_for(config)
+    if source is None or source.kind == "peft":
+        return asked
+    recorded = AdapterSettings.from_json(source.record["adapters"])
+    checks = {
+        "lora_r": recorded.rank,
+        "lora_alpha": recorded.alpha,
+        "lora_target_modules": dict(recorded.targets),
+    }
+    for name, value in checks.items():
+        if name not in config.given:
+            continue
+        said = dict(asked.targets) if name == "lora_target_modules" else config.get(name)
+        if said != value:
+            flag = all_options()[name].flags[0]
+            problems.append(f"{flag}: {said} contradicts the adapters in {source.path} ({value}); leave the flag out")
+    import dataclasses
+
+    return (
+        dataclasses.replace(recorded, dropout=config.lora.lora_dropout) if "lora_dropout" in config.given else recorded
+    )
+
+
+def _assemble(config, shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:
+    p, t = config.parallel, config.training
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    data_parallel = max(world_size // (tp * pp), 1)
+    global_batch = t.global_batch_size or t.micro_batch_size * data_parallel
+    seq_length = config.data.seq_length or min(shape.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
+    rules = layout_rules(shape, tp=tp, pp=pp, world_size=world_size, sequence_parallel=p.sequence_parallel)
+    if config.door != "inference":
+        rules += batch_rules(t.micro_batch_size, global_batch, data_parallel)
+        rules += sequence_rules(
+            shape,
+            seq_length=seq_length,
+            tp=tp,
+            sequence_parallel=p.sequence_parallel,
+            padded=config.door == "pretrain" or t.pad_to_seq_length,
+        )
+    notes = []
+    if p.sequence_parallel and tp == 1:
+        notes.append("--sequence-parallel has no effect with tensor parallel 1: there is nothing to split")
+    multiple = config.model.make_vocab_size_divisible_by * tp
+    padded = config.model.padded_vocab_size or -(-shape.vocab_size // multiple) * multiple
+    if padded < shape.vocab_size or padded % tp:
+        rules.append(
+            Rule(
+                "vocabulary",
+                f"padded_vocab_size {padded} >= {shape.vocab_size} and % tensor parallel {tp} = 0",
+                False,
+                f"{-(-shape.vocab_size // tp) * tp} or more for --padded-vocab-size, in steps of {tp}",
+            )
+        )
+    return Plan(
+        config=config,
+        shape=shape,
+        weights=weights,
+        adapters=adapters,
+        adapter_source=adapter_source,
+        resume=resume,
+        hf_files=hf_files,
+        tokenizer=config.tokenizer.tokenizer_name_or_path
+        or config.tokenizer.tokenizer_model
+        or (str(hf_files) if hf_files else None),
+        world_size=world_size,
+        data_parallel_size=data_parallel,
+        global_batch_size=global_batch,
+        seq_length=seq_length,
+        padded_vocab_size=padded,
+        rules=rules,
+        notes=notes,
+    )
