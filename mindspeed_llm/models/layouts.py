@@ -109,12 +109,16 @@ def full_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     return (out_features, in_features)
 
 
-def local_shape(name: str, shape: ModelShape, tp: int, vocab_multiple: int = VOCAB_MULTIPLE) -> tuple[int, ...]:
-    """Dimensions of one tensor-parallel rank's tensor, the vocabulary padded."""
+def local_shape(name: str, shape: ModelShape, tp: int, padded_vocab: int | None = None) -> tuple[int, ...]:
+    """Dimensions of one tensor-parallel rank's tensor.
+
+    Args:
+        padded_vocab: rows of the padded vocabulary over all ranks; Megatron's default padding when not given.
+    """
     dims = list(full_shape(name, shape))
     layout = layout_of(name)
     if layout.packing == "vocab":
-        dims[0] = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
+        dims[0] = padded_vocab or padded_vocab_size(shape.vocab_size, tp)
     if layout.tp_dim is not None:
         dims[layout.tp_dim] //= tp
     return tuple(dims)
@@ -142,7 +146,7 @@ def pack_qkv(query: Array, key: Array, value: Array, num_groups: int) -> Array:
     """
     tail = query.shape[1:]
     grouped = [x.reshape(num_groups, x.shape[0] // num_groups, *tail) for x in (query, key, value)]
-    return _concatenate(grouped, 1).reshape(-1, *tail)
+    return concatenate(grouped, 1).reshape(-1, *tail)
 
 
 def unpack_qkv(qkv: Array, num_heads: int, num_groups: int, head_dim: int) -> tuple[Array, Array, Array]:
@@ -155,7 +159,7 @@ def unpack_qkv(qkv: Array, num_heads: int, num_groups: int, head_dim: int) -> tu
 
 def pack_gate_up(gate: Array, up: Array) -> Array:
     """[f, ...] twice -> [2f, ...], gate first."""
-    return _concatenate([gate, up], 0)
+    return concatenate([gate, up], 0)
 
 
 def unpack_gate_up(gate_up: Array) -> tuple[Array, Array]:
@@ -168,7 +172,7 @@ def pack(parts: Sequence[Array], packing: str, shape: ModelShape, tp: int = 1) -
     """Logical parts -> the mcore tensor of a model (tp=1) or of one rank (each part already cut to that rank)."""
     if packing == "qkv":
         return pack_qkv(*parts, num_groups=shape.num_query_groups // tp)
-    return parts[0] if len(parts) == 1 else _concatenate(list(parts), 0)
+    return parts[0] if len(parts) == 1 else concatenate(list(parts), 0)
 
 
 def unpack(tensor: Array, packing: str, shape: ModelShape, tp: int = 1) -> tuple[Array, ...]:
@@ -194,16 +198,24 @@ def shard_range(size: int, rank: int, tp: int) -> tuple[int, int]:
     return rank * share, (rank + 1) * share
 
 
-def vocab_range(vocab_size: int, rank: int, tp: int, multiple: int = VOCAB_MULTIPLE) -> tuple[int, int, int]:
+def vocab_range(vocab_size: int, padded_vocab: int, rank: int, tp: int) -> tuple[int, int, int]:
     """(start, stop, padding): the true rows of one rank, and how many zero rows follow them."""
-    share = padded_vocab_size(vocab_size, tp, multiple) // tp
+    if padded_vocab < vocab_size or padded_vocab % tp:
+        raise UserError(
+            f"parallel: padded vocabulary {padded_vocab} is wrong; legal: a multiple of tensor-parallel-size={tp} not "
+            f"below {vocab_size}"
+        )
+    share = padded_vocab // tp
     start = min(rank * share, vocab_size)
     stop = min((rank + 1) * share, vocab_size)
     return start, stop, share - (stop - start)
 
 
-def shard(tensor: Array, name: str, shape: ModelShape, rank: int, tp: int, multiple: int = VOCAB_MULTIPLE) -> Array:
-    """One rank's tensor, cut from the unsharded one; the vocabulary is padded with zeros.
+def shard(tensor: Array, name: str, shape: ModelShape, rank: int, tp: int, padded_vocab: int | None = None) -> Array:
+    """One rank's tensor, cut from the unsharded one; the vocabulary is padded with zero rows.
+
+    Args:
+        padded_vocab: rows of the padded vocabulary over all ranks; Megatron's default padding when not given.
 
     Raises:
         UserError: the dimension is not divisible.
@@ -212,8 +224,9 @@ def shard(tensor: Array, name: str, shape: ModelShape, rank: int, tp: int, multi
     if layout.tp_dim is None:
         return tensor
     if layout.packing == "vocab":
-        start, stop, padding = vocab_range(shape.vocab_size, rank, tp, multiple)
-        return _with_zero_rows(tensor[start:stop], padding)
+        padded_vocab = padded_vocab or padded_vocab_size(shape.vocab_size, tp)
+        start, stop, padding = vocab_range(shape.vocab_size, padded_vocab, rank, tp)
+        return with_zero_rows(tensor[start:stop], padding)
     if layout.tp_dim == 1:
         start, stop = shard_range(tensor.shape[1], rank, tp)
         return tensor[:, start:stop]
@@ -229,11 +242,11 @@ def unshard(tensors: Sequence[Array], name: str, shape: ModelShape) -> Array:
     if layout.tp_dim is None:
         return tensors[0]
     if layout.packing == "vocab":
-        return _concatenate(list(tensors), 0)[: shape.vocab_size]
+        return concatenate(list(tensors), 0)[: shape.vocab_size]
     if layout.tp_dim == 1:
-        return _concatenate(list(tensors), 1)
+        return concatenate(list(tensors), 1)
     by_rank = [unpack(tensor, layout.packing, shape, tp) for tensor in tensors]
-    whole = [_concatenate(list(part), 0) for part in zip(*by_rank)]
+    whole = [concatenate(list(part), 0) for part in zip(*by_rank)]
     return pack(whole, layout.packing, shape)
 
 
@@ -257,7 +270,8 @@ def check_tensor_parallel(shape: ModelShape, tp: int) -> None:
             )
 
 
-def _concatenate(arrays: list[Array], axis: int) -> Array:
+def concatenate(arrays: list[Array], axis: int) -> Array:
+    """`torch.cat` or `numpy.concatenate`, whichever fits."""
     if hasattr(arrays[0], "new_zeros"):  # a torch tensor, without importing torch for numpy users
         import torch
 
@@ -267,12 +281,13 @@ def _concatenate(arrays: list[Array], axis: int) -> Array:
     return numpy.concatenate(arrays, axis=axis)
 
 
-def _with_zero_rows(array: Array, count: int) -> Array:
+def with_zero_rows(array: Array, count: int) -> Array:
+    """`array` followed by `count` rows of zeros."""
     if count == 0:
         return array
     tail = tuple(array.shape[1:])
     if hasattr(array, "new_zeros"):
-        return _concatenate([array, array.new_zeros((count, *tail))], 0)
+        return concatenate([array, array.new_zeros((count, *tail))], 0)
     import numpy
 
-    return _concatenate([array, numpy.zeros((count, *tail), dtype=array.dtype)], 0)
+    return concatenate([array, numpy.zeros((count, *tail), dtype=array.dtype)], 0)

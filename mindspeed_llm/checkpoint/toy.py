@@ -1,0 +1,128 @@
+"""A tiny random Hugging Face checkpoint with a real tokenizer, for trying things out and for tests. Deterministic."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+from mindspeed_llm.errors import UserError
+
+VOCAB_SIZE = 997
+"""Prime, so divisible by no tensor-parallel size."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+# 4 layers, groups < heads, head_dim * heads != hidden: what a wrong layout cannot get right by luck
+_DIMENSIONS = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    # large enough for the layers to matter in the logits
+    "initializer_range": 0.1,
+}
+
+
+def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a tiny model of random weights with config, tokenizer, chat template and generation config.
+
+    Args:
+        model_type: HF model type, e.g. "llama", "mistral", "qwen2", "qwen3".
+        directory: where to; created.
+        seed: of the weights; the same arguments give the same bytes.
+        overrides: fields of config.json, e.g. `num_hidden_layers=2`, `tie_word_embeddings=True`; `dtype` (a string)
+            for the type of the weights.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: transformers has no such model type, or the vocabulary is too small for the tokenizer.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_toy_tokenizer(overrides.get("vocab_size", VOCAB_SIZE))
+    dtype = overrides.pop("dtype", "float32")
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        config = AutoConfig.for_model(model_type, **{**_DIMENSIONS, **ids, **overrides})
+    except ValueError as error:
+        raise UserError(
+            f"toy model: {model_type!r} or one of its fields is not known to transformers ({error})"
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        _randomise_constant_parameters(model)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    GenerationConfig(eos_token_id=[stop, tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id).save_pretrained(
+        directory
+    )
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def train_toy_tokenizer(vocab_size: int = VOCAB_SIZE) -> Any:
+    """A byte-level BPE tokenizer trained on the texts of Python's `help()`, as a transformers tokenizer.
+
+    Args:
+        vocab_size: tokens including the 256 bytes and the special ones.
+
+    Raises:
+        UserError: vocab_size is below 300.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 300:
+        raise UserError(f"toy model: vocab_size={vocab_size} is too small for bytes and special tokens; legal: >= 300")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    topics = pydoc_data.topics.topics
+    bpe.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=256
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def edit_config(directory: str | Path, **fields: Any) -> None:
+    """Change fields of a checkpoint's config.json in place; None removes a field."""
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update(fields)
+    kept = {name: value for name, value in config.items() if name not in fields or value is not None}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _randomise_constant_parameters(model: Any) -> None:
+    """Norm weights start at one and biases at zero: move them, or a mapping that loses them would go unnoticed."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * (0.02 if name.endswith("bias") else 0.1))
