@@ -1,0 +1,47 @@
+"""Handlers turn rows of raw data into token sequences; they are chosen by class name (`--handler-name`)."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from mindspeed_llm.data.handlers.base import ChunkResult, Handler
+from mindspeed_llm.data.handlers.instruction import (
+    AlpacaStyleInstructionHandler,
+    OpenAIInstructionHandler,
+    SharegptStyleInstructionHandler,
+)
+from mindspeed_llm.data.handlers.pretrain import GeneralPretrainHandler
+from mindspeed_llm.errors import UserError
+
+__all__ = ["HANDLERS", "ChunkResult", "Handler", "handler_class", "suggest_handler"]
+
+HANDLERS: dict[str, type[Handler]] = {
+    cls.__name__: cls
+    for cls in (
+        GeneralPretrainHandler,
+        AlpacaStyleInstructionHandler,
+        SharegptStyleInstructionHandler,
+        OpenAIInstructionHandler,
+    )
+}
+
+
+def handler_class(name: str | None) -> type[Handler]:
+    """The handler called `name`.
+
+    Raises:
+        UserError: there is none, with the nearest name and the list.
+    """
+    if name in HANDLERS:
+        return HANDLERS[name]
+    near = difflib.get_close_matches(str(name), HANDLERS, 1, cutoff=0.4)
+    hint = f"; try: {near[0]}" if near else ""
+    what = "is not given" if not name else f"{name!r} is unknown"
+    raise UserError(f"handler-name: {what}; legal: {', '.join(HANDLERS)}{hint}")
+
+
+def suggest_handler(row: dict[str, Any]) -> str | None:
+    """The handler whose default columns a row has, None if none or if text could be meant either way."""
+    fitting = [name for name, cls in HANDLERS.items() if cls.fits(row)]
+    return fitting[0] if len(fitting) == 1 else None

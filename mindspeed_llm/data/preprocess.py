@@ -1,0 +1,377 @@
+"""Raw data -> handler -> tokens -> packing -> indexed files, published together with their record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import mindspeed_llm
+from mindspeed_llm.data.handlers import Handler, handler_class, suggest_handler
+from mindspeed_llm.data.handlers.pretrain import GeneralPretrainHandler
+from mindspeed_llm.data.indexed import IndexedReader, IndexedWriter, merge, natural_key
+from mindspeed_llm.data.packing import pack
+from mindspeed_llm.data.record import SFT_STREAMS, DataRecord, record_path
+from mindspeed_llm.data.report import Progress, Report
+from mindspeed_llm.data.sources import read_chunks, source_bytes
+from mindspeed_llm.data.templates import load_template
+from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
+from mindspeed_llm.data.workers import map_chunks
+from mindspeed_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from mindspeed_llm.config.data import DataConfig, TokenizerConfig
+
+IGNORE_INDEX = -100
+
+
+def preprocess(data: DataConfig, tokenizer: TokenizerConfig) -> Report | None:
+    """Run preprocessing as configured.
+
+    Args:
+        data, tokenizer: the options of `preprocess_data.py`.
+
+    Returns:
+        The counts, or None in merge mode.
+
+    Raises:
+        UserError: options contradict each other, data cannot be read, or output exists already.
+    """
+    if not data.input or not data.output_prefix:
+        raise UserError("preprocess: --input and --output-prefix are needed; try: both")
+    if data.merge_group_keys:
+        merge_groups(data.input, data.merge_group_keys, data.output_prefix, overwrite=data.overwrite_cache)
+        return None
+    return preprocess_input(
+        data.input,
+        data.output_prefix,
+        tokenizer_from(tokenizer),
+        **preprocess_settings(data),
+        workers=data.workers,
+        overwrite=data.overwrite_cache,
+    )
+
+
+def preprocess_settings(data: DataConfig) -> dict[str, Any]:
+    """The options that decide the bytes of the output, as keyword arguments of `preprocess_input`."""
+    return {
+        "handler_name": data.handler_name,
+        "json_keys": list(data.json_keys),
+        "prompt_type": data.prompt_type,
+        "prompt_type_path": data.prompt_type_path,
+        "enable_thinking": data.enable_thinking,
+        "map_keys": data.map_keys,
+        "seq_length": data.seq_length,
+        "pack_mode": "neat_pack" if data.neat_pack else "pack" if data.pack else "none",
+        "append_eod": data.append_eod,
+        "max_samples": data.max_samples,
+        "max_bad_rows": data.max_bad_rows,
+        "hf_params": read_hf_params(data.hf_datasets_params),
+    }
+
+
+def read_hf_params(path: str | None) -> dict[str, Any]:
+    """Keyword arguments for `datasets.load_dataset` from a JSON file.
+
+    Raises:
+        UserError: no such file, or it does not hold an object.
+    """
+    if path is None:
+        return {}
+    try:
+        params = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf-datasets-params: '{path}' cannot be read, because {error}; legal: a JSON file") from error
+    if not isinstance(params, dict) or not params:
+        raise UserError(f"hf-datasets-params: '{path}' holds no object; legal: arguments of datasets.load_dataset")
+    return params
+
+
+def tokenizer_from(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that the options name.
+
+    Raises:
+        UserError: none is named, two are named, or it cannot be loaded.
+    """
+    paths = [path for path in (config.tokenizer_name_or_path, config.tokenizer_model) if path]
+    if len(paths) != 1:
+        what = "both --tokenizer-name-or-path and --tokenizer-model are given" if paths else "no tokenizer is given"
+        raise UserError(f"tokenizer: {what}; legal: one of them; try: --tokenizer-name-or-path DIR")
+    return load_tokenizer(
+        paths[0],
+        tokenizer_type=config.tokenizer_type,
+        use_fast=not config.tokenizer_not_use_fast,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def preprocess_input(
+    source: str,
+    output_prefix: str,
+    tokenizer: Tokenizer,
+    *,
+    handler_name: str | None,
+    json_keys: list[str] = ("text",),
+    prompt_type: str | None = None,
+    prompt_type_path: str | None = None,
+    enable_thinking: str = "none",
+    map_keys: Mapping[str, Any] | None = None,
+    seq_length: int | None = None,
+    pack_mode: str = "none",
+    append_eod: bool = False,
+    max_samples: int | None = None,
+    max_bad_rows: int = 0,
+    hf_params: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> Report:
+    """Preprocess one source. The bytes written do not depend on `workers`.
+
+    Args:
+        source: file, directory, several separated by commas, or a data set name.
+        output_prefix: pre-training writes `<prefix>_<key>_document`, fine-tuning
+            `<prefix>_packed_{input_ids,attention_mask,labels}_document`, both with `<prefix>.record.json`.
+        handler_name: class name of the handler; None guesses from the first row's columns.
+        pack_mode: "none", "pack", or "neat_pack", which cuts over-long samples instead of dropping them.
+        overwrite: replace output that is already there.
+
+    Raises:
+        UserError: see `preprocess`.
+    """
+    start = time.monotonic()
+    report = Report(str(output_prefix))
+    if record_path(output_prefix).exists() and not overwrite:
+        raise UserError(
+            f"output-prefix: '{output_prefix}' holds finished data, which would be lost; try: another prefix, or "
+            "--overwrite-cache to replace them"
+        )
+    if handler_name is None:
+        handler_name = guess_handler(source, max_samples, hf_params)
+    handler = make_handler(
+        handler_name, tokenizer, json_keys=json_keys, prompt_type=prompt_type, prompt_type_path=prompt_type_path,
+        enable_thinking=enable_thinking, map_keys=map_keys, seq_length=seq_length, pack_mode=pack_mode,
+        append_eod=append_eod,
+    )  # fmt: skip
+    chunks = read_chunks(source, max_samples, dict(hf_params or {}), handler.needed_columns)
+    total = None if hf_params else source_bytes(source)
+    output = _SftOutput(output_prefix, tokenizer, seq_length, pack_mode) if handler.stage == "sft" else None
+    output = output or _PretrainOutput(output_prefix, handler)
+    columns: set[str] = set()
+    try:
+        with Progress(total) as progress:
+            for result in map_chunks(handler, chunks, workers):
+                report.add(result, max_bad_rows)
+                columns |= result.columns
+                report.add_lengths(output.add(result.streams))
+                progress.update(report)
+        _check_result(report, handler, columns, source)
+        report.packed_rows = output.finish()
+        record_path(output_prefix).unlink(missing_ok=True)  # from here on the old data are no longer whole
+        output.publish()
+    except BaseException:
+        output.discard()
+        raise
+    DataRecord(
+        stage=handler.stage,
+        handler=handler_name,
+        streams=list(handler.stream_dtypes),
+        template=prompt_type if handler.stage == "sft" else None,
+        tokenizer=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        pack=pack_mode,
+        seq_length=seq_length if handler.stage == "sft" else None,
+        append_eod=append_eod,
+        counts=report.counts(),
+        version=mindspeed_llm.__version__,
+        settings={"map_keys": dict(map_keys) if map_keys else None, "enable_thinking": enable_thinking},
+    ).write(output_prefix)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def guess_handler(source: str, max_samples: int | None, hf_params: Mapping[str, Any] | None) -> str:
+    """The handler whose default columns the first readable row has.
+
+    Raises:
+        UserError: no handler, or more than one, fits.
+    """
+    first = next(read_chunks(source, max_samples, dict(hf_params or {})), None)
+    row = None if first is None else next((row for _, row in first.decode() if isinstance(row, dict)), None)
+    name = None if row is None else suggest_handler(row)
+    if name is None:
+        columns = "no readable row" if row is None else f"columns {', '.join(map(repr, row))}"
+        raise UserError(f"handler-name: not given and not clear from '{source}' ({columns}); try: --handler-name")
+    return name
+
+
+def make_handler(
+    name: str | None,
+    tokenizer: Tokenizer,
+    *,
+    json_keys: list[str],
+    prompt_type: str | None,
+    prompt_type_path: str | None,
+    enable_thinking: str,
+    map_keys: Mapping[str, Any] | None,
+    seq_length: int | None,
+    pack_mode: str,
+    append_eod: bool,
+) -> Handler:
+    """The handler `name` with its options.
+
+    Raises:
+        UserError: an option is missing, or is given to a handler that would ignore it.
+    """
+    cls = handler_class(name)
+    if cls is GeneralPretrainHandler:
+        given = {"prompt-type": prompt_type, "map-keys": map_keys, "pack": pack_mode != "none"}
+        given["prompt-type-path"] = prompt_type_path
+        given["enable-thinking"] = enable_thinking != "none"
+        if ignored := [option for option, value in given.items() if value]:
+            raise UserError(f"{ignored[0]}: has no use with {name}, which writes plain documents; try: leave it out")
+        return GeneralPretrainHandler(tokenizer, list(json_keys), append_eod)
+    if list(json_keys) != ["text"]:
+        raise UserError(f"json-keys: has no use with {name}; try: --map-keys")
+    if prompt_type is None:
+        raise UserError(f"prompt-type: is needed by {name}; legal: a template name, for instance llama2, chatml or hf")
+    if pack_mode != "none" and seq_length is None:
+        raise UserError("seq-length: is needed to pack, because rows are filled up to it; try: --seq-length 4096")
+    template = load_template(prompt_type, tokenizer, prompt_type_path, enable_thinking)
+    return cls(tokenizer, template, map_keys, seq_length, cut=pack_mode == "neat_pack", append_eod=append_eod)
+
+
+def _check_result(report: Report, handler: Handler, columns: set[str], source: str) -> None:
+    if absent := sorted(handler.mapped_columns - columns):
+        raise UserError(
+            f"map-keys: column {absent[0]!r} occurs in no row of '{source}'; legal: {', '.join(sorted(columns))}"
+        )
+    if not report.documents:
+        dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items())) or "no rows"
+        raise UserError(f"input: nothing is left of '{source}' ({report.rows} rows: {dropped}); try: check the options")
+
+
+class _PretrainOutput:
+    """One indexed file per column."""
+
+    def __init__(self, prefix: str, handler: Handler) -> None:
+        self.writers = {s: IndexedWriter(f"{prefix}_{s}", dtype) for s, dtype in handler.stream_dtypes.items()}
+
+    def add(self, streams: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Append a chunk; returns the lengths of its documents."""
+        for stream, (tokens, lengths) in streams.items():
+            self.writers[stream].add(tokens, lengths)
+        return np.concatenate([lengths for _, lengths in streams.values()])
+
+    def finish(self) -> None:
+        """Close all files."""
+        for writer in self.writers.values():
+            writer.close()
+
+    def publish(self) -> None:
+        """Give all files their final names."""
+        for writer in self.writers.values():
+            writer.publish()
+
+    def discard(self) -> None:
+        """Remove what was not published."""
+        for writer in self.writers.values():
+            writer.discard()
+
+
+class _SftOutput(_PretrainOutput):
+    """input_ids, attention_mask and labels of samples, or of rows packed from them.
+
+    attention_mask holds the number (from 1) of the segment a token belongs to, 0 for padding. Packed rows are padded to
+    seq_length, as MindSpeed-LLM writes them.
+    """
+
+    def __init__(self, prefix: str, tokenizer: Tokenizer, seq_length: int | None, pack_mode: str) -> None:
+        self.writers = {name: IndexedWriter(f"{prefix}_packed_{name}_document", np.int32) for name in SFT_STREAMS}
+        self.seq_length = seq_length
+        self.pad = tokenizer.pad_token_id
+        self.samples: dict[str, IndexedWriter] = {}
+        if pack_mode != "none":
+            if self.pad is None:
+                raise UserError(f"pack: '{tokenizer.source}' has neither pad nor eos to fill rows with; try: no --pack")
+            self.samples = {n: IndexedWriter(f"{prefix}_unpacked_{n}", np.int32) for n in ("input_ids", "labels")}
+
+    def add(self, streams: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Append a chunk; returns the lengths of its samples."""
+        tokens, lengths = streams["input_ids"]
+        for name, writer in (self.samples or self.writers).items():
+            values = np.ones_like(tokens) if name == "attention_mask" else streams[name][0]
+            writer.add(values, lengths)
+        return lengths
+
+    def finish(self) -> int | None:
+        """Pack if asked to, close all files; returns the number of packed rows."""
+        if not self.samples:
+            super().finish()
+            return None
+        for writer in self.samples.values():
+            writer.close()
+        ids, labels = (IndexedReader(writer.temporary_prefix) for writer in self.samples.values())
+        rows = pack(ids.lengths, self.seq_length)
+        for row in rows:
+            lengths = ids.lengths[row]
+            room = self.seq_length - int(lengths.sum())
+            pieces = {
+                "input_ids": [*(ids[i] for i in row), np.full(room, self.pad, np.int32)],
+                "labels": [*(labels[i] for i in row), np.full(room, IGNORE_INDEX, np.int32)],
+                "attention_mask": [np.repeat(np.arange(1, len(row) + 1), lengths), np.zeros(room, np.int32)],
+            }
+            for name, writer in self.writers.items():
+                writer.add(np.concatenate(pieces[name]))
+        for writer in self.samples.values():
+            writer.discard()
+        super().finish()
+        return len(rows)
+
+    def discard(self) -> None:
+        """Remove what was not published."""
+        for writer in self.samples.values():
+            writer.discard()
+        super().discard()
+
+
+def merge_groups(directory: str, keys: list[str], output_prefix: str, overwrite: bool = False) -> dict[str, int]:
+    """Merge mode: for every key, concatenate the indexed files whose name contains it into `<prefix>_<key>`.
+
+    Args:
+        directory: holds the .bin/.idx files; they are taken in numeric-aware order of their names.
+
+    Returns:
+        Sequences written per key.
+
+    Raises:
+        UserError: no directory, no file for a key, a file fits two keys, or output exists.
+    """
+    if not Path(directory).is_dir():
+        raise UserError(f"input: '{directory}' is no directory; legal in merge mode: one holding .bin/.idx files")
+    found = sorted((path.with_suffix("") for path in Path(directory).glob("*.idx")), key=lambda p: natural_key(p.name))
+    found = [path for path in found if not path.name.startswith(".")]
+    groups = {key: [path for path in found if key in path.name] for key in keys}
+    for path, count in _counted(chain.from_iterable(groups.values())).items():
+        if count > 1:
+            raise UserError(f"merge-group-keys: '{path.name}' contains several of {keys}; try: longer keys")
+    for key, paths in groups.items():
+        output = Path(f"{output_prefix}_{key}")
+        if not paths:
+            raise UserError(f"merge-group-keys: no .idx file in '{directory}' has {key!r} in its name")
+        if output in paths or (output.with_name(output.name + ".idx").exists() and not overwrite):
+            raise UserError(f"output-prefix: '{output}' exists; try: another prefix, or --overwrite-cache")
+    return {key: merge(paths, f"{output_prefix}_{key}") for key, paths in groups.items()}
+
+
+def _counted(paths: Any) -> dict[Path, int]:
+    counts: dict[Path, int] = {}
+    for path in paths:
+        counts[path] = counts.get(path, 0) + 1
+    return counts

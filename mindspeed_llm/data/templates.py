@@ -1,0 +1,402 @@
+"""Chat templates: a conversation becomes token ids together with a flag per token saying whether it is trained.
+
+Rendering follows LLaMA-Factory 0.8.2, which MindSpeed-LLM's templates rely on:
+
+    prefix, system, user 0, assistant 0, separator, user 1, assistant 1, separator, ...
+
+Every slot is tokenized by itself, so the ids of a prompt are by construction a strict prefix of the training ids, and
+the trained tokens are exactly those of the assistant slots, whatever ids they have (pad == eos does no harm).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+
+from mindspeed_llm.data.tokenizer import Tokenizer
+from mindspeed_llm.errors import UserError
+
+SHIPPED = Path(__file__).with_name("templates.yaml")
+HF = "hf"
+CONTENT = "{{content}}"
+THINKING = ("true", "false", "none")
+
+Slot = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: role "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Alternating turns, the first by the user; `system` None means the template's default."""
+
+    messages: tuple[Message, ...]
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids [n] int32 and whether each is trained [n] bool."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+class ChatTemplate(Protocol):
+    """What handlers, inference and chat need of a template."""
+
+    name: str
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | UserError]:
+        """Training tokens of each conversation, or why it cannot be rendered."""
+
+    def render_prompt(self, conversation: Conversation) -> list[int]:
+        """Ids up to where the assistant starts to write; the conversation ends with a user turn."""
+
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a generated answer, the one that training ends it with first."""
+
+
+@dataclass(frozen=True)
+class TemplateSpec:
+    """One entry of templates.yaml.
+
+    Args:
+        prefix: slots before everything else.
+        system, user, assistant: slots of a turn; the assistant's default is the text and, unless `efficient_eos`, eos.
+        separator: slots between an assistant turn and the next user turn.
+        default_system: used when a conversation brings no system text.
+        system_in_first_user_turn: the rendered system text is put inside the first user text (Llama 2).
+        stop_words: tokens that end generation.
+        replace_eos: the first stop word takes the place of eos.
+        efficient_eos: eos only once, after the last assistant turn.
+        thought_words: opening and closing of a thought; makes it a reasoning template.
+    """
+
+    prefix: tuple[Slot, ...] = ()
+    system: tuple[Slot, ...] = (CONTENT,)
+    user: tuple[Slot, ...] = (CONTENT,)
+    assistant: tuple[Slot, ...] | None = None
+    separator: tuple[Slot, ...] = ()
+    default_system: str = ""
+    system_in_first_user_turn: bool = False
+    stop_words: tuple[str, ...] = ()
+    replace_eos: bool = False
+    efficient_eos: bool = False
+    thought_words: tuple[str, str] | None = None
+
+    @property
+    def assistant_slots(self) -> tuple[Slot, ...]:
+        if self.assistant is not None:
+            return self.assistant
+        return (CONTENT,) if self.efficient_eos else (CONTENT, {"special": "eos_token"})
+
+
+@cache
+def read_templates(path: str | Path = SHIPPED) -> dict[str, TemplateSpec]:
+    """All templates of a YAML file.
+
+    Raises:
+        UserError: the file is missing, or an entry has an unknown field or slot.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"prompt-type-path: '{path}' does not exist; legal: a YAML file laid out like {SHIPPED}")
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    legal = {f.name for f in dataclasses.fields(TemplateSpec)}
+    specs = {}
+    for name, entry in entries.items():
+        if unknown := sorted(set(entry) - legal):
+            raise UserError(f"template: {name!r} in '{path}' has unknown fields {unknown}; legal: {sorted(legal)}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        specs[name] = spec = TemplateSpec(**values)
+        for slot in (*spec.prefix, *spec.system, *spec.user, *spec.assistant_slots, *spec.separator):
+            _check_slot(name, slot)
+        if spec.replace_eos and not spec.stop_words:
+            raise UserError(f"template: {name!r} in '{path}' replaces eos but has no stop_words")
+    return specs
+
+
+def _check_slot(name: str, slot: Slot) -> None:
+    if isinstance(slot, str) or set(slot) == {"token"} or slot in ({"special": "bos_token"}, {"special": "eos_token"}):
+        return
+    raise UserError(
+        f"template: slot {slot!r} of {name!r} is unknown; legal: a string, {{special: bos_token}}, "
+        "{special: eos_token} or {token: '...'}"
+    )
+
+
+def load_template(
+    prompt_type: str, tokenizer: Tokenizer, path: str | Path | None = None, enable_thinking: str = "none"
+) -> ChatTemplate:
+    """The template `prompt_type` bound to a tokenizer.
+
+    Args:
+        prompt_type: a name in the template file, or "hf" for the tokenizer's own chat template.
+        path: template file, default the shipped one.
+        enable_thinking: "true" trains an empty thought where a turn has none, "false" strips thoughts and puts the
+            empty thought on the prompt's side, "none" does so only where a turn has none and keeps the others.
+
+    Raises:
+        UserError: unknown name, a token the template needs is not in the vocabulary, or thinking is asked of a
+            template without thoughts.
+    """
+    if enable_thinking not in THINKING:
+        raise UserError(f"enable-thinking: {enable_thinking!r} is unknown; legal: {', '.join(THINKING)}")
+    if prompt_type == HF:
+        if path is not None:
+            raise UserError("prompt-type-path: has no use with --prompt-type hf, which takes the tokenizer's template")
+        return HfChatTemplate(tokenizer, enable_thinking)
+    specs = read_templates(SHIPPED if path is None else path)
+    if prompt_type not in specs:
+        near = difflib.get_close_matches(prompt_type, [*specs, HF], 1)
+        hint = f"; try: {near[0]}" if near else ""
+        raise UserError(f"prompt-type: {prompt_type!r} is unknown; legal: {', '.join(sorted([*specs, HF]))}{hint}")
+    return SlotTemplate(prompt_type, specs[prompt_type], tokenizer, enable_thinking)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A text to tokenize, or one token given by its id."""
+
+    text: str
+    token_id: int | None
+    trained: bool
+
+
+class SlotTemplate:
+    """A template of templates.yaml bound to a tokenizer."""
+
+    def __init__(self, name: str, spec: TemplateSpec, tokenizer: Tokenizer, enable_thinking: str = "none") -> None:
+        self.name = name
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.enable_thinking = enable_thinking
+        if enable_thinking != "none" and spec.thought_words is None:
+            raise UserError(
+                f"enable-thinking: {enable_thinking!r} has no meaning for template {name!r}, which has no thoughts; "
+                "legal: none; try: --prompt-type qwen3"
+            )
+        self._eos = self._eos_id()
+        for slot in (*spec.prefix, *spec.user, *spec.assistant_slots, *spec.separator):
+            if not isinstance(slot, str):
+                self._slot_span(slot, "", False)
+
+    def _eos_id(self) -> int | None:
+        if not self.spec.replace_eos:
+            return self.tokenizer.eos_token_id
+        return self._token_id(self.spec.stop_words[0])
+
+    def _token_id(self, token: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None:
+            raise UserError(
+                f"prompt-type: template {self.name!r} needs the token {token!r}, which '{self.tokenizer.source}' does "
+                "not have; try: a template made for this tokenizer, or --prompt-type hf"
+            )
+        return index
+
+    def _slot_span(self, slot: Slot, content: str, trained: bool) -> Span:
+        if isinstance(slot, str):
+            return Span(slot.replace(CONTENT, content), None, trained)
+        if "token" in slot:
+            return Span("", self._token_id(slot["token"]), trained)
+        name = slot["special"]
+        index = self._eos if name == "eos_token" else self.tokenizer.bos_token_id
+        if index is None:
+            raise UserError(
+                f"prompt-type: template {self.name!r} needs {name}, which '{self.tokenizer.source}' does not have; "
+                "try: another template"
+            )
+        return Span("", index, trained)
+
+    def spans(self, conversation: Conversation, generation: bool = False) -> list[Span]:
+        """The pieces of a conversation, in order, empty texts left out.
+
+        Args:
+            conversation: alternating turns; for `generation` the last one is the user's.
+        """
+        spec = self.spec
+        system = spec.default_system if not conversation.system else conversation.system
+        spans = [self._slot_span(slot, "", False) for slot in spec.prefix]
+        folded = ""
+        if system and spec.system_in_first_user_turn:
+            folded = "".join(self._slot_span(slot, system, False).text for slot in spec.system)
+        elif system:
+            spans += [self._slot_span(slot, system, False) for slot in spec.system]
+        for number, message in enumerate(conversation.messages):
+            if message.role == "user":
+                if number:
+                    spans += [self._slot_span(slot, "", False) for slot in spec.separator]
+                text = folded + message.content if number == 0 else message.content
+                spans += [self._slot_span(slot, text, False) for slot in spec.user]
+            else:
+                spans += self._assistant_spans(message.content)
+        if generation and spec.thought_words and self.enable_thinking == "false":
+            spans.append(Span("".join(spec.thought_words), None, False))
+        elif not generation and spec.efficient_eos:
+            spans.append(self._slot_span({"special": "eos_token"}, "", True))
+        return [span for span in spans if span.text or span.token_id is not None]
+
+    def _assistant_spans(self, content: str) -> list[Span]:
+        spans = []
+        if self.spec.thought_words:
+            opening, closing = self.spec.thought_words
+            if self.enable_thinking == "false":
+                content = _remove_thoughts(content, opening, closing)
+            if opening not in content and closing not in content:
+                # An empty thought is trained only when thoughts were asked for.
+                spans.append(Span(opening + closing, None, self.enable_thinking == "true"))
+        return spans + [self._slot_span(slot, content, True) for slot in self.spec.assistant_slots]
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | UserError]:
+        """Training tokens of each conversation; all texts go to the tokenizer in one batch."""
+        spans_of = [self.spans(conversation) for conversation in conversations]
+        texts = [span.text for spans in spans_of for span in spans if span.token_id is None]
+        ids = iter(self.tokenizer.encode_batch(texts))
+        return [_join(spans, ids) for spans in spans_of]
+
+    def render_prompt(self, conversation: Conversation) -> list[int]:
+        """Ids up to where the assistant starts to write."""
+        _require_open(conversation)
+        ids: list[int] = []
+        for span in self.spans(conversation, generation=True):
+            ids += self.tokenizer.encode(span.text) if span.token_id is None else [span.token_id]
+        return ids
+
+    def stop_token_ids(self) -> list[int]:
+        """The end token that is trained first, then the tokenizer's eos and the other stop words it knows."""
+        known = [self.tokenizer.convert_tokens_to_ids(word) for word in self.spec.stop_words]
+        candidates = [self._eos, self.tokenizer.eos_token_id, *known]
+        return list(dict.fromkeys(index for index in candidates if index is not None))
+
+
+def _remove_thoughts(content: str, opening: str, closing: str) -> str:
+    while (start := content.find(opening)) >= 0 and (stop := content.find(closing, start)) >= 0:
+        content = content[:start] + content[stop + len(closing) :]
+    return content.lstrip("\n")
+
+
+def _join(spans: list[Span], encoded: Any) -> Encoded:
+    pieces = [next(encoded) if span.token_id is None else (span.token_id,) for span in spans]
+    ids: list[int] = []
+    for piece in pieces:
+        ids.extend(piece)
+    trained = np.repeat([span.trained for span in spans], [len(piece) for piece in pieces])
+    return Encoded(np.array(ids, np.int32), trained.astype(bool))
+
+
+def _require_open(conversation: Conversation) -> None:
+    if not conversation.messages or conversation.messages[-1].role != "user":
+        raise UserError("prompt: the last message is not the user's, so there is nothing to answer; legal: a user turn")
+
+
+class HfChatTemplate:
+    """The tokenizer's own Jinja chat template; spans are found by rendering prefixes of the conversation.
+
+    The text is tokenized as a whole, exactly as `apply_chat_template` does, and a token is trained when it lies between
+    the end of a generation prompt and the end of that assistant turn (without trailing white space, which a
+    generation that stopped never reaches).
+    """
+
+    name = HF
+
+    def __init__(self, tokenizer: Tokenizer, enable_thinking: str = "none") -> None:
+        if tokenizer.backend is None:
+            raise UserError(
+                f"prompt-type: hf needs a tokenizer.json, because '{tokenizer.source}' (sentencepiece) does not read "
+                "special tokens inside text; try: a named template"
+            )
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"prompt-type: hf, but '{tokenizer.source}' has no chat template; try: a named template such as llama2"
+            )
+        if enable_thinking != "none" and "enable_thinking" not in tokenizer.chat_template:
+            raise UserError(
+                f"enable-thinking: {enable_thinking!r} has no meaning for the chat template of '{tokenizer.source}', "
+                "because it does not read enable_thinking; legal: none"
+            )
+        self.tokenizer = tokenizer
+        self.options = {} if enable_thinking == "none" else {"enable_thinking": enable_thinking == "true"}
+
+    def _render(self, conversation: Conversation, count: int, generation: bool) -> str:
+        messages = [{"role": m.role, "content": m.content} for m in conversation.messages[:count]]
+        if conversation.system:
+            messages.insert(0, {"role": "system", "content": conversation.system})
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **self.options)
+
+    def trained_ranges(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and the character ranges in it that are trained.
+
+        Raises:
+            UserError: an earlier part of the text changes when turns are added, so there is no boundary to find.
+        """
+        text = self._render(conversation, len(conversation.messages), False)
+        ranges = []
+        for number, message in enumerate(conversation.messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._render(conversation, number, True)
+            answered = self._render(conversation, number + 1, False)
+            if not (answered.startswith(prompt) and text.startswith(answered.rstrip())):
+                raise UserError(
+                    f"prompt-type: the chat template of '{self.tokenizer.source}' changes turn {number + 1} "
+                    "once later turns follow, so its trained tokens cannot be told; try: a named template"
+                )
+            ranges.append((len(prompt), len(answered.rstrip())))
+        return text, ranges
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | UserError]:
+        """Training tokens of each conversation, or why it cannot be rendered."""
+        results: list[Any] = []
+        for conversation in conversations:
+            try:
+                results.append(self.trained_ranges(conversation))
+            except UserError as error:
+                results.append(error)
+        texts = [result[0] for result in results if not isinstance(result, UserError)]
+        encodings = iter(self.tokenizer.backend.encode_batch(texts, add_special_tokens=False))
+        return [
+            result if isinstance(result, UserError) else _by_offsets(next(encodings), result[1]) for result in results
+        ]
+
+    def render_prompt(self, conversation: Conversation) -> list[int]:
+        """Ids up to where the assistant starts to write."""
+        _require_open(conversation)
+        return self.tokenizer.encode(self._render(conversation, len(conversation.messages), True))
+
+    def stop_token_ids(self) -> list[int]:
+        """The token that ends an assistant turn in this template, then the tokenizer's eos."""
+        probe = Conversation((Message("user", "a"), Message("assistant", "b")))
+        encoded = self.encode([probe])[0]
+        if isinstance(encoded, UserError):
+            raise encoded
+        last = int(encoded.ids[encoded.trained][-1])
+        special = self.tokenizer.backend.get_added_tokens_decoder()
+        ends = [last] if last in special and special[last].special else []
+        return list(dict.fromkeys(i for i in [*ends, self.tokenizer.eos_token_id] if i is not None))
+
+
+def _by_offsets(encoding: Any, ranges: list[tuple[int, int]]) -> Encoded | UserError:
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    trained = np.zeros(len(offsets), bool)
+    for first, last in ranges:
+        if np.any((starts < first) & (stops > first)):
+            return UserError("a token spans the end of the prompt and the start of the answer under --prompt-type hf")
+        trained |= (starts >= first) & (stops <= last) & (stops > starts)
+    return Encoded(np.array(encoding.ids, np.int32), trained)
