@@ -1,0 +1,33 @@
+"""Which part of a data set a run may see: `--split 949,50,1` divides it into training, validation and test."""
+
+from __future__ import annotations
+
+from mindspeed_llm.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+def split_bounds(split: str, total: int, name: str) -> tuple[int, int]:
+    """[start, stop) of one part of `total` documents or rows, as Megatron rounds it.
+
+    Args:
+        split: one to three proportions joined by commas; they need not sum to anything in particular.
+        total: how many there are.
+        name: "train", "valid" or "test".
+
+    Raises:
+        UserError: the proportions cannot be read.
+    """
+    try:
+        weights = [float(piece) for piece in split.split(",")]
+    except ValueError:
+        weights = []
+    if not 1 <= len(weights) <= len(SPLITS) or min(weights) < 0 or sum(weights) <= 0:
+        raise UserError(
+            f"split: {split!r} is no list of proportions; legal: up to three numbers >= 0, such as 949,50,1"
+        )
+    weights += [0.0] * (len(SPLITS) - len(weights))
+    # Cumulated fractions are rounded, so that the parts cover everything exactly once.
+    index = SPLITS.index(name)
+    before, upto = sum(weights[:index]) / sum(weights), sum(weights[: index + 1]) / sum(weights)
+    return round(before * total), round(upto * total)
