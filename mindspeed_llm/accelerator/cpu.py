@@ -1,0 +1,136 @@
+"""The CPU as an accelerator: one device, one queue, host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+
+class HostEvent:
+    """A point in time. Work on a CPU is done when the call returns, so waiting is free."""
+
+    def __init__(self, enable_timing: bool = False, **_kinds: object):
+        self._seconds: float | None = None
+
+    def record(self, stream: object = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for: CPU work is finished when submitted."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: CPU work is finished when submitted."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        """Milliseconds from this event to `end`."""
+        if self._seconds is None or end._seconds is None:
+            raise RuntimeError("both events must be recorded before elapsed_time")
+        return (end._seconds - self._seconds) * 1e3
+
+
+class HostStream:
+    """The program order of the calling thread, with the interface of a device queue."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, device: object = None, priority: int = 0, **_kinds: object):
+        self.priority = priority
+
+    def wait_stream(self, stream: object) -> None:
+        """Program order already orders the work."""
+
+    def wait_event(self, event: object) -> None:
+        """Program order already orders the work."""
+
+    def record_event(self, event: HostEvent | None = None) -> HostEvent:
+        event = event or HostEvent()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """CPU work is finished when submitted."""
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> HostStream:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        return None
+
+
+class CPU:
+    """See `protocol.Accelerator`. Tensor memory is not tracked by torch on CPUs; resident memory is reported instead."""
+
+    name = "cpu"
+    device_type = "cpu"
+    distributed_backend = "gloo"
+    supports_pin_memory = False
+
+    def __init__(self) -> None:
+        self._stream = HostStream()
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def set_device(self, index: int) -> None:
+        """There is one CPU device; ranks of a node share it whatever their index."""
+
+    def synchronize(self) -> None:
+        """CPU work is finished when submitted."""
+
+    def stream(self, stream: object) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext(stream)
+
+    def new_stream(self) -> HostStream:
+        return HostStream()
+
+    def current_stream(self) -> HostStream:
+        return self._stream
+
+    def new_event(self, enable_timing: bool = False) -> HostEvent:
+        return HostEvent(enable_timing)
+
+    def generator(self) -> torch.Generator:
+        return torch.default_generator
+
+    def memory_allocated(self) -> int:
+        return 0
+
+    def peak_memory_allocated(self) -> int:
+        return 0
+
+    def reset_peak_memory(self) -> None:
+        """No peak of tensor memory is kept on a CPU; see `peak_resident_memory`."""
+
+    def memory_total(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def resident_memory(self) -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    def peak_resident_memory(self) -> int:
+        """Highest resident set size of the process so far, bytes (ru_maxrss is in KiB on Linux)."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def empty_cache(self) -> None:
+        """The host allocator keeps no cache of ours."""
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return None

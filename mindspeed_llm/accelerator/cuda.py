@@ -1,0 +1,77 @@
+"""NVIDIA GPUs as an accelerator: torch.cuda behind our protocol."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+# Dense tensor-core FLOP/s of bf16/fp16 from NVIDIA's data sheets (without sparsity), keyed by a word of the device
+# name; the SXM parts, since PCIe parts carry "PCIe" in theirs and are left out rather than guessed.
+PEAK_HALF_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}
+
+
+class CUDA:
+    """See `protocol.Accelerator`."""
+
+    name = "cuda"
+    device_type = "cuda"
+    distributed_backend = "nccl"
+    supports_pin_memory = True
+
+    def is_available(self) -> bool:
+        return torch.cuda.is_available()
+
+    def device_count(self) -> int:
+        return torch.cuda.device_count()
+
+    def current_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def set_device(self, index: int) -> None:
+        torch.cuda.set_device(index)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def stream(self, stream: torch.cuda.Stream | None) -> AbstractContextManager:
+        return torch.cuda.stream(stream)
+
+    def new_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream()
+
+    def new_event(self, enable_timing: bool = False) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=enable_timing)
+
+    def generator(self) -> torch.Generator:
+        return torch.cuda.default_generators[torch.cuda.current_device()]
+
+    def memory_allocated(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def peak_memory_allocated(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def memory_total(self) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+    def resident_memory(self) -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        name = torch.cuda.get_device_name()
+        if dtype not in (torch.bfloat16, torch.float16) or "PCIe" in name:
+            return None
+        return next((flops for word, flops in PEAK_HALF_FLOPS.items() if word in name), None)

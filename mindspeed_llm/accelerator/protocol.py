@@ -1,0 +1,75 @@
+"""What a device is to this library: the one interface through which rooms and megatron's facade see it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+
+class Accelerator(Protocol):
+    """A device type: where tensors live, which collectives it has, how its streams, generators and memory are read.
+
+    Attributes:
+        name: the word that selects it (`cpu`, `cuda`, `npu`).
+        device_type: torch's device type string.
+        distributed_backend: the torch.distributed backend for tensors on it (`gloo`, `nccl`, `hccl`).
+        supports_pin_memory: whether host memory can be page-locked for faster copies to it.
+    """
+
+    name: str
+    device_type: str
+    distributed_backend: str
+    supports_pin_memory: bool
+
+    def is_available(self) -> bool:
+        """Whether this process can use the device; initialises nothing."""
+
+    def device_count(self) -> int:
+        """Number of devices visible to this process (1 for a CPU)."""
+
+    def current_device(self) -> torch.device:
+        """The device new tensors of this process belong on."""
+
+    def set_device(self, index: int) -> None:
+        """Make device `index` the current one."""
+
+    def synchronize(self) -> None:
+        """Wait until all submitted work is done."""
+
+    def stream(self, stream: Any) -> AbstractContextManager:
+        """Context in which work is submitted to `stream` (None: unchanged)."""
+
+    def new_stream(self) -> Any:
+        """A new work queue with wait_stream, wait_event, record_event, synchronize."""
+
+    def current_stream(self) -> Any:
+        """The queue work is submitted to now."""
+
+    def new_event(self, enable_timing: bool = False) -> Any:
+        """A new marker with record, wait, query, synchronize, elapsed_time (ms)."""
+
+    def generator(self) -> torch.Generator:
+        """The generator that random kernels on this device draw from."""
+
+    def memory_allocated(self) -> int:
+        """Bytes held by tensors on the device; 0 where that is not measured."""
+
+    def peak_memory_allocated(self) -> int:
+        """Highest `memory_allocated` since the last reset, bytes; 0 where that is not measured."""
+
+    def reset_peak_memory(self) -> None:
+        """Start a new peak measurement."""
+
+    def memory_total(self) -> int:
+        """Bytes of memory the device has."""
+
+    def resident_memory(self) -> int:
+        """Bytes of host memory resident for this process."""
+
+    def empty_cache(self) -> None:
+        """Return cached blocks to the device."""
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Peak dense matrix-multiplication FLOP/s for `dtype`, None where no honest number is known."""

@@ -1,0 +1,146 @@
+"""Self-attention with a lean forward: split and rotate in one step, no explicit mask, packed documents kept apart."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.norm import RMSNorm
+from mindspeed_llm.ops.attention import attention
+from mindspeed_llm.ops.rotary import apply_rotary, split_qkv_rotary
+
+
+class KeyValueCache(Protocol):
+    """What generation passes as `inference_context`: it stores keys and values of earlier positions."""
+
+    def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this call's rotated key and value [s, b, g, d]; return all of them [s_all, b, g, d], oldest first.
+
+        The queries of the call are the last s of the s_all positions. Layers are numbered from 1, over the whole model.
+        """
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v of one layer; context parallelism replaces this module."""
+
+    def __init__(self, config: ModelConfig, layer_number: int):
+        super().__init__()
+        self.window_size = config.window_of_layer(layer_number)
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """q [s, b, n, d], k and v [s_k, b, g, d] -> [s, b, n * d]; see ops.attention."""
+        dropout = self.dropout if self.training else 0.0
+        if dropout == 0.0:
+            return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size)
+        # Heads differ between tensor-parallel ranks, so their masks come from the stream that differs too.
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size, dropout=dropout)
+
+
+class SelfAttention(MegatronModule):
+    """[s, b, h] -> [s, b, h]: linear_qkv, q_layernorm and k_layernorm if any, rotation, core_attention, linear_proj.
+
+    Hooks for other rooms:
+      - LoRA replaces linear_qkv and linear_proj by modules called the same way, `(x) -> (out, bias)`.
+      - Context parallelism replaces core_attention.
+      - Generation passes a `KeyValueCache` as `inference_context`; positions come from `position_ids` through the
+        rotary table, so decoding one token at position p needs nothing else.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_attention_kind: Any,
+    ):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.pg_collection = pg_collection
+        shape, tp = config.shape, pg_collection.tp.size()
+        self.head_dim = shape.kv_channels
+        self.num_attention_heads_per_partition = shape.num_attention_heads // tp
+        self.num_query_groups_per_partition = shape.num_query_groups // tp
+        self.linear_qkv = ColumnParallelLinear(
+            shape.hidden_size,
+            (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels,
+            config=config,
+            init_method=config.init_method,
+            bias=shape.add_qkv_bias,
+            gather_output=False,
+            tp_group=pg_collection.tp,
+        )
+        self.linear_proj = RowParallelLinear(
+            shape.num_attention_heads * shape.kv_channels,
+            shape.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=shape.add_attention_output_bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=pg_collection.tp,
+        )
+        self.q_layernorm = RMSNorm(config, shape.kv_channels, shape.norm_epsilon) if shape.qk_layernorm else None
+        self.k_layernorm = RMSNorm(config, shape.kv_channels, shape.norm_epsilon) if shape.qk_layernorm else None
+        self.core_attention = CoreAttention(config, layer_number)
+        self.checkpoint_core_attention = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        inference_context: KeyValueCache | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused_by_megatron: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one layer.
+
+        Args:
+            hidden_states: [s, b, h] (a rank's share of s under sequence parallelism).
+            attention_mask: must be None: causal order, windows and documents are all there is.
+            inference_context: a KeyValueCache, or None.
+            rotary_pos_emb: table of ops.rotary.rotary_table for these positions; None for no rotation.
+            packed_seq_params: thd documents in a batch of one.
+            unused_by_megatron: arguments of TransformerLayer that must be None.
+
+        Returns:
+            Output [s, b, h] and linear_proj's bias, which the layer adds.
+        """
+        if attention_mask is not None or any(value is not None for value in unused_by_megatron.values()):
+            given = [name for name, value in unused_by_megatron.items() if value is not None] or ["attention_mask"]
+            raise ValueError(f"{', '.join(given)} cannot be given: attention here is causal, windowed or packed only")
+        query, key, value = self.query_key_value(hidden_states, rotary_pos_emb)
+        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        if inference_context is not None:
+            key, value = inference_context.update(self.layer_number, key, value)
+        if self.checkpoint_core_attention and self.training:
+            context = tensor_parallel.checkpoint(
+                lambda q, k, v: self.core_attention(q, k, v, cu_seqlens), False, query, key, value
+            )
+        else:
+            context = self.core_attention(query, key, value, cu_seqlens)
+        return self.linear_proj(context)
+
+    def query_key_value(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, g, d] of this rank, normalised and rotated."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        groups = self.num_query_groups_per_partition
+        if self.q_layernorm is None:
+            return split_qkv_rotary(qkv, groups, self.head_dim, table)
+        query, key, value = split_qkv_rotary(qkv, groups, self.head_dim, None)
+        query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if table is not None:
+            query, key = apply_rotary(query, table), apply_rotary(key, table)
+        return query, key, value

@@ -1,0 +1,163 @@
+"""The only place that makes a model configuration and a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mindspeed_llm import megatron_adaptor  # noqa: F401  (binds the facade before megatron is loaded)
+from mindspeed_llm.models import layouts
+from mindspeed_llm.models.layouts import padded_vocab_size
+from mindspeed_llm.models.shape import ModelShape
+
+__all__ = ["BuildOptions", "build_model", "model_config", "padded_vocab_size"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model of a given shape is cut up, stored and recomputed; nothing here changes the function it computes.
+
+    Args:
+        tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size, context_parallel_size: of the
+            parallel state that is already initialised.
+        num_layers_per_stage: layers of each (virtual) stage; None splits evenly.
+        sequence_parallel: keep the residual stream cut along the sequence between the tensor-parallel regions.
+        params_dtype: of all parameters.
+        vocab_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
+        hidden_dropout, attention_dropout: probabilities while training; attention_dropout None takes the shape's.
+        recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: as in megatron-core.
+        calculate_per_token_loss: gradients are divided by the global number of labelled tokens (by megatron, which
+            needs the count from the loss function); False averages micro-batches instead.
+        seed: of the initial weights.
+        initialize: False leaves the weights undefined, for a checkpoint to fill.
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    virtual_pipeline_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    num_layers_per_stage: Sequence[int] | None = None
+    sequence_parallel: bool = False
+    params_dtype: torch.dtype = torch.float32
+    vocab_divisible_by: int = layouts.VOCAB_MULTIPLE
+    hidden_dropout: float = 0.0
+    attention_dropout: float | None = None
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: Sequence[str] = field(default_factory=lambda: ("core_attn",))
+    calculate_per_token_loss: bool = True
+    seed: int = 1234
+    initialize: bool = True
+
+
+def model_config(shape: ModelShape, options: BuildOptions):
+    """The `models.config.ModelConfig` of a shape under these options.
+
+    Raises:
+        UserError: the shape cannot be cut that way, or its activation is not implemented.
+    """
+    from mindspeed_llm.models.config import ModelConfig
+    from mindspeed_llm.models.mlp import activation_function
+
+    tp = options.tensor_parallel_size
+    layouts.check_tensor_parallel(shape, tp)
+    return ModelConfig(
+        shape=shape,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization=shape.normalization,
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=activation_function(shape.activation),
+        gated_linear_unit=shape.gated_linear_unit,
+        qk_layernorm=shape.qk_layernorm,
+        init_method_std=shape.init_method_std,
+        add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        add_attention_output_bias=shape.add_attention_output_bias,
+        add_mlp_bias=shape.add_mlp_bias,
+        padded_vocab_size=padded_vocab_size(shape.vocab_size, tp, options.vocab_divisible_by),
+        hidden_dropout=options.hidden_dropout,
+        attention_dropout=shape.attention_dropout if options.attention_dropout is None else options.attention_dropout,
+        params_dtype=options.params_dtype,
+        pipeline_dtype=options.params_dtype,
+        bf16=options.params_dtype == torch.bfloat16,
+        fp16=options.params_dtype == torch.float16,
+        # Several processes of one host share its memory; a checkpoint or initialize_weights fills the tensors.
+        perform_initialization=False,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=options.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=options.virtual_pipeline_parallel_size,
+        context_parallel_size=options.context_parallel_size,
+        pipeline_model_parallel_layout=_pipeline_layout(options),
+        sequence_parallel=options.sequence_parallel and tp > 1,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method=options.recompute_method,
+        recompute_num_layers=options.recompute_num_layers,
+        recompute_modules=list(options.recompute_modules),
+        calculate_per_token_loss=options.calculate_per_token_loss,
+        cuda_graph_scope=[],
+        # The fused kernels behind these need Apex or Transformer Engine; ours are in ops.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _pipeline_layout(options: BuildOptions) -> list[list[str]] | None:
+    if options.num_layers_per_stage is None:
+        return None
+    stages = [["decoder"] * count for count in options.num_layers_per_stage]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
+
+
+def build_model(
+    shape: ModelShape,
+    options: BuildOptions | None = None,
+    *,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    vp_stage: int | None = None,
+):
+    """This rank's part of a model, on the current device.
+
+    `parallel.setup.initialize_distributed` must have been called with the sizes in `options`.
+
+    Args:
+        shape: the architecture.
+        options: see `BuildOptions`; None means one rank, fp32.
+        pre_process, post_process: whether this part holds the embedding and the output layer; None asks the parallel
+            state.
+        vp_stage: number of the virtual stage, None without virtual pipeline stages.
+
+    Returns:
+        A `models.gpt.LanguageModel` (a megatron GPTModel).
+
+    Raises:
+        UserError: the shape cannot be cut that way.
+    """
+    from megatron.core import parallel_state
+
+    from mindspeed_llm.models.gpt import LanguageModel
+    from mindspeed_llm.models.initialize import initialize_weights, mark_tensor_parallel
+
+    options = options or BuildOptions()
+    config = model_config(shape, options)
+    if pre_process is None:
+        pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    if post_process is None:
+        post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    model = LanguageModel(config, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+    mark_tensor_parallel(model)
+    if options.initialize:
+        initialize_weights(model, options.seed)
+    return model

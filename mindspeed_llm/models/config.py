@@ -1,0 +1,34 @@
+"""The configuration object that megatron-core's modules read: a TransformerConfig and what it has no field for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mindspeed_llm.models.shape import ModelShape
+
+
+@dataclass
+class ModelConfig(TransformerConfig):
+    """A TransformerConfig whose biases are told apart and which knows its shape.
+
+    `add_bias_linear` of megatron-core is one switch for all linears; here it stays False and the three below decide
+    (`add_qkv_bias` is megatron-core's own).
+
+    Args:
+        shape: the architecture the configuration was made from.
+        add_attention_output_bias: bias of linear_proj.
+        add_mlp_bias: bias of linear_fc1 and linear_fc2.
+        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
+    """
+
+    shape: ModelShape | None = None
+    add_attention_output_bias: bool = False
+    add_mlp_bias: bool = False
+    padded_vocab_size: int = 0
+
+    def window_of_layer(self, layer_number: int) -> int | None:
+        """The sliding window of layer `layer_number` (from 1, as megatron counts), None for full attention."""
+        layers = self.shape.window_layers
+        return self.shape.window_size if layers is None or layer_number - 1 in layers else None

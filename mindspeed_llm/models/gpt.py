@@ -1,0 +1,195 @@
+"""A decoder-only language model on megatron-core's GPTModel, with a loss that never holds all logits."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from mindspeed_llm.models.attention import KeyValueCache, SelfAttention
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.mlp import MLP
+from mindspeed_llm.models.norm import LayerNorm, RMSNorm
+from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
+from mindspeed_llm.ops.cross_entropy import linear_cross_entropy_sum
+from mindspeed_llm.ops.rotary import rotary_table
+
+
+def layer_specification(config: ModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The modules of this stage's layers, for megatron's TransformerBlock."""
+    norm = RMSNorm if config.shape.normalization == "RMSNorm" else LayerNorm
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=SelfAttention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=MLP,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose forward takes labels to a loss sum, positions to a rotary table, and a cache for generation.
+
+    Parameter names are those of megatron-core's local specification.
+    """
+
+    def __init__(self, config: ModelConfig, *, pre_process: bool, post_process: bool, vp_stage: int | None = None):
+        shape = config.shape
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layer_specification(config, vp_stage),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+        self._frequencies: tuple[Tensor, float] | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        attention_mask: None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        inference_context: KeyValueCache | None = None,
+        last_position_only: bool = False,
+        gather_logits: bool | None = None,
+    ) -> Tensor:
+        """One stage's forward pass.
+
+        Args:
+            input_ids: [b, s] (packed: [1, t]); read by the first stage.
+            position_ids: [b, s] or [1, s]; None counts from 0, in each document when packed.
+            attention_mask: must be None: attention is causal, so right padding needs no mask.
+            labels: [b, s], labels[i] being the target at position i; -100 is ignored.
+            packed_seq_params: documents of a packed row, qkv_format 'thd', cu_seqlens_q ending at t.
+            inference_context: a KeyValueCache (models.attention); the queries are the newest positions.
+            last_position_only: logits of the last position alone, [b, 1, v].
+            gather_logits: collect the logits of all tensor-parallel ranks; default: when a cache is given.
+
+        Returns:
+            Before the last stage: hidden states [s, b, h]. Last stage with labels: the SUM of the labelled tokens'
+            losses, a scalar (fp32). Without labels: logits [b, s, v] of the true vocabulary when gathered, else
+            [b, s, v_local] with -inf in the padded columns.
+
+        Raises:
+            ValueError: an attention mask, ids outside the vocabulary, or shapes that do not fit together.
+        """
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None: attention is causal; pad on the right and label -100")
+        if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
+            raise ValueError(f"packed_seq_params.qkv_format must be 'thd', not {packed_seq_params.qkv_format!r}")
+        decoder_input = self._embed(input_ids) if self.pre_process else None
+        hidden_states = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            inference_context=inference_context,
+            rotary_pos_emb=self._rotary_table(input_ids, position_ids, packed_seq_params),
+            packed_seq_params=packed_seq_params,
+        )
+        if not self.post_process:
+            return hidden_states
+        if labels is not None:
+            return self._loss_sum(hidden_states, labels)
+        gather = inference_context is not None if gather_logits is None else gather_logits
+        return self._logits(hidden_states, last_position_only, gather)
+
+    def output_weight(self) -> Tensor:
+        """The output layer's weight [v_local, h], the embedding's when they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        tp = self.tp_group.size()
+        if self.config.sequence_parallel and input_ids.shape[1] % tp:
+            raise ValueError(f"sequence parallelism needs a multiple of {tp} tokens per row, not {input_ids.shape[1]}")
+        # Megatron's parallel embedding turns an id outside every rank's slice into a zero vector without a word.
+        inside = ((input_ids >= 0) & (input_ids < self.config.shape.vocab_size)).all()
+        if input_ids.device.type != "cpu":
+            torch._assert_async(inside, "input_ids outside the vocabulary")
+        elif not inside:
+            raise ValueError(f"input_ids must be in [0, {self.config.shape.vocab_size})")
+        hidden_states = self.embedding(input_ids=input_ids, position_ids=None)
+        # Recomputation replays a layer only for inputs that need a gradient; with a frozen embedding (LoRA) the first
+        # layers would silently not be trained.
+        recomputes = self.config.recompute_granularity is not None and self.training and torch.is_grad_enabled()
+        if recomputes and not hidden_states.requires_grad:
+            hidden_states.requires_grad_()
+        return hidden_states
+
+    def _rotary_table(
+        self, input_ids: Tensor | None, position_ids: Tensor | None, packed: PackedSeqParams | None
+    ) -> Tensor:
+        if position_ids is None:
+            position_ids = self._default_positions(input_ids, packed)
+        shape = self.config.shape
+        if (shape.rope_scaling or {}).get("rope_type") in LENGTH_DEPENDENT:
+            frequencies = rope_frequencies(shape, int(position_ids.max()) + 1)
+        else:
+            if self._frequencies is None:
+                self._frequencies = rope_frequencies(shape)
+            frequencies = self._frequencies
+        inv_freq, attention_factor = frequencies
+        dtype = torch.float32 if self.config.fp32_residual_connection else self.config.params_dtype
+        return rotary_table(position_ids, inv_freq.to(position_ids.device), attention_factor, dtype)
+
+    def _default_positions(self, input_ids: Tensor | None, packed: PackedSeqParams | None) -> Tensor:
+        if input_ids is not None:
+            length, device = input_ids.shape[1], input_ids.device
+        else:
+            received = self.decoder.input_tensor
+            length, device = received.shape[0], received.device
+            length *= self.tp_group.size() if self.config.sequence_parallel else 1
+        positions = torch.arange(length, device=device)
+        if packed is not None:
+            starts = packed.cu_seqlens_q
+            positions -= torch.repeat_interleave(starts[:-1], starts.diff()).to(positions)
+        return positions[None]
+
+    def _loss_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        return linear_cross_entropy_sum(
+            hidden_states.flatten(0, 1),
+            self.output_weight(),
+            labels.t().reshape(-1),
+            vocab_size=self.config.shape.vocab_size,
+            group=self.tp_group,
+        )
+
+    def _logits(self, hidden_states: Tensor, last_position_only: bool, gather: bool) -> Tensor:
+        sequence_parallel = self.config.sequence_parallel
+        if last_position_only:
+            if sequence_parallel:
+                raise ValueError("last_position_only does not go with sequence parallelism")
+            hidden_states = hidden_states[-1:]
+        logits, _ = self.output_layer(hidden_states, weight=self.output_weight(), runtime_gather_output=gather)
+        logits = logits.transpose(0, 1)
+        vocab_size = self.config.shape.vocab_size
+        if gather:
+            return logits[..., :vocab_size]
+        start = self.tp_group.rank() * logits.shape[-1]
+        true_columns = max(0, vocab_size - start)
+        if true_columns < logits.shape[-1]:
+            padded = torch.arange(logits.shape[-1], device=logits.device) >= true_columns
+            logits = logits.masked_fill(padded, float("-inf"))
+        return logits

@@ -1,0 +1,122 @@
+"""Rotary position embedding, half layout: channel i turns with channel i + r/2 by the angle position * inv_freq[i].
+
+[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin] on the first r of the d channels, the others unchanged.
+Source: arXiv 2104.09864, in the channel order of GPT-NeoX and Llama.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(position_ids: Tensor, inv_freq: Tensor, attention_factor: float, dtype: torch.dtype) -> Tensor:
+    """cos and sin for one forward pass.
+
+    Args:
+        position_ids: integer [b, s] (b may be 1 when all rows agree).
+        inv_freq: fp32 [r/2].
+        attention_factor: multiplies both.
+        dtype: of the activations; angles are computed in fp32.
+
+    Returns:
+        [2, s, b, 1, r/2]: cos, sin.
+    """
+    angles = position_ids.t()[:, :, None, None].to(inv_freq.dtype) * inv_freq
+    table = torch.stack((angles.cos(), angles.sin()))
+    if attention_factor != 1.0:
+        table = table * attention_factor
+    return table.to(dtype)
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x [s, b, n, d] by a table of `rotary_table`; returns a contiguous tensor of the same shape."""
+    return _Rotate.apply(x, table)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return rotate(x, table, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        return rotate(grad, table, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), backwards=True), None
+
+
+def rotate(x: Tensor, table: Tensor, out: Tensor, backwards: bool = False) -> Tensor:
+    """Write the rotation of x [s, b, ..., d] into `out` (not x itself); backwards turns the other way."""
+    cos, sin = table.unbind(0)
+    half = cos.shape[-1]
+    cos, sin = (part.view(*part.shape[:2], *(1,) * (x.dim() - 3), half) for part in (cos, sin))
+    sign = -1 if backwards else 1
+    x1, x2 = x[..., :half], x[..., half : 2 * half]
+    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=out[..., half : 2 * half]).addcmul_(x1, sin, value=sign)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def split_qkv_rotary(
+    qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take apart the output of linear_qkv and rotate queries and keys, in one step each way.
+
+    Args:
+        qkv: [s, b, g * (n/g + 2) * d], grouped as Megatron does: for each of g groups n/g queries, a key, a value.
+        num_groups: g on this rank.
+        head_dim: d.
+        table: from `rotary_table`; None leaves queries and keys unrotated (they are normalised first, say).
+
+    Returns:
+        query [s, b, n, d], key [s, b, g, d], value [s, b, g, d], each contiguous.
+    """
+    return _SplitRotate.apply(qkv, num_groups, head_dim, table)
+
+
+class _SplitRotate(torch.autograd.Function):
+    """Autograd's own derivative of three slices would fill and add three tensors of the size of qkv."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None):
+        s, b, _ = qkv.shape
+        grouped = qkv.view(s, b, num_groups, -1, head_dim)
+        queries = grouped.shape[3] - 2
+        ctx.queries, ctx.has_table = queries, table is not None
+        ctx.save_for_backward(*(() if table is None else (table,)))
+        query = qkv.new_empty(s, b, num_groups, queries, head_dim)
+        key = qkv.new_empty(s, b, num_groups, head_dim)
+        if table is None:
+            query.copy_(grouped[..., :-2, :])
+            key.copy_(grouped[..., -2, :])
+        else:
+            rotate(grouped[..., :-2, :], table, query)
+            rotate(grouped[..., -2, :], table, key)
+        # A copy, so that qkv can be freed: attention saves its value.
+        return query.view(s, b, -1, head_dim), key, grouped[..., -1, :].contiguous()
+
+    @staticmethod
+    def backward(ctx, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor):
+        s, b, g, d = grad_key.shape
+        grad = grad_key.new_empty(s, b, g, ctx.queries + 2, d)
+        grad_query = grad_query.unflatten(2, (g, ctx.queries))
+        if ctx.has_table:
+            (table,) = ctx.saved_tensors
+            rotate(grad_query, table, grad[..., :-2, :], backwards=True)
+            rotate(grad_key, table, grad[..., -2, :], backwards=True)
+        else:
+            grad[..., :-2, :] = grad_query
+            grad[..., -2, :] = grad_key
+        grad[..., -1, :] = grad_value
+        return grad.view(s, b, -1), None, None, None
+
+
+def apply_rotary_reference(x: Tensor, table: Tensor) -> Tensor:
+    """The formula; for tests."""
+    cos, sin = table.unbind(0)
+    half = cos.shape[-1]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)

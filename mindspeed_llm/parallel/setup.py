@@ -1,0 +1,92 @@
+"""Start and end of the process groups: torch.distributed, megatron's parallel state and its random streams."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_llm import accelerator, megatron_adaptor  # noqa: F401  (binds the facade before megatron is loaded)
+from mindspeed_llm.errors import UserError
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def initialize_process_group(timeout_minutes: float = 10.0) -> None:
+    """Join the process group described by torchrun's environment, or be a world of one without it. Twice is once."""
+    if dist.is_initialized():
+        return
+    device = accelerator.current()
+    if device.device_count() > 1:
+        device.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(device.distributed_backend, timeout=timeout)
+        return
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    dist.init_process_group(device.distributed_backend, init_method=address, world_size=1, rank=0, timeout=timeout)
+
+
+def initialize_distributed(
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    virtual_pipeline_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    seed: int = 1234,
+    timeout_minutes: float = 10.0,
+) -> None:
+    """Process group, megatron's parallel state for these sizes, and the random streams for `seed`.
+
+    Calling it again replaces the parallel state of an earlier call.
+
+    Raises:
+        UserError: the world size is not a multiple of tensor x pipeline x context parallel size.
+    """
+    from megatron.core import parallel_state
+
+    initialize_process_group(timeout_minutes)
+    model_parallel = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
+    if dist.get_world_size() % model_parallel:
+        raise UserError(
+            f"world size: {dist.get_world_size()} is wrong, because it is not a multiple of tensor x pipeline x context "
+            f"parallel size = {tensor_parallel_size} x {pipeline_parallel_size} x {context_parallel_size}; "
+            f"legal: multiples of {model_parallel}"
+        )
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
+        context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    set_random_streams(seed)
+
+
+def set_random_streams(seed: int) -> None:
+    """Seed torch's default stream and megatron's tracked ones (a stream per tensor-parallel rank, and a shared one)."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    # Pipeline stages draw different dropout masks; tensor-parallel ranks of a stage share the default stream.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def destroy_distributed() -> None:
+    """Leave the parallel state and the process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
