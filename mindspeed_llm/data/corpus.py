@@ -7,8 +7,10 @@ other. The texts differ between Python versions. Used by the quickstart and the 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
+import pkgutil
 import sys
 import warnings
 import zlib
@@ -20,6 +22,8 @@ from typing import Any
 
 # Modules that do something when imported (open a browser, print, draw), or that are tests, or tools with a display.
 SKIPPED = ("antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "test", "lib2to3", "__phello__")
+# Submodules that run something, or belong to another platform or to tests.
+SKIPPED_SUBMODULES = ("tests", "test", "windows_events", "windows_utils", "popen_spawn_win32", "msvccompiler")
 SHORTEST = 40  # characters; shorter docstrings say no more than the name does
 HELD_OUT_PERCENT = 10
 
@@ -47,9 +51,7 @@ def stdlib_documents() -> tuple[Document, ...]:
 
 
 def _all_documents() -> Iterator[Document]:
-    for name in sorted(sys.stdlib_module_names):
-        if name.startswith("_") or name in SKIPPED or name.split(".")[0] in SKIPPED:
-            continue
+    for name in _module_names():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -61,6 +63,19 @@ def _all_documents() -> Iterator[Document]:
 
     for name, text in sorted(topics.items()):
         yield Document(f"topic {name}", name, text)
+
+
+def _module_names() -> Iterator[str]:
+    """Public modules of the standard library and the public submodules of its packages."""
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith("_") or name in SKIPPED:
+            continue
+        yield name
+        spec = importlib.util.find_spec(name)
+        for path in (spec.submodule_search_locations if spec else None) or ():
+            for info in sorted(pkgutil.iter_modules([path]), key=lambda info: info.name):
+                if not info.name.startswith("_") and info.name not in SKIPPED_SUBMODULES:
+                    yield f"{name}.{info.name}"
 
 
 def _module_documents(name: str, module: Any) -> Iterator[Document]:
@@ -85,8 +100,8 @@ def _documented(module: str, name: str, value: Any) -> Iterator[Document]:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether a module's documents are kept for evaluation: about one module in ten, fixed by its name."""
-    return zlib.crc32(module.encode()) % 100 < HELD_OUT_PERCENT
+    """Whether a module's documents are kept for evaluation: about one package in ten, fixed by its name."""
+    return zlib.crc32(module.split(".")[0].encode()) % 100 < HELD_OUT_PERCENT
 
 
 def write_stdlib_corpus(directory: str | Path, max_bytes: int | None = None) -> tuple[Path, Path]:

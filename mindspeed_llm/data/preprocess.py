@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 import mindspeed_llm
 from mindspeed_llm.data.handlers import Handler, handler_class, suggest_handler
 from mindspeed_llm.data.handlers.pretrain import GeneralPretrainHandler
-from mindspeed_llm.data.indexed import IndexedReader, IndexedWriter, merge, natural_key
-from mindspeed_llm.data.packing import pack
-from mindspeed_llm.data.record import SFT_STREAMS, DataRecord, record_path
+from mindspeed_llm.data.merging import merge_groups
+from mindspeed_llm.data.output import PretrainOutput, SFTOutput
+from mindspeed_llm.data.record import DataRecord, record_path
 from mindspeed_llm.data.report import Progress, Report
 from mindspeed_llm.data.sources import read_chunks, source_bytes
 from mindspeed_llm.data.templates import load_template
@@ -26,8 +23,6 @@ from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
     from mindspeed_llm.config.data import DataConfig, TokenizerConfig
-
-IGNORE_INDEX = -100
 
 
 def preprocess(data: DataConfig, tokenizer: TokenizerConfig) -> Report | None:
@@ -159,8 +154,8 @@ def preprocess_input(
     )  # fmt: skip
     chunks = read_chunks(source, max_samples, dict(hf_params or {}), handler.needed_columns)
     total = None if hf_params else source_bytes(source)
-    output = _SftOutput(output_prefix, tokenizer, seq_length, pack_mode) if handler.stage == "sft" else None
-    output = output or _PretrainOutput(output_prefix, handler)
+    output = SFTOutput(output_prefix, tokenizer, seq_length, pack_mode) if handler.stage == "sft" else None
+    output = output or PretrainOutput(output_prefix, handler)
     columns: set[str] = set()
     try:
         with Progress(total) as progress:
@@ -255,123 +250,3 @@ def _check_result(report: Report, handler: Handler, columns: set[str], source: s
     if not report.documents:
         dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items())) or "no rows"
         raise UserError(f"input: nothing is left of '{source}' ({report.rows} rows: {dropped}); try: check the options")
-
-
-class _PretrainOutput:
-    """One indexed file per column."""
-
-    def __init__(self, prefix: str, handler: Handler) -> None:
-        self.writers = {s: IndexedWriter(f"{prefix}_{s}", dtype) for s, dtype in handler.stream_dtypes.items()}
-
-    def add(self, streams: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Append a chunk; returns the lengths of its documents."""
-        for stream, (tokens, lengths) in streams.items():
-            self.writers[stream].add(tokens, lengths)
-        return np.concatenate([lengths for _, lengths in streams.values()])
-
-    def finish(self) -> None:
-        """Close all files."""
-        for writer in self.writers.values():
-            writer.close()
-
-    def publish(self) -> None:
-        """Give all files their final names."""
-        for writer in self.writers.values():
-            writer.publish()
-
-    def discard(self) -> None:
-        """Remove what was not published."""
-        for writer in self.writers.values():
-            writer.discard()
-
-
-class _SftOutput(_PretrainOutput):
-    """input_ids, attention_mask and labels of samples, or of rows packed from them.
-
-    attention_mask holds the number (from 1) of the segment a token belongs to, 0 for padding. Packed rows are padded to
-    seq_length, as MindSpeed-LLM writes them.
-    """
-
-    def __init__(self, prefix: str, tokenizer: Tokenizer, seq_length: int | None, pack_mode: str) -> None:
-        self.writers = {name: IndexedWriter(f"{prefix}_packed_{name}_document", np.int32) for name in SFT_STREAMS}
-        self.seq_length = seq_length
-        self.pad = tokenizer.pad_token_id
-        self.samples: dict[str, IndexedWriter] = {}
-        if pack_mode != "none":
-            if self.pad is None:
-                raise UserError(f"pack: '{tokenizer.source}' has neither pad nor eos to fill rows with; try: no --pack")
-            self.samples = {n: IndexedWriter(f"{prefix}_unpacked_{n}", np.int32) for n in ("input_ids", "labels")}
-
-    def add(self, streams: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Append a chunk; returns the lengths of its samples."""
-        tokens, lengths = streams["input_ids"]
-        for name, writer in (self.samples or self.writers).items():
-            values = np.ones_like(tokens) if name == "attention_mask" else streams[name][0]
-            writer.add(values, lengths)
-        return lengths
-
-    def finish(self) -> int | None:
-        """Pack if asked to, close all files; returns the number of packed rows."""
-        if not self.samples:
-            super().finish()
-            return None
-        for writer in self.samples.values():
-            writer.close()
-        ids, labels = (IndexedReader(writer.temporary_prefix) for writer in self.samples.values())
-        rows = pack(ids.lengths, self.seq_length)
-        for row in rows:
-            lengths = ids.lengths[row]
-            room = self.seq_length - int(lengths.sum())
-            pieces = {
-                "input_ids": [*(ids[i] for i in row), np.full(room, self.pad, np.int32)],
-                "labels": [*(labels[i] for i in row), np.full(room, IGNORE_INDEX, np.int32)],
-                "attention_mask": [np.repeat(np.arange(1, len(row) + 1), lengths), np.zeros(room, np.int32)],
-            }
-            for name, writer in self.writers.items():
-                writer.add(np.concatenate(pieces[name]))
-        for writer in self.samples.values():
-            writer.discard()
-        super().finish()
-        return len(rows)
-
-    def discard(self) -> None:
-        """Remove what was not published."""
-        for writer in self.samples.values():
-            writer.discard()
-        super().discard()
-
-
-def merge_groups(directory: str, keys: list[str], output_prefix: str, overwrite: bool = False) -> dict[str, int]:
-    """Merge mode: for every key, concatenate the indexed files whose name contains it into `<prefix>_<key>`.
-
-    Args:
-        directory: holds the .bin/.idx files; they are taken in numeric-aware order of their names.
-
-    Returns:
-        Sequences written per key.
-
-    Raises:
-        UserError: no directory, no file for a key, a file fits two keys, or output exists.
-    """
-    if not Path(directory).is_dir():
-        raise UserError(f"input: '{directory}' is no directory; legal in merge mode: one holding .bin/.idx files")
-    found = sorted((path.with_suffix("") for path in Path(directory).glob("*.idx")), key=lambda p: natural_key(p.name))
-    found = [path for path in found if not path.name.startswith(".")]
-    groups = {key: [path for path in found if key in path.name] for key in keys}
-    for path, count in _counted(chain.from_iterable(groups.values())).items():
-        if count > 1:
-            raise UserError(f"merge-group-keys: '{path.name}' contains several of {keys}; try: longer keys")
-    for key, paths in groups.items():
-        output = Path(f"{output_prefix}_{key}")
-        if not paths:
-            raise UserError(f"merge-group-keys: no .idx file in '{directory}' has {key!r} in its name")
-        if output in paths or (output.with_name(output.name + ".idx").exists() and not overwrite):
-            raise UserError(f"output-prefix: '{output}' exists; try: another prefix, or --overwrite-cache")
-    return {key: merge(paths, f"{output_prefix}_{key}") for key, paths in groups.items()}
-
-
-def _counted(paths: Any) -> dict[Path, int]:
-    counts: dict[Path, int] = {}
-    for path in paths:
-        counts[path] = counts.get(path, 0) + 1
-    return counts

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mindspeed_llm.data.conversation import ChatTemplate, Conversation, Encoded, Message
 from mindspeed_llm.data.handlers.base import ChunkResult, Handler, concatenate
 from mindspeed_llm.data.sources import Chunk
-from mindspeed_llm.data.templates import ChatTemplate, Conversation, Encoded, Message
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.errors import UserError
 
