@@ -69,7 +69,7 @@ class HostStream:
 
 
 class CPU:
-    """See `protocol.Accelerator`. Tensor memory is not tracked by torch on CPUs; resident memory is reported instead."""
+    """See `protocol.Accelerator`. torch does not track tensor memory on CPUs; resident memory is reported instead."""
 
     name = "cpu"
     device_type = "cpu"

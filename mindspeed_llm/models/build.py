@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mindspeed_llm import megatron_adaptor  # noqa: F401  (binds the facade before megatron is loaded)
+from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator import torch_facade
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
 
 __all__ = ["BuildOptions", "build_model", "model_config", "padded_vocab_size"]
+
+# Before megatron is loaded, which the functions below do.
+torch_facade.install(accelerator.current())
 
 
 @dataclass(frozen=True)

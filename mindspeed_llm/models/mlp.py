@@ -34,7 +34,7 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """
     if name not in ACTIVATIONS:
         raise UserError(
-            f"activation: {name!r} is wrong, because it is not implemented; legal: {', '.join(ACTIVATIONS)}"
+            f"activation: {name!r} is wrong, because there is none of that name; legal: {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 

@@ -2,8 +2,8 @@
 
 loss = sum over labelled tokens of log(sum_v exp(h w_v)) - h w_label. Logits are computed at labelled tokens only, a
 chunk at a time, and each chunk is turned into gradients before the next: memory is one chunk, and the head's product
-is not computed twice (but for fp16). Under tensor parallelism every rank holds a slice of the vocabulary; maxima, sums and the
-label's logit are reduced over the ranks. Gradients are those of the sum; backward scales them by what arrives.
+is not computed twice (fp16 apart). Under tensor parallelism every rank holds a slice of the vocabulary; maxima, sums
+and the label's logit are reduced over the ranks. Gradients are those of the sum; backward scales them by what arrives.
 
 Source: the vocabulary-parallel loss of Megatron-LM (arXiv 1909.08053) and the chunking of Liger-Kernel
 (arXiv 2410.10989).
@@ -128,10 +128,9 @@ def _softmax_loss_(logits: Tensor, target: Tensor, group: dist.ProcessGroup | No
     if group is not None:
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
     logits.sub_(maximum)
-    at_target = (
-        logits.gather(1, target.clamp(0, max(0, width - 1))[:, None]).squeeze(1) if width else logits.new_zeros(count)
-    )
-    at_target = torch.where(inside, at_target, 0)
+    at_target = logits.new_zeros(count)
+    if width:
+        at_target = torch.where(inside, logits.gather(1, target.clamp(0, width - 1)[:, None]).squeeze(1), 0)
     total = logits.exp_().sum(-1)
     if group is not None:
         both = torch.stack((at_target, total))

@@ -9,8 +9,12 @@ import socket
 import torch
 import torch.distributed as dist
 
-from mindspeed_llm import accelerator, megatron_adaptor  # noqa: F401  (binds the facade before megatron is loaded)
+from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator import torch_facade
 from mindspeed_llm.errors import UserError
+
+# Before megatron is loaded, which the functions below do.
+torch_facade.install(accelerator.current())
 
 
 def _free_port() -> int:
@@ -56,8 +60,8 @@ def initialize_distributed(
     model_parallel = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
     if dist.get_world_size() % model_parallel:
         raise UserError(
-            f"world size: {dist.get_world_size()} is wrong, because it is not a multiple of tensor x pipeline x context "
-            f"parallel size = {tensor_parallel_size} x {pipeline_parallel_size} x {context_parallel_size}; "
+            f"world size: {dist.get_world_size()} is wrong, because it is not a multiple of tensor x pipeline x "
+            f"context parallel size = {tensor_parallel_size} x {pipeline_parallel_size} x {context_parallel_size}; "
             f"legal: multiples of {model_parallel}"
         )
     if parallel_state.is_initialized():

@@ -110,6 +110,6 @@ def check_fingerprint(patch: Patch, value: Any, version: str) -> None:
     if found == expected or (expected is None and found in patch.fingerprints.values()):
         return
     raise UserError(
-        f"patch {patch.name}: {patch.target} of version {version} is wrong, because its source ({found}) is not what the "
-        f"patch was written against; legal: {dict(patch.fingerprints)}; try: install one of these versions"
+        f"patch {patch.name}: {patch.target} of version {version} is wrong, because its source ({found}) is not what "
+        f"the patch was written against; legal: {dict(patch.fingerprints)}; try: install one of these versions"
     )

@@ -1,0 +1,169 @@
+"""Pools of gloo processes that live as long as the test session: one start-up for many distributed tests.
+
+    results = pool(2).run(function, *args)      # [function(*args) on rank 0, ... on rank 1]
+
+The function is sent by its file and name, so it must stand at the top level of a file, a test module included; its
+arguments and results are pickled. Each process runs one thread and has joined the default process group.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# After one rank has failed the others usually fail too or hang in a collective; this long is waited for them.
+GRACE_SECONDS = 3.0
+
+
+class Pool:
+    """`world_size` processes, started at the first `run` and again after a failure left them unusable."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Call `function(*args)` on every rank.
+
+        Args:
+            function: a top-level function of a file.
+            args: pickled and sent to every rank.
+            timeout: seconds until the ranks that have not answered are given up.
+
+        Returns:
+            The results in rank order.
+
+        Raises:
+            Exception: what the first failing rank raised, with a note naming the rank and its traceback; the processes
+                are ended then, and the next `run` starts new ones.
+            TimeoutError: naming the ranks that did not answer.
+        """
+        path, name = _address(function)
+        if not self._processes:
+            self._start()
+        message = pickle.dumps((path, name, args))
+        for pipe in self._pipes:
+            pipe.send_bytes(message)
+        results, failure = self._collect(timeout)
+        if failure is not None:
+            self.close()
+            raise failure
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = f"/tmp/mindspeed-pool-{os.getpid()}-{self.world_size}-{time.monotonic_ns()}"
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, store), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _collect(self, timeout: float) -> tuple[dict[int, Any], BaseException | None]:
+        results: dict[int, Any] = {}
+        failure: BaseException | None = None
+        pending = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        deadline = time.monotonic() + timeout
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return results, failure or TimeoutError(
+                    f"ranks {sorted(pending.values())} gave no answer in {timeout} s"
+                )
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                error, value = _receive(pipe, rank)
+                results[rank] = value
+                if error is not None and failure is None:
+                    failure = error
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return results, failure
+
+
+@functools.cache
+def pool(world_size: int) -> Pool:
+    """The session's pool of that size."""
+    made = Pool(world_size)
+    atexit.register(made.close)
+    return made
+
+
+def _address(function: Callable) -> tuple[str, str]:
+    name = function.__qualname__
+    if "." in name or "<" in name:
+        raise ValueError(f"{name} cannot be sent to another process: it must stand at the top level of a file")
+    return inspect.getsourcefile(function), name
+
+
+def _receive(pipe: Connection, rank: int) -> tuple[BaseException | None, Any]:
+    try:
+        ok, value, trace = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return RuntimeError(f"rank {rank} died without an answer"), None
+    if ok:
+        return None, value
+    value.add_note(f"on rank {rank}:\n{trace}")
+    return value, None
+
+
+@functools.cache
+def _load(path: str) -> Any:
+    name = f"_pool_{os.path.basename(path).removesuffix('.py')}_{abs(hash(path))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _answer(function_address: tuple[str, str], args: tuple) -> bytes:
+    path, name = function_address
+    try:
+        return pickle.dumps((True, getattr(_load(path), name)(*args), ""))
+    except BaseException as error:
+        trace = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return pickle.dumps((False, error, trace))
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
+    """The life of one process: join the group, then answer until the parent is gone."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["MINDSPEED_LLM_DEVICE"] = "cpu"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        try:
+            path, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        pipe.send_bytes(_answer((path, name), args))
