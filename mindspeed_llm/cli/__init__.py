@@ -1,0 +1,1 @@
+"""The doors: parse, plan, and wire the rooms together."""

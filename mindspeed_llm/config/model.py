@@ -87,9 +87,6 @@ class ModelConfig:
         level="advanced",
         check=at_least(1),
     )
-    padded_vocab_size: int | None = option(
-        help="pad the vocabulary to exactly this size", level="advanced", check=at_least(2)
-    )
     truncate_layers: int | None = option(
         help="load (convert) only the first N layers of the checkpoint, on purpose",
         level="advanced",

@@ -52,21 +52,21 @@ class TrainingConfig:
     recompute_num_layers: int | None = option(
         help="layers per chunk (uniform) or recomputed layers (block)", level="advanced", check=at_least(1)
     )
-    no_pad_to_seq_lengths: bool = option(
-        help="micro-batches are as long as their longest sample instead of --seq-length (SFT: on by default)",
-        level="advanced",
-        also=("--variable-seq-lengths",),
-    )
-    pad_to_seq_length: bool = option(
-        help="pad every SFT sample to --seq-length instead of joining samples without padding", level="advanced"
-    )
-    pad_to_multiple_of: int = option(
-        8, help="round padded lengths up to a multiple of this", level="advanced", check=at_least(1)
-    )
     padding_free: bool = option(
         True,
-        help="join the samples of a micro-batch in one row with isolated documents instead of padding them",
+        help="SFT: join the samples of a micro-batch in one row with isolated documents instead of padding each",
         level="advanced",
+        doors=("posttrain",),
+    )
+    pad_to_seq_length: bool = option(
+        help="SFT without joining: pad to --seq-length instead of the longest sample of the micro-batch",
+        level="advanced",
+        doors=("posttrain",),
+    )
+    pad_to_multiple_of: int | None = option(
+        help="round lengths up to a multiple of this; default: what the layout needs",
+        level="advanced",
+        check=at_least(1),
     )
     reset_attention_mask: bool = option(
         help="pre-training: documents of one sample do not see each other (packed SFT data always isolates)",

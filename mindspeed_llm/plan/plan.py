@@ -9,8 +9,10 @@ from pathlib import Path
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
+from mindspeed_llm.plan.continuity import continue_run
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
 from mindspeed_llm.plan.rules import Rule, batch_rules, layout_rules, sequence_rules
 from mindspeed_llm.plan.source import LoadSource, find_source
@@ -99,6 +101,8 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     problems = list(problems)
     problems += _check_combinations(config)
     weights, adapter_source, resume = _try(problems, lambda: _sources(config, problems), (None, None, None))
+    if resume is not None:
+        problems += continue_run(config, resume.record)
     shape, hf_files = _try(problems, lambda: _shape(config, weights, problems, tokenizer_size), (None, None))
     adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
     if shape is None:
@@ -151,8 +155,8 @@ def _check_combinations(config: RunConfig) -> list[str]:
     )
     refuse(o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr} is above --lr {o.lr}")
     refuse(
-        t.pad_to_seq_length and t.no_pad_to_seq_lengths,
-        "--pad-to-seq-length and --no-pad-to-seq-lengths exclude each other; give one",
+        t.pad_to_seq_length and t.padding_free,
+        "--pad-to-seq-length has a meaning with --no-padding-free only: joined samples have no padding",
     )
     lora = config.lora
     asked = lora.lora_r is not None or lora.lora_target_modules is not None
@@ -306,17 +310,7 @@ def _assemble(config, shape, weights, adapter_source, resume, adapters, hf_files
     notes = []
     if p.sequence_parallel and tp == 1:
         notes.append("--sequence-parallel has no effect with tensor parallel 1: there is nothing to split")
-    multiple = config.model.make_vocab_size_divisible_by * tp
-    padded = config.model.padded_vocab_size or -(-shape.vocab_size // multiple) * multiple
-    if padded < shape.vocab_size or padded % tp:
-        rules.append(
-            Rule(
-                "vocabulary",
-                f"padded_vocab_size {padded} >= {shape.vocab_size} and % tensor parallel {tp} = 0",
-                False,
-                f"{-(-shape.vocab_size // tp) * tp} or more for --padded-vocab-size, in steps of {tp}",
-            )
-        )
+    padded = padded_vocab_size(shape.vocab_size, tp, config.model.make_vocab_size_divisible_by)
     return Plan(
         config=config,
         shape=shape,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindspeed_llm.checkpoint.train_record import TRACKER_NAME, iteration_directory, read_record
 from mindspeed_llm.errors import UserError
-
-RECORD_NAME = "mindspeed_llm.json"
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,6 @@ class LoadSource:
     directory: Path
     iteration: int = 0
     record: dict[str, Any] = field(default_factory=dict)
-
-
-def iteration_directory(root: Path, iteration: int) -> Path:
-    """`root/iter_0000010`."""
-    return root / f"iter_{iteration:07d}"
 
 
 def find_source(path: str | Path, step: int | None = None, flag: str = "--load") -> LoadSource | None:
@@ -65,9 +57,7 @@ def find_source(path: str | Path, step: int | None = None, flag: str = "--load")
 
 
 def _from_iteration(root: Path, directory: Path) -> LoadSource:
-    record: dict[str, Any] = {}
-    if (directory / RECORD_NAME).is_file():
-        record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
+    record = read_record(directory)
     if (directory / ".metadata").is_file():
         kind = "adapter" if record.get("adapters") else "torch_dist"
     elif any(directory.glob("mp_rank_*")):

@@ -1,0 +1,1 @@
+"""What a post-training stage adds to training."""

@@ -1,0 +1,1 @@
+"""The loop: batches across ranks, optimizer and schedule, resume, log line, evaluation."""

@@ -1,0 +1,154 @@
+"""Saving and loading a training state as torch_dist: model or adapters, optimizer, schedule, random states."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mindspeed_llm.checkpoint.train_record import HF_FILES, iteration_directory, write_record, write_tracker
+from mindspeed_llm.errors import UserError
+
+
+def sharded_model_state(chunks: list[torch.nn.Module], only: set[str] | None = None) -> dict[str, Any]:
+    """megatron-core's sharded state of the model.
+
+    Args:
+        chunks: the model (unwrapped), one entry per virtual stage.
+        only: names of the parameters to keep (a LoRA run keeps what it trains); None keeps everything.
+    """
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(chunks):
+        full = chunk.sharded_state_dict()
+        kept = {k: v for k, v in full.items() if only is None or k in only}
+        state["model" if len(chunks) == 1 else f"model{number}"] = kept
+    return state
+
+
+def training_state(
+    chunks: list[torch.nn.Module],
+    optimizer: Any | None,
+    scheduler: Any | None,
+    only: set[str] | None,
+    *,
+    loading: bool,
+    with_rng: bool = True,
+) -> dict[str, Any]:
+    """The tree that dist_checkpointing saves or, as a template, loads."""
+    state = sharded_model_state(chunks, only)
+    if optimizer is not None:
+        models = {k: v for k, v in state.items() if k.startswith("model")}
+        merged = models["model"] if len(chunks) == 1 else models
+        state["optimizer"] = optimizer.sharded_state_dict(merged, is_loading=loading)
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    if with_rng:
+        state["rng_state"] = sharded_rng_state()
+    return state
+
+
+def sharded_rng_state() -> Any:
+    """This rank's random states as an object addressed by its place in the layout."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    return ShardedObject("rng_state", states, sizes, place)
+
+
+def restore_rng_state(states: dict[str, Any]) -> None:
+    """Put back what `sharded_rng_state` recorded."""
+    from megatron.core import tensor_parallel
+
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def save_training(
+    root: str | Path, iteration: int, state: dict[str, Any], record: dict[str, Any], hf_files: Path | None
+):
+    """Write one checkpoint: aside, then renamed, then the tracker moves.
+
+    Args:
+        state: from `training_state`.
+        record: goes to mindspeed_llm.json; its keys are documented in docs/conversion.md.
+        hf_files: directory whose config and tokenizer files are copied into `hf/`; None for none.
+
+    Returns:
+        The directory of the checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    final = iteration_directory(root, iteration)
+    aside = final.with_name(final.name + ".tmp")
+    leader = dist.get_rank() == 0
+    if leader:
+        for directory in (aside, final):
+            shutil.rmtree(directory, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(aside), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
+    if leader:
+        if hf_files is not None:
+            copy_hf_files(hf_files, aside / HF_FILES)
+        write_record(aside, record)
+        os.replace(aside, final)
+        write_tracker(final.parent, iteration)
+    dist.barrier()
+    return final
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and generation files, everything in a model directory that is not weights or code."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.suffix in (".json", ".model", ".txt", ".jinja"):
+            shutil.copyfile(file, target / file.name)
+
+
+def load_training(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Fill `state` (from `training_state(..., loading=True)`) from a torch_dist checkpoint, strictly.
+
+    Raises:
+        UserError: tensors are missing or have other shapes.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    try:
+        return dist_checkpointing.load(
+            state, str(directory), TorchDistLoadShardedStrategy(), strict=StrictHandling.RAISE_UNEXPECTED
+        )
+    except (CheckpointingException, KeyError, RuntimeError) as wrong:
+        raise UserError(f"checkpoint: {directory} does not fit this model: {' '.join(str(wrong).split())}") from wrong

@@ -1,0 +1,102 @@
+"""The training doors: plan, data before process groups, dry run, training."""
+
+from __future__ import annotations
+
+from mindspeed_llm.cli.door import say_notes
+from mindspeed_llm.config.parser import Parsed
+from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
+from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.plan import Plan, resolve
+
+
+def run_door(parsed: Parsed) -> int:
+    """Do what the command line of a training door says."""
+    config = parsed.config
+    problems = list(parsed.problems)
+    resumes = config.checkpoint.load is not None or config.lora.lora_load is not None
+    if not config.data.data_path and not config.logging.dry_run and not resumes:
+        problems.append("--data-path is missing: preprocessed files or raw data to train on")
+    if config.data.data_path and len(config.data.data_path) > 1:
+        problems.append("--data-path: several data sets are given; mix them with preprocess_data.py first")
+    plan = resolve(config, problems, tokenizer_size=_size_of_named_tokenizer(parsed))
+    say_notes([*parsed.notes, *plan.notes])
+    config.data.seq_length = plan.seq_length
+    if config.logging.dry_run:
+        from mindspeed_llm.plan.show import show_plan
+
+        show_plan(plan)
+        return 0
+    if not config.data.data_path:
+        raise UserError("--data-path is missing: preprocessed files or raw data to train on")
+    tokenizer = tokenizer_of(plan)
+    prefix = prepare_data(plan, tokenizer)
+    if config.logging.show_samples:
+        _show_samples(plan, prefix, tokenizer)
+    from mindspeed_llm.posttrain.sft import run_sft
+    from mindspeed_llm.training.run import run_training
+
+    run = run_sft if config.door == "posttrain" else run_training
+    run(plan, prefix, _padding_token(tokenizer))
+    if config.checkpoint.save_hf:
+        from mindspeed_llm.cli.save_hf import save_final_as_hf
+
+        save_final_as_hf(plan)
+    return 0
+
+
+def tokenizer_of(plan: Plan) -> Tokenizer | None:
+    """The plan's tokenizer, checked against the vocabulary; None when none is known."""
+    if plan.tokenizer is None:
+        return None
+    t = plan.config.tokenizer
+    tokenizer = load_tokenizer(
+        plan.tokenizer, t.tokenizer_type, not t.tokenizer_not_use_fast, trust_remote_code=t.trust_remote_code
+    )
+    if tokenizer.vocab_size > plan.shape.vocab_size:
+        raise UserError(
+            f"tokenizer: {plan.tokenizer} has {tokenizer.vocab_size} tokens and the model {plan.shape.vocab_size}; "
+            "legal: a tokenizer that fits the model; try: --tokenizer-name-or-path with the model's own directory"
+        )
+    return tokenizer
+
+
+def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> str:
+    """The preprocessed prefix; raw data are preprocessed into the cache, once, before process groups exist."""
+    path = plan.config.data.data_path[0]
+    if is_preprocessed(path):
+        return path
+    if tokenizer is None:
+        raise UserError(f"--tokenizer-name-or-path is missing: {path} is raw data and there is no tokenizer for it")
+    return preprocess_cached(plan.config.data, tokenizer)
+
+
+def _size_of_named_tokenizer(parsed: Parsed) -> int | None:
+    """Size of a tokenizer named on the command line, for a shape that comes from flags alone."""
+    t, m = parsed.config.tokenizer, parsed.config.model
+    name = t.tokenizer_name_or_path or t.tokenizer_model
+    if name is None or m.vocab_size is not None or m.hf_config is not None or not m.num_layers:
+        return None
+    try:
+        return load_tokenizer(name, t.tokenizer_type, not t.tokenizer_not_use_fast).vocab_size
+    except UserError as wrong:
+        parsed.problems.append(str(wrong))
+        return None
+
+
+def _padding_token(tokenizer: Tokenizer | None) -> int:
+    """Any id will do where nothing is trained and nothing looks; the tokenizer's own pad or eos reads best."""
+    if tokenizer is None:
+        return 0
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return tokenizer.eos_token_id or 0
+
+
+def _show_samples(plan: Plan, prefix: str, tokenizer: Tokenizer | None) -> None:
+    import os
+
+    from mindspeed_llm.data.show import show
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(prefix, tokenizer, plan.config.logging.show_samples)

@@ -1,0 +1,193 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+from mindspeed_llm import accelerator
+from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.training.data import TrainingData, evaluation_iterations
+from mindspeed_llm.training.evaluate import evaluate
+from mindspeed_llm.training.flops import training_flops
+from mindspeed_llm.training.log_line import IterationLog
+from mindspeed_llm.training.report import Reporter
+from mindspeed_llm.training.setup import TrainingModel
+from mindspeed_llm.training.step import BatchResult, run_batch
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_iterations: int = 0
+
+
+class Interval:
+    """Sums over the iterations since the last log line."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.iterations = self.tokens = self.samples = 0
+        self.trained_tokens = 0
+        self.loss_sum = self.flops = 0.0
+
+    def add(self, result: BatchResult, samples: int, flops: float) -> None:
+        """One iteration."""
+        self.iterations += 1
+        self.tokens += result.tokens
+        self.samples += samples
+        self.trained_tokens += result.trained_tokens
+        self.loss_sum += result.loss * result.trained_tokens
+        self.flops += flops
+
+
+class TrainingLoop:
+    """Iterations from `progress` to `train_iters`.
+
+    Args:
+        save: called with the progress when a checkpoint is due.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: TrainingModel,
+        optimizer: Any,
+        scheduler: Any,
+        data: TrainingData,
+        reporter: Reporter,
+        progress: Progress,
+        train_iters: int,
+        save: Callable[[Progress], None] | None,
+    ) -> None:
+        self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
+        self.data, self.reporter, self.progress = data, reporter, progress
+        self.train_iters, self.save = train_iters, save
+        self.eval_iters = evaluation_iterations(data, plan.config.training.eval_iters)
+
+    def run(self) -> Progress:
+        """Train until the end (or --exit-interval), evaluating and saving on the way and at the end."""
+        t, c = self.plan.config.training, self.plan.config
+        interval, saved_at, evaluated_at = Interval(), -1, -1
+        while self.progress.iteration < self.train_iters:
+            result, grad_norm = self.step()
+            interval.add(result, self.plan.global_batch_size, self.flops(result))
+            now = self.progress.iteration
+            if now % c.logging.log_interval == 0 or now == self.train_iters:
+                self.log(interval, grad_norm)
+                interval = Interval()
+            if t.eval_interval and now % t.eval_interval == 0:
+                self.evaluate()
+                evaluated_at = now
+            leaving = bool(t.exit_interval and now % t.exit_interval == 0)
+            if self.save and (leaving or (c.checkpoint.save_interval and now % c.checkpoint.save_interval == 0)):
+                self.save(self.progress)
+                saved_at = now
+            if leaving:
+                return self.progress
+        if evaluated_at != self.progress.iteration:
+            self.evaluate()
+        if self.save and saved_at != self.progress.iteration:
+            self.save(self.progress)
+        return self.progress
+
+    def step(self) -> tuple[BatchResult, float]:
+        """One iteration: forward, backward, optimizer step.
+
+        Raises:
+            RuntimeError: the loss or (outside loss scaling) the gradient is not finite, or no parameter has a gradient.
+        """
+        from megatron.core import parallel_state
+
+        for wrapped in self.model.wrapped:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        micro = self.data.micro_batches(self.progress.consumed_samples, parallel_state.get_data_parallel_rank())
+        result = run_batch(self.model.wrapped, micro, self.plan, forward_only=False)
+        self.check_loss(result)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
+        if succeeded:
+            self.check_gradient(result, grad_norm)
+            self.scheduler.step(increment=self.plan.global_batch_size)
+        else:
+            self.progress.skipped_iterations += 1
+        self.progress.iteration += 1
+        self.progress.consumed_samples += self.plan.global_batch_size
+        return result, grad_norm
+
+    def where(self) -> str:
+        """Iteration and samples for messages."""
+        rows = self.data.sample_indices(self.progress.consumed_samples)
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        return f"iteration {self.progress.iteration + 1}, samples {shown} of {self.data.prefix}"
+
+    def check_loss(self, result: BatchResult) -> None:
+        """Refuse to step on a loss that means nothing."""
+        if result.trained_tokens == 0:
+            raise RuntimeError(f"loss: no trained token in the global batch ({self.where()}); weights are unchanged")
+        if not math.isfinite(result.loss):
+            raise RuntimeError(f"loss: {result.loss} at {self.where()}; no step was taken, weights are unchanged")
+
+    def check_gradient(self, result: BatchResult, grad_norm: float) -> None:
+        """Refuse to go on after a step that trained nothing or ruined the weights."""
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"gradient: norm is {grad_norm} at {self.where()}; go on from the last checkpoint")
+        if grad_norm == 0.0 and self.progress.iteration == 0:
+            raise RuntimeError(
+                f"gradient: norm is exactly 0 at iteration 1 with {len(self.model.trained)} trained tensors on this "
+                "rank; nothing is being trained"
+            )
+
+    def flops(self, result: BatchResult) -> float:
+        """Model FLOPs of an iteration."""
+        return training_flops(
+            self.plan.shape,
+            tokens=result.tokens,
+            attention_pairs=result.attention_pairs,
+            output_tokens=result.trained_tokens,
+            frozen_base=self.plan.adapters is not None,
+        )
+
+    def log(self, interval: Interval, grad_norm: float) -> None:
+        """The log line over an interval."""
+        accelerator.current().synchronize()
+        n = interval.iterations
+        self.reporter.iteration(
+            IterationLog(
+                iteration=self.progress.iteration,
+                train_iters=self.train_iters,
+                consumed_samples=self.progress.consumed_samples,
+                elapsed=(time.perf_counter() - interval.start) / n,
+                tokens=interval.tokens / n,
+                samples=interval.samples / n,
+                learning_rate=self.learning_rate(),
+                global_batch_size=self.plan.global_batch_size,
+                loss=interval.loss_sum / interval.trained_tokens,
+                loss_scale=float(self.optimizer.get_loss_scale()),
+                grad_norm=grad_norm,
+                skipped_iterations=self.progress.skipped_iterations,
+                flops=interval.flops / n,
+                devices=self.plan.world_size,
+                peak_flops=accelerator.current().peak_flops(self.model.chunks[0].config.params_dtype),
+                log_throughput=self.plan.config.logging.log_throughput,
+            )
+        )
+
+    def learning_rate(self) -> float:
+        """Of the first parameter group that has parameters on this rank (all groups share the schedule)."""
+        groups = [g for g in self.optimizer.param_groups if g["params"]] or self.optimizer.param_groups
+        return float(groups[0]["lr"])
+
+    def evaluate(self) -> None:
+        """Validation loss, if there is a validation part."""
+        if self.eval_iters:
+            found = evaluate(self.model.wrapped, self.data, self.plan, self.eval_iters)
+            self.reporter.evaluation(self.progress.iteration, found.loss, found.trained_tokens)

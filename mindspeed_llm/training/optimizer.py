@@ -1,0 +1,103 @@
+"""AdamW through megatron-core's optimizers, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mindspeed_llm.config.training import OptimizerConfig
+from mindspeed_llm.errors import UserError
+
+FULL_TUNING_LR = 1e-5
+DEFAULT_LR = 1e-4
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    chunks: list[torch.nn.Module],
+    *,
+    learning_rate: float,
+    dtype: torch.dtype,
+    distributed: bool,
+    overlap_param_gather: bool,
+) -> Any:
+    """megatron-core's mixed-precision (or fp32, or distributed) AdamW over the trainable parameters of `chunks`.
+
+    Matrices get `weight_decay`, biases and norms none (megatron-core's own rule).
+    """
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=learning_rate,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        loss_scale=config.loss_scale,
+        initial_loss_scale=config.initial_loss_scale,
+        min_loss_scale=config.min_loss_scale,
+        loss_scale_window=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=overlap_param_gather,
+    )
+    return get_megatron_optimizer(settings, chunks, config_overrides=get_standard_config_overrides(settings))
+
+
+def warmup_iterations(config: OptimizerConfig, decay_iters: int) -> int:
+    """Iterations of warm-up out of `decay_iters`.
+
+    Raises:
+        UserError: the warm-up is not shorter than the decay.
+    """
+    if config.lr_warmup_fraction is not None:
+        warmup = int(config.lr_warmup_fraction * decay_iters)
+    else:
+        warmup = config.lr_warmup_iters
+    if warmup >= decay_iters:
+        raise UserError(
+            f"schedule: {warmup} warm-up iterations do not fit into {decay_iters} decay iterations; "
+            f"legal: at most {decay_iters - 1} for --lr-warmup-iters; try: a smaller one, or more --lr-decay-iters"
+        )
+    return warmup
+
+
+def build_scheduler(
+    config: OptimizerConfig, optimizer: Any, *, learning_rate: float, train_iters: int, global_batch_size: int
+) -> Any:
+    """megatron-core's schedule, counted in samples like upstream so that checkpoints agree.
+
+    Args:
+        train_iters: length of the run; the decay ends there unless `lr_decay_iters` says otherwise.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    decay_iters = config.lr_decay_iters or train_iters
+    wsd = None
+    if config.lr_decay_style == "WSD":
+        wsd = (config.lr_wsd_decay_iters or max(decay_iters // 10, 1)) * global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=config.lr_warmup_init,
+        max_lr=learning_rate,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup_iterations(config, decay_iters) * global_batch_size,
+        lr_decay_steps=decay_iters * global_batch_size,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters * global_batch_size,
+        wd_incr_style="constant",
+        wsd_decay_steps=wsd,
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,210 @@
+"""A training run from its plan: model, optimizer, data, resume, loop, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mindspeed_llm import __version__
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.continuity import is_allowed
+from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.training.data import TrainingData, evaluation_iterations
+from mindspeed_llm.training.evaluate import Evaluation, evaluate
+from mindspeed_llm.training.length import train_iterations
+from mindspeed_llm.training.loop import Progress, TrainingLoop
+from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
+from mindspeed_llm.training.report import LossHistory, Reporter
+from mindspeed_llm.training.setup import DTYPES, TrainingModel, build, is_leader, is_logger, start_processes
+
+
+@dataclass
+class RunResult:
+    """What a run ended with; the losses are known to the logging rank (the last) only.
+
+    Attributes:
+        evaluation: of `--eval-only`.
+        checkpoint: the last directory written, None without --save.
+    """
+
+    progress: Progress
+    history: LossHistory
+    evaluation: Evaluation | None
+    checkpoint: Path | None
+
+
+def run_training(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
+    """Train (or with --eval-only evaluate) as planned.
+
+    Args:
+        prefix: preprocessed data.
+        pad_token_id: fills what collation rounds up.
+    """
+    start_processes(plan)
+    data = TrainingData(plan, prefix, pad_token_id)
+    model = build(plan)
+    t = plan.config.training
+    if t.eval_only:
+        return _evaluate_only(plan, model, data)
+    train_iters = train_iterations(t, plan.global_batch_size, data.samples_per_epoch)
+    optimizer, scheduler = make_optimizer(plan, model, train_iters)
+    progress = resume(plan, model, optimizer, scheduler, data) if plan.resume else Progress()
+    _say_start(plan, model, data, train_iters, progress)
+    log = plan.config.logging
+    reporter = Reporter(
+        active=is_logger(),
+        progress=log.progress,
+        tensorboard_dir=log.tensorboard_dir,
+        train_iters=train_iters,
+        done=progress.iteration,
+    )
+    saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
+    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver)
+    try:
+        loop.run()
+    finally:
+        reporter.close(log.loss_curve)
+    return RunResult(progress, reporter.history, None, saver.last if saver else None)
+
+
+def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[Any, Any]:
+    """Optimizer and schedule over what is trained."""
+    c = plan.config
+    full_tuning = c.door == "posttrain" and plan.adapters is None
+    learning_rate = c.optimizer.lr or (FULL_TUNING_LR if full_tuning else DEFAULT_LR)
+    if c.optimizer.min_lr > learning_rate:
+        raise UserError(f"--min-lr: {c.optimizer.min_lr} is above the default --lr {learning_rate}; give --lr")
+    optimizer = build_optimizer(
+        c.optimizer,
+        model.wrapped,
+        learning_rate=learning_rate,
+        dtype=DTYPES[plan.dtype_name],
+        distributed=c.parallel.use_distributed_optimizer,
+        overlap_param_gather=c.parallel.overlap_param_gather,
+    )
+    scheduler = build_scheduler(
+        c.optimizer,
+        optimizer,
+        learning_rate=learning_rate,
+        train_iters=train_iters,
+        global_batch_size=plan.global_batch_size,
+    )
+    return optimizer, scheduler
+
+
+def _evaluate_only(plan: Plan, model: TrainingModel, data: TrainingData) -> RunResult:
+    iterations = evaluation_iterations(data, plan.config.training.eval_iters)
+    if iterations == 0:
+        raise UserError("--eval-only: the validation part is empty; try: another --split, or --eval-iters above 0")
+    found = evaluate(model.wrapped, data, plan, iterations)
+    reporter = Reporter(active=is_logger(), progress="lines", tensorboard_dir=None, train_iters=0, done=0)
+    reporter.evaluation(0, found.loss, found.trained_tokens)
+    return RunResult(Progress(), reporter.history, found, None)
+
+
+def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters: int, progress: Progress) -> None:
+    """One block of facts before the first iteration, on rank 0."""
+    trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
+    total = sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
+    if not is_leader():
+        return
+    start = f"resuming at iteration {progress.iteration}" if progress.iteration else "starting"
+    print(
+        f" {start}: {train_iters} iterations of {plan.global_batch_size} samples, {data.samples_per_epoch} samples "
+        f"per epoch; {trained:,} of {total:,} parameters on this rank are trained in {plan.dtype_name}",
+        flush=True,
+    )
+    if evaluation_iterations(data, plan.config.training.eval_iters) == 0:
+        print(" no validation: the split leaves no whole sample for it", flush=True)
+
+
+class Saver:
+    """Writes checkpoints of a run: adapters alone for LoRA, everything otherwise."""
+
+    def __init__(self, plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> None:
+        self.plan, self.model, self.optimizer, self.scheduler, self.data = plan, model, optimizer, scheduler, data
+        self.last: Path | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Save the state after `progress.iteration`."""
+        from mindspeed_llm.checkpoint.train_save import save_training, training_state
+
+        c = self.plan.config.checkpoint
+        only = set(self.model.trained) if self.plan.adapters is not None else None
+        state = training_state(
+            self.model.chunks,
+            None if c.no_save_optim else self.optimizer,
+            None if c.no_save_optim else self.scheduler,
+            only,
+            loading=False,
+        )
+        self.last = save_training(c.save, progress.iteration, state, self.record(progress), self.plan.hf_files)
+        if is_leader():
+            note = "" if not c.no_save_optim else " (no optimizer state: it can be tuned from, not resumed)"
+            print(f" saved checkpoint at iteration {progress.iteration} to {self.last}{note}", flush=True)
+
+    def record(self, progress: Progress) -> dict[str, Any]:
+        """What is written beside the tensors."""
+        plan = self.plan
+        source = plan.weights
+        return {
+            "format": "torch_dist",
+            "version": __version__,
+            "iteration": progress.iteration,
+            "progress": asdict(progress),
+            "resumable": not plan.config.checkpoint.no_save_optim,
+            "shape": plan.shape.to_json(),
+            "adapters": plan.adapters.to_json() if plan.adapters else None,
+            "base": {"path": str(source.path.resolve()), "kind": source.kind} if source else None,
+            "layout": {
+                "tensor_parallel": plan.tensor_parallel_size,
+                "pipeline_parallel": plan.pipeline_parallel_size,
+                "data_parallel": plan.data_parallel_size,
+            },
+            "dtype": plan.dtype_name,
+            "data": self.data.fingerprint(),
+            "continuity": plan.config.of_kind("continuity") | {"global_batch_size": plan.global_batch_size},
+        }
+
+
+def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> Progress:
+    """Load optimizer, schedule, random states and progress of `plan.resume`; the weights too when they are in it.
+
+    Raises:
+        UserError: the data changed, or the checkpoint does not fit.
+    """
+    from mindspeed_llm.checkpoint.train_save import load_training, restore_rng_state, training_state
+
+    source, c = plan.resume, plan.config.checkpoint
+    check_data(plan, data)
+    same_layout = source.record["layout"] == {
+        "tensor_parallel": plan.tensor_parallel_size,
+        "pipeline_parallel": plan.pipeline_parallel_size,
+        "data_parallel": plan.data_parallel_size,
+    }
+    with_rng = same_layout and not c.no_load_rng
+    state = training_state(
+        model.chunks,
+        None if c.no_load_optim else optimizer,
+        None if c.no_load_optim else scheduler,
+        set(model.trained) if plan.adapters is not None else None,
+        loading=True,
+        with_rng=with_rng,
+    )
+    loaded = load_training(source.directory, state)
+    model.chunks[0].load_state_dict(loaded["model"], strict=plan.adapters is None)
+    if not c.no_load_optim:
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    else:
+        optimizer.reload_model_params()
+    if with_rng:
+        restore_rng_state(loaded["rng_state"])
+    return Progress(**source.record["progress"])
+
+
+def check_data(plan: Plan, data: TrainingData) -> None:
+    """Refuse to resume on other data files than the run began with."""
+    if plan.resume.record["data"] != data.fingerprint() and not is_allowed(plan.config, "data_path"):
+        raise UserError("resume: the data files changed; keep them, or --allow-change data-path if it is meant")

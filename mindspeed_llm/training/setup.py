@@ -1,0 +1,174 @@
+"""From a plan to a model that can be trained: processes, weights, what is frozen, adapters, DDP."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_llm import accelerator
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.training.freeze import freeze_parameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainingModel:
+    """A model on this rank.
+
+    Attributes:
+        chunks: virtual stages as built (one without virtual pipeline).
+        wrapped: the same inside megatron-core's DistributedDataParallel.
+        trained: local names of the trained parameters.
+    """
+
+    chunks: list[torch.nn.Module]
+    wrapped: list[torch.nn.Module]
+    trained: list[str]
+
+
+def start_processes(plan: Plan) -> None:
+    """Device, threads, process groups and seeds.
+
+    Raises:
+        UserError: the asked device is not there.
+    """
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    r = plan.config.runtime
+    if r.device != "auto":
+        accelerator.select(r.device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
+    initialize_distributed(
+        tensor_parallel_size=plan.tensor_parallel_size,
+        pipeline_parallel_size=plan.pipeline_parallel_size,
+        seed=plan.config.data.seed,
+        timeout_minutes=r.distributed_timeout_minutes,
+    )
+
+
+def is_leader() -> bool:
+    """Whether this process speaks for the run (global rank 0)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_logger() -> bool:
+    """Whether this process writes log lines: the last rank, which has the loss, as in Megatron."""
+    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+
+def build_options(plan: Plan, *, initialize: bool) -> Any:
+    """The builder's view of the plan."""
+    from mindspeed_llm.models.build import BuildOptions
+
+    c = plan.config
+    return BuildOptions(
+        tensor_parallel_size=plan.tensor_parallel_size,
+        pipeline_parallel_size=plan.pipeline_parallel_size,
+        sequence_parallel=plan.sequence_parallel,
+        params_dtype=DTYPES[plan.dtype_name],
+        vocab_divisible_by=c.model.make_vocab_size_divisible_by,
+        hidden_dropout=c.model.hidden_dropout,
+        attention_dropout=c.model.attention_dropout,
+        recompute_granularity=c.training.recompute_granularity,
+        recompute_method=c.training.recompute_method,
+        recompute_num_layers=c.training.recompute_num_layers,
+        seed=c.data.seed,
+        initialize=initialize,
+    )
+
+
+def build(plan: Plan) -> TrainingModel:
+    """The model with its weights, adapters and frozen parameters, wrapped for data parallelism.
+
+    Raises:
+        UserError: weights do not fit, or a --trainable / --freeze pattern matches no parameter.
+    """
+    from mindspeed_llm.models.build import build_model
+
+    from_scratch = plan.weights is None
+    chunk = build_model(plan.shape, build_options(plan, initialize=from_scratch))
+    if not from_scratch:
+        load_weights(plan, chunk)
+    trained = choose_trained(plan, chunk)
+    if plan.adapters is not None:
+        from mindspeed_llm.lora.inject import inject_adapters
+
+        trained += inject_adapters(chunk, plan.adapters, seed=plan.config.data.seed)
+        if plan.adapter_source is not None:
+            from mindspeed_llm.lora.io import load_adapters
+
+            load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.kind, plan.adapters)
+    return TrainingModel([chunk], [wrap(plan, chunk)], trained)
+
+
+def load_weights(plan: Plan, chunk: torch.nn.Module) -> None:
+    """Fill this rank's parameters from `plan.weights`, strictly, and say how much was loaded."""
+    from megatron.core import parallel_state
+
+    from mindspeed_llm.checkpoint.load import load_weights_into
+
+    load_weights_into(
+        chunk,
+        plan.weights.directory,
+        plan.weights.kind,
+        plan.shape,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=plan.tensor_parallel_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=plan.pipeline_parallel_size,
+        verbose=is_leader(),
+    )
+
+
+def choose_trained(plan: Plan, chunk: torch.nn.Module) -> list[str]:
+    """Set requires_grad by the options (a LoRA base is frozen but for --trainable); names of what is trained."""
+    t = plan.config.training
+    if plan.adapters is not None and not t.trainable:
+        chunk.requires_grad_(False)
+        return []
+    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    trained, matched = freeze_parameters(
+        chunk.named_parameters(),
+        num_layers=plan.shape.num_layers,
+        layer_offset=offset,
+        trainable=t.trainable,
+        freeze=t.freeze,
+        trainable_layers=t.trainable_layers,
+        frozen_layers=t.frozen_layers,
+    )
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (sorted(matched), bool(trained)))
+    for pattern in [*(t.trainable or ()), *(t.freeze or ())]:
+        if not any(pattern in seen for seen, _ in everywhere):
+            example = next(iter(chunk.named_parameters()))[0]
+            raise UserError(f"--trainable/--freeze: {pattern!r} matches no parameter; names look like {example}")
+    if not any(some for _, some in everywhere):
+        raise UserError("training: every parameter is frozen; leave something to train")
+    return sorted(trained)
+
+
+def wrap(plan: Plan, chunk: torch.nn.Module) -> torch.nn.Module:
+    """megatron-core's DistributedDataParallel; gradients accumulate and reduce in fp32."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    p = plan.config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_param_gather=p.overlap_param_gather,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+    )
+    wrapped = DistributedDataParallel(chunk.config, settings, chunk)
+    chunk.config.finalize_model_grads_func = finalize_model_grads
+    if p.overlap_grad_reduce:
+        chunk.config.no_sync_func = wrapped.no_sync
+    if p.overlap_param_gather:
+        chunk.config.param_sync_func = wrapped.start_param_sync
+    return wrapped
