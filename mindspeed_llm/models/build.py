@@ -30,6 +30,7 @@ class BuildOptions:
         sequence_parallel: keep the residual stream cut along the sequence between the tensor-parallel regions.
         params_dtype: of all parameters.
         vocab_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
+        padded_vocab_size: rows of the embedding over all ranks, where a checkpoint dictates them; overrides the former.
         hidden_dropout, attention_dropout: probabilities while training; attention_dropout None takes the shape's.
         recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: as in megatron-core.
         calculate_per_token_loss: gradients are divided by the global number of labelled tokens (by megatron, which
@@ -46,6 +47,7 @@ class BuildOptions:
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
     vocab_divisible_by: int = layouts.VOCAB_MULTIPLE
+    padded_vocab_size: int | None = None
     hidden_dropout: float = 0.0
     attention_dropout: float | None = None
     recompute_granularity: str | None = None
@@ -68,6 +70,8 @@ def model_config(shape: ModelShape, options: BuildOptions):
 
     tp = options.tensor_parallel_size
     layouts.check_tensor_parallel(shape, tp)
+    padded = options.padded_vocab_size or padded_vocab_size(shape.vocab_size, tp, options.vocab_divisible_by)
+    layouts.vocab_range(shape.vocab_size, padded, 0, tp)
     return ModelConfig(
         shape=shape,
         num_layers=shape.num_layers,
@@ -86,7 +90,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         add_qkv_bias=shape.add_qkv_bias,
         add_attention_output_bias=shape.add_attention_output_bias,
         add_mlp_bias=shape.add_mlp_bias,
-        padded_vocab_size=padded_vocab_size(shape.vocab_size, tp, options.vocab_divisible_by),
+        padded_vocab_size=padded,
         hidden_dropout=options.hidden_dropout,
         attention_dropout=shape.attention_dropout if options.attention_dropout is None else options.attention_dropout,
         params_dtype=options.params_dtype,

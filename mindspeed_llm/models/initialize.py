@@ -70,7 +70,7 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
         if whole == "output_layer.weight" and config.shape.tie_word_embeddings:
             whole = "embedding.word_embeddings.weight"
         full = initial_tensor(whole, config, seed)
-        parameter.copy_(shard(full, whole, config.shape, rank, tp, config.padded_vocab_size // tp))
+        parameter.copy_(shard(full, whole, config.shape, rank, tp, config.padded_vocab_size))
 
 
 def mark_tensor_parallel(model: nn.Module) -> None:

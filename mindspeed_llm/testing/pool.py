@@ -77,7 +77,8 @@ class Pool:
         store = f"/tmp/mindspeed-pool-{os.getpid()}-{self.world_size}-{time.monotonic_ns()}"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, store), daemon=True)
+            # Not daemons: the asynchronous checkpoint writer starts processes of its own.
+            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, store))
             process.start()
             theirs.close()
             self._processes.append(process)
