@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.source import (
     TensorSource,
     check_dims,
@@ -25,7 +26,6 @@ from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import absent_rules
 from mindspeed_llm.models.shape import ModelShape
 
-TIED_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -191,7 +191,7 @@ class HfSource(TensorSource):
         for rule, hf_name in absent_rules(self.shape):
             if hf_name not in found:
                 continue
-            if rule.mcore != TIED_HEAD:
+            if rule.mcore != OUTPUT_LAYER:
                 raise UserError(
                     f"checkpoint: {self.origin} holds {hf_name}, but config.json says that there is none; try: correct "
                     f"the bias or normalisation fields of config.json"

@@ -1,0 +1,202 @@
+"""Filling one rank's model from any checkpoint, reading only that rank's slices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
+from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_names
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models import layouts
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layer_map import LayerMap, layer_map
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which part of the model one rank (and one virtual stage) holds; needs no process group.
+
+    Args:
+        layers: the pipeline's layer map.
+        tp_rank, tp: tensor-parallel rank and size.
+        pp_rank, vpp_rank: pipeline stage, and model chunk within it.
+    """
+
+    layers: LayerMap
+    tp_rank: int = 0
+    tp: int = 1
+    pp_rank: int = 0
+    vpp_rank: int = 0
+
+    def global_name(self, local: str) -> str:
+        """The checkpoint's name of a parameter of this part: the layer's global index for its local one.
+
+        Raises:
+            UserError: this part has no such layer.
+        """
+        slot = layouts.layer_index(local)
+        if slot is None:
+            return local
+        here = self.layers.layers(self.pp_rank, self.vpp_rank)
+        if slot not in here:
+            raise UserError(
+                f"checkpoint: {local} is not in the layer map of pipeline stage {self.pp_rank}, chunk {self.vpp_rank}, "
+                f"which has local layers {sorted(here)}"
+            )
+        return layouts.with_layer(local, here[slot])
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did; `str()` is the line that is printed."""
+
+    num_loaded: int
+    num_expected: int
+    num_parameters: int
+    origin: str
+
+    def __str__(self) -> str:
+        return (
+            f"loaded {self.num_loaded}/{self.num_expected} tensors, {self.num_parameters} parameters from {self.origin}"
+        )
+
+
+def load_into(
+    model: torch.nn.Module | Mapping[str, Tensor],
+    source: TensorSource,
+    placement: Placement | None = None,
+    *,
+    quiet: bool = False,
+) -> LoadReport:
+    """Copy this rank's part of a checkpoint into a model, casting to the model's types on the way.
+
+    Args:
+        model: a built megatron model part, or its tensors by local name.
+        source: `open_source(...)`; its shape is the whole model's.
+        placement: which part this is; None for the whole model on one rank.
+        quiet: do not print the report.
+
+    Returns:
+        The report; every tensor of the model was loaded.
+
+    Raises:
+        UserError: the model has a tensor that the checkpoint lacks, lacks one that belongs to this part, or a shape
+            differs. Nothing has been copied then.
+    """
+    placement = placement or Placement(layer_map(source.shape.num_layers))
+    targets = _targets(model)
+    wanted = {local: _stored_name(placement.global_name(plain_name(local)), source.shape) for local in targets}
+    expected = {name for name in source.names() if _belongs(name, placement, source.shape)}
+    check_names(sorted(expected), sorted(set(wanted.values())), f"the model for {source.origin}")
+    for local, name in wanted.items():
+        check_dims(local, _local_dims(name, targets[local], source, placement), targets[local].shape, "the model")
+    with torch.no_grad():
+        for local, name in wanted.items():
+            target = targets[local]
+            padded = target.shape[0] * placement.tp if source.pairs[name].layout.packing == "vocab" else None
+            target.copy_(source.read_shard(name, placement.tp_rank, placement.tp, padded))
+    count = sum(target.numel() for target in targets.values())
+    report = LoadReport(len(wanted), len(targets), count, source.origin)
+    if not quiet:
+        print(report, flush=True)
+    return report
+
+
+def load_hf_into(
+    model: torch.nn.Module | Mapping[str, Tensor],
+    hf_dir: str | Path,
+    shape: ModelShape | None = None,
+    placement: Placement | None = None,
+    *,
+    truncate_layers: int | None = None,
+    quiet: bool = False,
+) -> LoadReport:
+    """`load_into` from a Hugging Face directory.
+
+    Args:
+        shape: what config.json describes, where the caller has it already.
+        truncate_layers: take only the first N layers of the file, on purpose.
+
+    Raises:
+        UserError: as `load_into`, and whatever is wrong with the directory.
+    """
+    from mindspeed_llm.checkpoint.hf import HfSource
+
+    source: TensorSource = HfSource(hf_dir, shape)
+    if truncate_layers is not None:
+        source = truncated(source, truncate_layers)
+    return load_into(model, source, placement, quiet=quiet)
+
+
+class _FirstLayers(TensorSource):
+    """A source seen through a shape with fewer layers."""
+
+    def __init__(self, inner: TensorSource, shape: ModelShape) -> None:
+        super().__init__(shape, f"the first {shape.num_layers} layers of {inner.origin}")
+        self._inner = inner
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._inner.dtype(name)
+
+    def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
+        return self._inner.read_part(name, part, start, stop)
+
+
+def truncated(source: TensorSource, num_layers: int) -> TensorSource:
+    """The source without its later layers.
+
+    Raises:
+        UserError: it has no more than num_layers.
+    """
+    return _FirstLayers(source, truncated_shape(source.shape, num_layers))
+
+
+def truncated_shape(shape: ModelShape, num_layers: int) -> ModelShape:
+    """The shape of the model's first num_layers layers.
+
+    Raises:
+        UserError: the model has fewer.
+    """
+    if not 1 <= num_layers <= shape.num_layers:
+        raise UserError(f"model: --truncate-layers {num_layers} is wrong; legal: 1..{shape.num_layers}")
+    windows = shape.window_layers
+    if windows is not None:
+        windows = tuple(layer for layer in windows if layer < num_layers)
+    if windows == ():
+        return dataclasses.replace(shape, num_layers=num_layers, window_size=None, window_layers=None)
+    return dataclasses.replace(shape, num_layers=num_layers, window_layers=windows)
+
+
+def _targets(model: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = model.state_dict(keep_vars=True) if isinstance(model, torch.nn.Module) else model
+    return {name: tensor for name, tensor in tensors.items() if not is_extra_state(name)}
+
+
+def _stored_name(name: str, shape: ModelShape) -> str:
+    """A later pipeline stage keeps its own copy of tied embeddings as output layer."""
+    return EMBEDDING if name == OUTPUT_LAYER and shape.tie_word_embeddings else name
+
+
+def _belongs(name: str, placement: Placement, shape: ModelShape) -> bool:
+    layers, p, v = placement.layers, placement.pp_rank, placement.vpp_rank
+    layer = layouts.layer_index(name)
+    if layer is not None:
+        return layers.place(layer)[:2] == (p, v)
+    if name == EMBEDDING:
+        return layers.is_first(p, v) or (shape.tie_word_embeddings and layers.is_last(p, v))
+    return layers.is_last(p, v)
+
+
+def _local_dims(name: str, target: Tensor, source: TensorSource, placement: Placement) -> tuple[int, ...]:
+    """Dimensions that a target must have; how far the vocabulary is padded is the target's own choice."""
+    padded = None
+    if source.pairs[name].layout.packing == "vocab":
+        padded = target.shape[0] * placement.tp
+        layouts.vocab_range(source.shape.vocab_size, padded, placement.tp_rank, placement.tp)
+    return layouts.local_shape(name, source.shape, placement.tp, padded)
