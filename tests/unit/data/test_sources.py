@@ -1,0 +1,133 @@
+"""Every format gives the same rows, and every row knows its line."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from mindspeed_llm.data.sources import find_files, read_chunks
+from mindspeed_llm.errors import UserError
+
+ROWS = [{"text": f'row {i}, "quoted"\nsecond line ü', "n": str(i)} for i in range(7)]
+
+
+def read(spec, **options):
+    return [
+        (chunk.origin(number), row) for chunk in read_chunks(str(spec), **options) for number, row in chunk.decode()
+    ]
+
+
+def rows_of(spec, **options):
+    return [row for _, row in read(spec, **options)]
+
+
+def write_all(directory):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(ROWS)
+    (directory / "a.json").write_text(json.dumps(ROWS, indent=2, ensure_ascii=False), encoding="utf-8")
+    (directory / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    (directory / "lines.json").write_text("\n".join(json.dumps(r) for r in ROWS))
+    (directory / "bom.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    pq.write_table(table, directory / "a.parquet", row_group_size=3)
+    with pa.OSFile(str(directory / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pa.OSFile(str(directory / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with open(directory / "a.csv", "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ["text", "n"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def test_all_formats_agree(tmp_path):
+    write_all(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 8
+    for file in files:
+        assert rows_of(file) == ROWS, file.name
+
+
+def test_text_lines_are_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\nthree\n")
+    assert read(tmp_path / "a.txt") == [
+        (f"{tmp_path / 'a.txt'}:1", {"text": "one"}),
+        (f"{tmp_path / 'a.txt'}:3", {"text": "three"}),
+    ]
+
+
+def test_origins_are_the_lines_of_the_file(tmp_path):
+    write_all(tmp_path)
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    for origin, _ in read(tmp_path / "a.json"):
+        assert lines[int(origin.rsplit(":", 1)[1]) - 1].strip() == "{"
+    # Each csv row has a line feed inside its text, so row k starts on line 2 + 2k.
+    assert [int(origin.rsplit(":", 1)[1]) for origin, _ in read(tmp_path / "a.csv")] == [2 + 2 * k for k in range(7)]
+
+
+def test_a_broken_line_is_an_error_of_that_line_only(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n[1]\n{"text": "d"}\n')
+    kinds = [(origin.rsplit(":", 1)[1], type(row).__name__) for origin, row in read(tmp_path / "a.jsonl")]
+    assert kinds == [("1", "dict"), ("2", "UserError"), ("3", "UserError"), ("4", "dict")]
+
+
+def test_a_broken_array_stops_with_its_line(tmp_path):
+    (tmp_path / "a.json").write_text('[\n {"a": 1},\n {"a" 2}\n]')
+    with pytest.raises(UserError, match="a.json:3 is not JSON"):
+        read(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('[\n {"a": 1},\n')
+    with pytest.raises(UserError, match="does not end"):
+        read(tmp_path / "b.json")
+
+
+def test_directories_are_read_in_numeric_order(tmp_path):
+    for number in (10, 2, 1):
+        (tmp_path / f"part-{number}.txt").write_text(f"{number}\n")
+    (tmp_path / "README.md").write_text("not data")
+    assert [row["text"] for row in rows_of(tmp_path)] == ["1", "2", "10"]
+    pair = f"{tmp_path / 'part-10.txt'},{tmp_path / 'part-2.txt'}"
+    assert [row["text"] for row in rows_of(pair)] == ["10", "2"]
+
+
+def test_max_samples_counts_over_files(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"{number}.txt").write_text("a\nb\nc\n")
+    assert len(rows_of(tmp_path, max_samples=4)) == 4
+
+
+def test_a_csv_row_with_too_many_fields_is_bad(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nok\na,b\n")
+    assert [type(row).__name__ for row in rows_of(tmp_path / "a.csv")] == ["dict", "UserError"]
+
+
+def test_load_dataset_reads_a_directory_with_parameters(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    params = {"split": "train[:3]", "cache_dir": str(tmp_path / "cache")}
+    assert rows_of(tmp_path / "d", hf_params=params) == ROWS[:3]
+
+
+def test_absent_data_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="/no/such.json does not exist"):
+        find_files("/no/such.json")
+    with pytest.raises(UserError, match="missing.json"):
+        find_files(f"{tmp_path},missing.json")
+    with pytest.raises(UserError, match="has no data files"):
+        find_files(str(tmp_path))
+    (tmp_path / "x.xml").write_text("")
+    with pytest.raises(UserError, match="type of .*x.xml"):
+        find_files(str(tmp_path / "x.xml"))
+
+
+def test_a_data_set_that_cannot_be_reached_says_so(monkeypatch):
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'nobody/nothing' is no path, and as a data set it could not be loaded"):
+        read("nobody/nothing")
