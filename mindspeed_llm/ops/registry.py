@@ -81,9 +81,7 @@ def select(operator: str, name: str) -> None:
     entries = {entry.name: entry for entry in _known(operator)}
     usable = [entry.name for entry in entries.values() if entry.missing(device_type) is None]
     if name not in entries:
-        raise UserError(
-            f"{operator}: {name} is wrong, because there is no such implementation; legal: {', '.join(usable)}"
-        )
+        raise UserError(f"{operator}: {name} is wrong, because there is none of that name; legal: {', '.join(usable)}")
     if reason := entries[name].missing(device_type):
         raise UserError(f"{operator}: {name} is wrong, because {reason}; legal: {', '.join(usable)}")
     _chosen[operator] = entries[name]
