@@ -1,0 +1,46 @@
+"""The `args` that Megatron checkpoints carry: what Megatron-LM and MindSpeed-LLM read back from one of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspeed_llm.models.shape import ModelShape
+
+ARGS_THAT_CHANGE_OUTPUTS = (
+    "num_attention_heads",
+    "norm_epsilon",
+    "rotary_base",
+    "rotary_percent",
+    "swiglu",
+    "untie_embeddings_and_output_weights",
+)
+"""Arguments that a wrong config.json could contradict without any tensor having another shape."""
+
+
+def megatron_args(shape: ModelShape) -> dict[str, Any]:
+    """Architecture arguments under Megatron's names, as `--use-checkpoint-args` expects them."""
+    scaling = shape.rope_scaling or {}
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": shape.num_query_groups != shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "seq_length": shape.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": shape.rotary_base,
+        "rotary_percent": shape.rotary_percent,
+        "rope_scaling_type": scaling.get("rope_type"),
+        "normalization": shape.normalization,
+        "norm_epsilon": shape.norm_epsilon,
+        "swiglu": shape.gated_linear_unit and shape.activation == "silu",
+        "add_bias_linear": shape.add_attention_output_bias or shape.add_mlp_bias,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "untie_embeddings_and_output_weights": not shape.tie_word_embeddings,
+    }

@@ -1,0 +1,207 @@
+"""Writing mp_rank checkpoints tensor by tensor: the files are laid out empty, mapped, and filled in place."""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mindspeed_llm.checkpoint.megatron import FILE_NAME, rank_directory_name
+from mindspeed_llm.checkpoint.megatron_args import megatron_args
+from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, fused_name
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models import layouts
+from mindspeed_llm.models.mapping import tensor_pairs
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layer_map import LayerMap
+
+
+@dataclass(frozen=True)
+class MegatronLayout:
+    """How a checkpoint is cut.
+
+    Args:
+        layers: pipeline stages and chunks.
+        tp: tensor-parallel size.
+        padded_vocab: rows of the padded vocabulary over all ranks.
+        transformer_impl: "local", or "transformer_engine" for that library's spelling of the norms.
+    """
+
+    layers: LayerMap
+    tp: int
+    padded_vocab: int
+    transformer_impl: str = "local"
+
+    def to_json(self) -> dict[str, Any]:
+        """A json record of the layout."""
+        return {
+            "tensor_parallel_size": self.tp,
+            "pipeline_parallel_size": self.layers.pp,
+            "chunks": [[list(chunk) for chunk in stage] for stage in self.layers.chunks],
+            "padded_vocab_size": self.padded_vocab,
+            "transformer_impl": self.transformer_impl,
+        }
+
+
+class MegatronWriter:
+    """Writes one iteration, one pipeline stage at a time.
+
+    Args:
+        directory: the iter_XXXXXXX directory; must not exist.
+        shape: of the whole model.
+        dtypes: mcore name -> type to store.
+        iteration: recorded in the files.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shape: ModelShape,
+        layout: MegatronLayout,
+        dtypes: dict[str, torch.dtype],
+        iteration: int,
+    ) -> None:
+        layouts.check_tensor_parallel(shape, layout.tp)
+        if layout.transformer_impl not in ("local", "transformer_engine"):
+            raise UserError(
+                f"checkpoint: transformer-impl {layout.transformer_impl!r}; legal: local, transformer_engine"
+            )
+        self.directory, self.shape, self.layout = directory, shape, layout
+        self.dtypes, self.iteration = dtypes, iteration
+        self._ranks: list[dict[str, Any]] = []
+
+    def stage_names(self, pp_rank: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """(mcore name with global index, [(model key, name in the file), ...]) of a stage, in model order."""
+        layers = self.layout.layers
+        for pair in tensor_pairs(self.shape):
+            layer = layouts.layer_index(pair.mcore)
+            if layer is not None:
+                p, v, local = layers.place(layer)
+                places = [(p, v, layouts.with_layer(pair.mcore, local))]
+            elif pair.mcore == EMBEDDING:
+                places = [(0, 0, pair.mcore)]
+                if self.shape.tie_word_embeddings and layers.pp > 1:
+                    places.append((layers.pp - 1, layers.vpp - 1, OUTPUT_LAYER))
+            else:
+                places = [(layers.pp - 1, layers.vpp - 1, pair.mcore)]
+            here = [(self._key(v), self._spelled(name)) for p, v, name in places if p == pp_rank]
+            if here:
+                yield pair.mcore, here
+
+    def open_stage(self, pp_rank: int) -> None:
+        """Lay out and map the files of all tensor-parallel ranks of a stage."""
+        self._ranks = []
+        for tp_rank in range(self.layout.tp):
+            path = self._path(tp_rank, pp_rank)
+            path.parent.mkdir(parents=True)
+            _lay_out(path, self._content(tp_rank, pp_rank))
+            self._ranks.append(_map_shared(path))
+
+    def write(self, name: str, places: list[tuple[str, str]], tensor: Tensor) -> None:
+        """Fill every rank's share of one tensor of the open stage.
+
+        Args:
+            name: mcore name with the global layer index.
+            places: from `stage_names`.
+            tensor: unsharded and unpadded, any floating type.
+        """
+        for tp_rank, content in enumerate(self._ranks):
+            piece = layouts.shard(tensor, name, self.shape, tp_rank, self.layout.tp, self.layout.padded_vocab)
+            for key, stored in places:
+                content[key][stored].copy_(piece)
+
+    def close_stage(self, pp_rank: int) -> None:
+        """Unmap the files of a stage and wait until they are on disk."""
+        self._ranks = []
+        for tp_rank in range(self.layout.tp):
+            with self._path(tp_rank, pp_rank).open("rb+") as file:
+                os.fsync(file.fileno())
+
+    def discard(self) -> None:
+        """Remove what was written, after a failure."""
+        self._ranks = []
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def num_bytes(self) -> int:
+        """Size of all tensors that will be written."""
+        total = 0
+        for pp_rank in range(self.layout.layers.pp):
+            for name, places in self.stage_names(pp_rank):
+                rows = torch.Size(self._local_shape(name)).numel()
+                total += rows * self.dtypes[name].itemsize * self.layout.tp * len(places)
+        return total
+
+    def _content(self, tp_rank: int, pp_rank: int) -> dict[str, Any]:
+        content: dict[str, Any] = {self._key(v): {} for v in range(self.layout.layers.vpp)}
+        with FakeTensorMode():
+            for name, places in self.stage_names(pp_rank):
+                for key, stored in places:
+                    content[key][stored] = torch.empty(self._local_shape(name), dtype=self.dtypes[name])
+        content.update(checkpoint_version=3.0, iteration=self.iteration, args=self._args())
+        return content
+
+    def _args(self) -> argparse.Namespace:
+        layout, layers = self.layout, self.layout.layers
+        dtype = self.dtypes[EMBEDDING]
+        uneven = len({len(chunk) for stage in layers.chunks for chunk in stage}) > 1
+        return argparse.Namespace(
+            **{
+                **megatron_args(self.shape),
+                "num_layers": layers.num_slots,
+                "vocab_size": self.shape.vocab_size,
+                "padded_vocab_size": layout.padded_vocab,
+                "tensor_model_parallel_size": layout.tp,
+                "pipeline_model_parallel_size": layers.pp,
+                "virtual_pipeline_model_parallel_size": layers.vpp if layers.vpp > 1 else None,
+                "num_layers_per_virtual_pipeline_stage": len(layers.chunk(0)) if layers.vpp > 1 else None,
+                "num_layer_list": ",".join(str(len(s[0])) for s in layers.chunks) if uneven else None,
+                "noop_layers": ",".join(map(str, layers.noop_layers)) or None,
+                "transformer_impl": layout.transformer_impl,
+                "use_mcore_models": True,
+                "params_dtype": dtype,
+                "bf16": dtype == torch.bfloat16,
+                "fp16": dtype == torch.float16,
+                "iteration": self.iteration,
+                "consumed_train_samples": 0,
+                "consumed_valid_samples": 0,
+            }
+        )
+
+    def _key(self, vpp_rank: int) -> str:
+        return "model" if self.layout.layers.vpp == 1 else f"model{vpp_rank}"
+
+    def _spelled(self, name: str) -> str:
+        return fused_name(name) if self.layout.transformer_impl == "transformer_engine" else name
+
+    def _local_shape(self, name: str) -> tuple[int, ...]:
+        return layouts.local_shape(name, self.shape, self.layout.tp, self.layout.padded_vocab)
+
+    def _path(self, tp_rank: int, pp_rank: int) -> Path:
+        return self.directory / rank_directory_name(tp_rank, pp_rank, self.layout.layers.pp) / FILE_NAME
+
+
+def _lay_out(path: Path, content: dict[str, Any]) -> None:
+    """A torch file whose fake tensors take their place but hold no data yet."""
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(content, path)
+    with path.open("rb+") as file:
+        # a full disk is an error here; found out while writing through a mapping it would kill the process
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _map_shared(path: Path) -> dict[str, Any]:
+    """The file's content with tensors that write through to it."""
+    with (
+        torch.serialization.set_default_mmap_options(mmap.MAP_SHARED),
+        torch.serialization.safe_globals([argparse.Namespace]),
+    ):
+        return torch.load(path, mmap=True, weights_only=True)

@@ -1,0 +1,184 @@
+"""Reading the weights of a megatron-core `torch_dist` checkpoint without megatron or a process group.
+
+megatron-core saves through torch.distributed.checkpoint: `.metadata` says which file holds which box of which global
+tensor. Layers are stacked along a first axis (`decoder.layers.mlp.linear_fc1.weight` [layers, 2f, h]) unless the model
+was heterogeneous; fc1 is [gate; up]; the vocabulary is padded.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.checkpoint.names import OUTPUT_LAYER, is_extra_state, plain_name
+from mindspeed_llm.checkpoint.source import (
+    TensorSource,
+    check_dims,
+    check_names,
+    packed_range,
+    unpack_groups,
+)
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models import layouts
+from mindspeed_llm.models.shape import ModelShape
+
+METADATA = ".metadata"
+_NUMBERED = re.compile(r"decoder\.layers\.\d+\.")
+_STACKED = "decoder.layers."
+# entries of a training state that are no model weights
+_TRAINING_STATE = re.compile(r"(chained_\d+\.|optimizer\b|opt_param_scheduler|rng_state|rerun_state_machine)")
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+_METADATA_GLOBALS = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+    ("builtins", "slice"),
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a model tensor lies: the global tensor's key, and its layer along the stacked axis if there is one."""
+
+    key: str
+    layer: int | None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits the classes of torch's checkpoint metadata only, so that a checkpoint cannot run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in _METADATA_MODULES or (module, name) in _METADATA_GLOBALS or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of checkpoint metadata")
+
+
+class TorchDistSource(TensorSource):
+    """The mcore tensors of a torch_dist checkpoint directory.
+
+    Args:
+        directory: the iter_XXXXXXX directory, with `.metadata` and *.distcp files.
+        shape: of the model, from our record or from an HF config.
+
+    Raises:
+        UserError: the metadata is damaged, or the tensors are not this model's.
+    """
+
+    def __init__(self, directory: str | Path, shape: ModelShape) -> None:
+        super().__init__(shape, str(directory))
+        self.directory = Path(directory)
+        self._metadata = self._read_metadata()
+        self._boxes = self._index_boxes()
+        self._stored = self._find_tensors()
+        self._check()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensor_metadata(name).properties.dtype
+
+    def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
+        pair = self.pairs[name]
+        first, last, groups = packed_range(pair, self.shape, part, start, stop)
+        box = [(0, size) for size in pair.dims]
+        box[pair.layout.tp_dim or 0] = (first, last)
+        block = self._read_box(name, box)
+        return unpack_groups(block, self.shape, groups, part) if groups else block
+
+    def _read_metadata(self) -> Any:
+        path = self.directory / METADATA
+        try:
+            with path.open("rb") as file:
+                return _MetadataUnpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
+
+    def _index_boxes(self) -> dict[str, list[tuple[tuple[int, ...], Any]]]:
+        """key -> [(offsets of a box, where its bytes are)]."""
+        boxes: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+        for index, info in self._metadata.storage_data.items():
+            if index.offset is not None:
+                boxes.setdefault(index.fqn, []).append((tuple(index.offset), info))
+        return boxes
+
+    def _find_tensors(self) -> dict[str, _Stored]:
+        stored: dict[str, _Stored] = {}
+        for key, metadata in self._metadata.state_dict_metadata.items():
+            if is_extra_state(key.split("/")[0]) or _TRAINING_STATE.match(key) or not hasattr(metadata, "chunks"):
+                continue
+            if key.startswith(_STACKED) and not _NUMBERED.match(key):
+                rest = key.removeprefix(_STACKED)
+                for layer in range(metadata.size[0]):
+                    stored[plain_name(f"{_STACKED}{layer}.{rest}")] = _Stored(key, layer)
+            else:
+                stored[plain_name(key)] = _Stored(key, None)
+        return stored
+
+    def _check(self) -> None:
+        if self.shape.tie_word_embeddings and OUTPUT_LAYER in self._stored:
+            raise UserError(
+                f"checkpoint: {self.origin} holds {OUTPUT_LAYER}, so its embeddings are not tied, but the model's "
+                f"config says that they are"
+            )
+        check_names(list(self.pairs), list(self._stored), self.origin)
+        for name, pair in self.pairs.items():
+            found, expected = self._found_dims(name), list(pair.dims)
+            if pair.layout.packing == "vocab":
+                layouts.vocab_range(self.shape.vocab_size, found[0], 0, 1)
+                expected[0] = found[0]
+            check_dims(name, expected, found, self.origin)
+
+    def _tensor_metadata(self, name: str) -> Any:
+        return self._metadata.state_dict_metadata[self._stored[name].key]
+
+    def _found_dims(self, name: str) -> tuple[int, ...]:
+        size = tuple(self._tensor_metadata(name).size)
+        return size if self._stored[name].layer is None else size[1:]
+
+    def _read_box(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
+        """A box [start, stop) per dimension of one tensor, put together from the stored boxes that overlap it."""
+        stored, metadata = self._stored[name], self._tensor_metadata(name)
+        stacked = stored.layer is not None
+        wanted = [(stored.layer, stored.layer + 1), *box] if stacked else list(box)
+        out = torch.empty([stop - start for start, stop in wanted], dtype=metadata.properties.dtype)
+        covered = 0
+        for chunk in metadata.chunks:
+            overlap = [
+                (max(start, offset), min(stop, offset + size))
+                for (start, stop), offset, size in zip(wanted, chunk.offsets, chunk.sizes)
+            ]
+            if any(start >= stop for start, stop in overlap):
+                continue
+            piece = self._read_stored(stored.key, tuple(chunk.offsets))
+            inside = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets))
+            target = tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(overlap, wanted))
+            out[target] = piece.reshape(tuple(chunk.sizes))[inside]
+            covered += out[target].numel()
+        if covered != out.numel():
+            raise UserError(
+                f"checkpoint: {name} in {self.origin} covers {covered} of {out.numel()} values; it is incomplete"
+            )
+        return out[0] if stacked else out
+
+    def _read_stored(self, key: str, offsets: tuple[int, ...]) -> Tensor:
+        info = next((info for at, info in self._boxes.get(key, ()) if at == offsets), None)
+        if info is None or getattr(info, "transform_descriptors", None):
+            what = "is not stored" if info is None else "is stored compressed"
+            raise UserError(f"checkpoint: {key} at {list(offsets)} {what} in {self.origin}")
+        path = self.directory / info.relative_path
+        try:
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
