@@ -1,0 +1,51 @@
+# shellcheck shell=bash
+# What every recipe shares: python, launcher, log, dry run. Sourced by the recipes, not run.
+#
+# A recipe names only what differs from the library's defaults. These variables of the environment change it:
+#   DATA_PATH CKPT_LOAD_DIR CKPT_SAVE_DIR CHECKPOINT CHECKPOINT_LORA   paths; each recipe's defaults stand in it
+#   TOKENIZER_PATH or TOKENIZER_MODEL   directory, tokenizer.json or tokenizer.model; the first wins
+#   TP PP                               tensor and pipeline parallel sizes
+#   NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT            as torchrun has them
+#   SEQ_LENGTH MBS GBS TRAIN_ITERS LR   sizes of a training run
+#   DTYPE_FLAG                          --bf16 (default), --fp16, or empty for fp32
+#   PYTHON                              interpreter (default: python)
+#   DRY_RUN=1                           print what would be done, in one process and on any machine
+# Arguments of a recipe are further flags of its program: bash tune_llama2_7b_full_ptd.sh --log-throughput
+# Paths are relative to the repository's root, wherever a recipe is called from.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-6000}
+DTYPE_FLAG=${DTYPE_FLAG---bf16}
+# shellcheck disable=SC2034  # the recipes use it
+TOKENIZER=${TOKENIZER_PATH:-${TOKENIZER_MODEL:-./model_from_hf/llama-2-7b-hf/}}
+
+# Megatron's overlap of tensor-parallel communication relies on one hardware queue per CUDA device.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export PYTHONUNBUFFERED=1
+
+# run_one PROGRAM FLAG...: one process; its output also goes to logs/<recipe>.log.
+run_one() {
+    local dry_run=
+    if [[ ${DRY_RUN:-0} == 1 ]]; then dry_run=--dry-run; fi
+    mkdir -p logs
+    "$PYTHON" "$@" ${dry_run:+"$dry_run"} 2>&1 | tee "logs/$(basename "$0" .sh).log"
+}
+
+# run_ranks PROGRAM FLAG...: NPROC_PER_NODE processes on each of NNODES hosts.
+run_ranks() {
+    local world_size=$((NPROC_PER_NODE * NNODES))
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        WORLD_SIZE=$world_size run_one "$@"
+    elif ((world_size == 1)); then
+        run_one "$@"
+    else
+        run_one -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" \
+            --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
+    fi
+}
