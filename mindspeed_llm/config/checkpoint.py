@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option
+from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
 
 
-@dataclass
+@section
 class CheckpointConfig:
     """Where weights come from and go to."""
 
@@ -47,7 +45,7 @@ class CheckpointConfig:
     )
 
 
-@dataclass
+@section
 class LoggingConfig:
     """What a run says and where."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import at_least, option
+from mindspeed_llm.config.schema import at_least, option, section
 
 
-@dataclass
+@section
 class ConvertConfig:
     """From which format and layout to which."""
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option
+from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
 
 EVERY_DATA_DOOR = ("preprocess", *TRAINING_DOORS)
 
 
-@dataclass
+@section
 class DataConfig:
     """Where rows come from and how they become token streams."""
 
@@ -95,7 +93,7 @@ class DataConfig:
     )
 
 
-@dataclass
+@section
 class TokenizerConfig:
     """Which tokenizer, and how it is loaded."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import above, at_least, between, option
+from mindspeed_llm.config.schema import above, at_least, between, option, section
 
 
-@dataclass
+@section
 class InferenceConfig:
     """Prompts, decoding and where answers go."""
 

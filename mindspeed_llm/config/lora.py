@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import above, at_least, between, option
+from mindspeed_llm.config.schema import above, at_least, between, option, section
 
 
-@dataclass
+@section
 class LoraConfig:
     """Adapters are on when `--lora-r` or `--lora-target-modules` is given, or `--lora-load` holds some."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, between, option
+from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, between, option, section
 
 
-@dataclass
+@section
 class ModelConfig:
     """The model's shape; every value left out comes from `--load`, `--hf-config` or the family's defaults."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option
+from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
 
 
-@dataclass
+@section
 class OperatorConfig:
     """On is the fused form of an operator; `--no-...` selects the plain torch reference it is tested against."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option
+from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option, section
 
 
-@dataclass
+@section
 class ParallelConfig:
     """How the model and the batch are spread over processes."""
 
@@ -34,7 +32,7 @@ class ParallelConfig:
     )
 
 
-@dataclass
+@section
 class RuntimeConfig:
     """The device and how numbers are stored on it."""
 

@@ -57,6 +57,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def section(cls: type) -> type:
+    """A dataclass of options; a boolean without a default is off."""
+    for name, hint in cls.__annotations__.items():
+        if hint == "bool" and getattr(cls, name).default is None:
+            getattr(cls, name).default = False
+    return dataclass(cls)
+
+
 @dataclass(frozen=True)
 class Option:
     """One declared option with everything derived from its field.

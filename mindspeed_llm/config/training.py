@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option
+from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option, section
 
 
-@dataclass
+@section
 class TrainingConfig:
     """How much is trained, on which batches, in which precision."""
 
@@ -77,7 +75,7 @@ class TrainingConfig:
     no_shuffle: bool = option(help="keep the order of the data", level="advanced", kind="continuity")
 
 
-@dataclass
+@section
 class OptimizerConfig:
     """AdamW and its schedule."""
 

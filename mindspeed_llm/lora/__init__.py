@@ -1,0 +1,1 @@
+"""Low-rank adapters: injected into a built model, saved alone, merged, exchanged with PEFT."""

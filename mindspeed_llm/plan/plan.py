@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mindspeed_llm.checkpoint.load import truncated_shape
+from mindspeed_llm.checkpoint.open import Found
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
@@ -14,8 +17,9 @@ from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
 from mindspeed_llm.plan.continuity import continue_run
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
+from mindspeed_llm.plan.peft_settings import read_peft_settings
 from mindspeed_llm.plan.rules import Rule, batch_rules, layout_rules, sequence_rules
-from mindspeed_llm.plan.source import LoadSource, find_source
+from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 
 # Names that people know from upstream's --model-type-hf.
 UPSTREAM_FAMILIES = {
@@ -31,6 +35,7 @@ class Plan:
 
     Attributes:
         shape: architecture of the model in memory (after --truncate-layers).
+        stored_shape: architecture of what `weights` holds.
         weights: where weights come from; None means random initial weights.
         base: for an adapter checkpoint in --load, the base model it was trained on.
         resume: continue iteration, optimizer and data position of `weights` (or of the adapters).
@@ -42,10 +47,11 @@ class Plan:
 
     config: RunConfig
     shape: ModelShape
-    weights: LoadSource | None
+    stored_shape: ModelShape
+    weights: Found | None
     adapters: AdapterSettings | None
-    adapter_source: LoadSource | None
-    resume: LoadSource | None
+    adapter_source: Found | None
+    resume: Found | None
     hf_files: Path | None
     tokenizer: str | None
     world_size: int
@@ -107,9 +113,10 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
     if shape is None:
         raise UserError("\n".join(problems))
+    stored_shape = shape
     if config.model.truncate_layers is not None:
-        shape = _truncated(shape, config.model.truncate_layers, problems)
-    plan = _assemble(config, shape, weights, adapter_source, resume, adapters, hf_files)
+        shape = _try(problems, lambda: truncated_shape(stored_shape, config.model.truncate_layers), shape)
+    plan = _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
         raise UserError("\n".join(problems))
@@ -185,8 +192,8 @@ def _sources(config: RunConfig, problems: list[str]):
     weights = find_source(c.load, c.ckpt_step) if c.load is not None else None
     adapter_source = None
     if config.lora.lora_load is not None:
-        adapter_source = find_source(config.lora.lora_load, flag="--lora-load")
-        if adapter_source is None or adapter_source.kind not in ("adapter", "peft"):
+        adapter_source = find_source(config.lora.lora_load)
+        if adapter_source is None or adapter_source.format not in ADAPTER_FORMATS:
             raise UserError(f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT")
     if c.load is not None and weights is None:
         if not c.allow_random_init:
@@ -197,16 +204,16 @@ def _sources(config: RunConfig, problems: list[str]):
                 "legal: a Hugging Face directory, a Megatron checkpoint, a directory written by --save"
                 + ("; try: --allow-random-init to start from random weights" if config.door != "inference" else "")
             )
-    if weights is not None and weights.kind in ("adapter", "peft"):
+    if weights is not None and weights.format in ADAPTER_FORMATS:
         if adapter_source is not None:
             raise UserError("lora: --load holds adapters and so does --lora-load; give the base model with --load")
         adapter_source, weights = weights, _base_of(weights)
     started = adapter_source if adapter_source is not None else weights
-    resumable = started is not None and started.kind in ("torch_dist", "adapter") and started.record.get("resumable")
+    resumable = started is not None and started.format in ("torch_dist", "adapter") and started.record.get("resumable")
     resume = started if resumable and not c.finetune and config.door != "inference" else None
     if c.save is not None and find_source(c.save) is not None:
         if resume is None or Path(c.save).resolve() != resume.path.resolve():
-            flag = "--lora-load" if find_source(c.save).kind == "adapter" else "--load"
+            flag = "--lora-load" if find_source(c.save).format == "adapter" else "--load"
             problems.append(
                 f"checkpoint: --save {c.save} already holds a checkpoint; try: {flag} {c.save} to resume it, or "
                 "another directory"
@@ -214,7 +221,7 @@ def _sources(config: RunConfig, problems: list[str]):
     return weights, adapter_source, resume
 
 
-def _base_of(adapter: LoadSource) -> LoadSource:
+def _base_of(adapter: Found) -> Found:
     base = (adapter.record.get("base") or {}).get("path")
     source = find_source(base) if base else None
     if source is None:
@@ -225,11 +232,11 @@ def _base_of(adapter: LoadSource) -> LoadSource:
     return source
 
 
-def _shape(config: RunConfig, weights: LoadSource | None, problems: list[str], tokenizer_size: int | None):
+def _shape(config: RunConfig, weights: Found | None, problems: list[str], tokenizer_size: int | None):
     """(shape, directory with config.json and tokenizer files)."""
     m = config.model
     ignore = m.ignore_config_field or ()
-    if weights is not None and weights.kind == "hf":
+    if weights is not None and weights.format == "hf":
         shape = shape_from_hf(read_hf_config(weights.directory), ignore)
         problems += contradictions(config, shape, str(weights.path / "config.json"))
         return shape, weights.directory
@@ -255,22 +262,14 @@ def _shape(config: RunConfig, weights: LoadSource | None, problems: list[str], t
     return shape, None
 
 
-def _truncated(shape: ModelShape, layers: int, problems: list[str]) -> ModelShape:
-    import dataclasses
-
-    if layers > shape.num_layers:
-        problems.append(f"--truncate-layers: {layers} is more than the {shape.num_layers} layers of the checkpoint")
-        return shape
-    windows = shape.window_layers
-    kept = None if windows is None else tuple(i for i in windows if i < layers)
-    return dataclasses.replace(shape, num_layers=layers, window_layers=kept)
-
-
-def _adapters(config: RunConfig, source: LoadSource | None, problems: list[str]) -> AdapterSettings | None:
+def _adapters(config: RunConfig, source: Found | None, problems: list[str]) -> AdapterSettings | None:
     asked = adapters_asked_for(config)
-    if source is None or source.kind == "peft":
+    if source is None:
         return asked
-    recorded = AdapterSettings.from_json(source.record["adapters"])
+    if source.format == "peft":
+        recorded = read_peft_settings(source.directory)
+    else:
+        recorded = AdapterSettings.from_json(source.record["adapters"])
     checks = {
         "lora_r": recorded.rank,
         "lora_alpha": recorded.alpha,
@@ -283,14 +282,13 @@ def _adapters(config: RunConfig, source: LoadSource | None, problems: list[str])
         if said != value:
             flag = all_options()[name].flags[0]
             problems.append(f"{flag}: {said} contradicts the adapters in {source.path} ({value}); leave the flag out")
-    import dataclasses
 
     return (
         dataclasses.replace(recorded, dropout=config.lora.lora_dropout) if "lora_dropout" in config.given else recorded
     )
 
 
-def _assemble(config, shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:
+def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:
     p, t = config.parallel, config.training
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -314,6 +312,7 @@ def _assemble(config, shape, weights, adapter_source, resume, adapters, hf_files
     return Plan(
         config=config,
         shape=shape,
+        stored_shape=stored_shape,
         weights=weights,
         adapters=adapters,
         adapter_source=adapter_source,

@@ -1,68 +1,54 @@
-"""What `--load` points at."""
+"""What `--load` and `--lora-load` point at: any checkpoint with weights, or adapters alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from mindspeed_llm.checkpoint.open import Found, detect
 from mindspeed_llm.checkpoint.train_record import TRACKER_NAME, iteration_directory, read_record
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.peft_settings import CONFIG as PEFT_CONFIG
+
+ADAPTER_FORMATS = ("adapter", "peft")
 
 
-@dataclass(frozen=True)
-class LoadSource:
-    """A checkpoint that was found.
+def find_source(path: str | Path, step: int | None = None) -> Found | None:
+    """The checkpoint in a directory, or None when the directory does not exist or holds none.
 
-    Attributes:
-        kind: "hf" (a Hugging Face directory), "megatron" (mp_rank files), "torch_dist" (what training saves, or
-            megatron-core's own), "adapter" (adapters alone, ours) or "peft".
-        path: the directory that was named.
-        directory: the directory with the tensors (for Megatron formats the iter_XXXXXXX one).
-        record: what this library wrote beside the tensors; empty for foreign checkpoints.
-    """
-
-    kind: str
-    path: Path
-    directory: Path
-    iteration: int = 0
-    record: dict[str, Any] = field(default_factory=dict)
-
-
-def find_source(path: str | Path, step: int | None = None, flag: str = "--load") -> LoadSource | None:
-    """What the directory holds, or None when it holds no checkpoint (or does not exist).
+    Formats are those of `checkpoint.open.detect`, and "adapter" (a LoRA run's) and "peft".
 
     Args:
         step: iteration to take instead of the latest.
 
     Raises:
-        UserError: the directory names an iteration that is not there, or `step` does not exist.
+        UserError: the directory names an iteration that is not there or not complete, or `step` is not there.
     """
     root = Path(path)
-    if (root / "adapter_config.json").is_file():
-        return LoadSource("peft", root, root)
-    if (root / "config.json").is_file() and step is None and not (root / TRACKER_NAME).is_file():
-        return LoadSource("hf", root, root)
-    if root.name.startswith("iter_") and root.is_dir():
-        return _from_iteration(root, root)
-    tracker = root / TRACKER_NAME
-    if step is None and not tracker.is_file():
-        return None
-    word = str(step) if step is not None else tracker.read_text(encoding="utf-8").strip()
-    directory = root / "release" if word == "release" else iteration_directory(root, int(word))
-    if not directory.is_dir():
+    if (root / PEFT_CONFIG).is_file():
+        return Found("peft", root, root)
+    directory = iteration_directory(root, step) if step is not None else _latest(root)
+    if step is not None and not directory.is_dir():
         there = ", ".join(sorted(p.name for p in root.glob("iter_*"))) or "none"
-        raise UserError(f"checkpoint: {flag} {root}: {directory.name} is not there; found: {there}; try: --ckpt-step N")
-    return _from_iteration(root, directory)
+        raise UserError(f"checkpoint: --ckpt-step {step}: {directory} is not there; legal: {there}")
+    if directory is not None and directory.is_dir():
+        record = read_record(directory)
+        if record.get("adapters"):
+            return Found("adapter", root, directory, int(record["iteration"]), record)
+    if not root.is_dir() or not _may_hold_weights(root):
+        return None
+    found = detect(root if step is None else directory)
+    return Found(found.format, root, found.directory, found.iteration, found.record)
 
 
-def _from_iteration(root: Path, directory: Path) -> LoadSource:
-    record = read_record(directory)
-    if (directory / ".metadata").is_file():
-        kind = "adapter" if record.get("adapters") else "torch_dist"
-    elif any(directory.glob("mp_rank_*")):
-        kind = "megatron"
-    else:
-        found = ", ".join(sorted(p.name for p in directory.iterdir())[:5]) or "nothing"
-        raise UserError(f"checkpoint: nothing loadable in {directory} (found: {found}); it may be incomplete")
-    return LoadSource(kind, root, directory, int(record.get("iteration", 0)), record)
+def _latest(root: Path) -> Path | None:
+    tracker = root / TRACKER_NAME
+    if not tracker.is_file():
+        return root if root.name.startswith("iter_") else None
+    word = tracker.read_text(encoding="utf-8").strip()
+    return iteration_directory(root, int(word)) if word.isdigit() else root / word
+
+
+def _may_hold_weights(root: Path) -> bool:
+    """Whether anything in the directory looks like a checkpoint, so that a broken one is refused and not ignored."""
+    marks = (TRACKER_NAME, ".metadata", "config.json")
+    return any((root / mark).exists() for mark in marks) or any(root.glob("mp_rank_*"))

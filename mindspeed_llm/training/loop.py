@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
 from mindspeed_llm import accelerator
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
@@ -71,6 +70,7 @@ class TrainingLoop:
         self.data, self.reporter, self.progress = data, reporter, progress
         self.train_iters, self.save = train_iters, save
         self.eval_iters = evaluation_iterations(data, plan.config.training.eval_iters)
+        self.used_learning_rate = 0.0
 
     def run(self) -> Progress:
         """Train until the end (or --exit-interval), evaluating and saving on the way and at the end."""
@@ -112,6 +112,7 @@ class TrainingLoop:
         micro = self.data.micro_batches(self.progress.consumed_samples, parallel_state.get_data_parallel_rank())
         result = run_batch(self.model.wrapped, micro, self.plan, forward_only=False)
         self.check_loss(result)
+        self.used_learning_rate = self.learning_rate()
         succeeded, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
         if succeeded:
@@ -168,7 +169,7 @@ class TrainingLoop:
                 elapsed=(time.perf_counter() - interval.start) / n,
                 tokens=interval.tokens / n,
                 samples=interval.samples / n,
-                learning_rate=self.learning_rate(),
+                learning_rate=self.used_learning_rate,
                 global_batch_size=self.plan.global_batch_size,
                 loss=interval.loss_sum / interval.trained_tokens,
                 loss_scale=float(self.optimizer.get_loss_scale()),

@@ -156,7 +156,7 @@ class Saver:
             "resumable": not plan.config.checkpoint.no_save_optim,
             "shape": plan.shape.to_json(),
             "adapters": plan.adapters.to_json() if plan.adapters else None,
-            "base": {"path": str(source.path.resolve()), "kind": source.kind} if source else None,
+            "base": {"path": str(source.path.resolve()), "kind": source.format} if source else None,
             "layout": {
                 "tensor_parallel": plan.tensor_parallel_size,
                 "pipeline_parallel": plan.pipeline_parallel_size,
@@ -193,7 +193,7 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
         with_rng=with_rng,
     )
     loaded = load_training(source.directory, state)
-    model.chunks[0].load_state_dict(loaded["model"], strict=plan.adapters is None)
+    load_model_state(model, loaded["model"])
     if not c.no_load_optim:
         optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -202,6 +202,18 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     if with_rng:
         restore_rng_state(loaded["rng_state"])
     return Progress(**source.record["progress"])
+
+
+def load_model_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
+    """Copy loaded parameters into the model; every trained one must be among them.
+
+    Raises:
+        UserError: one is missing.
+    """
+    missing, unexpected = model.chunks[0].load_state_dict(loaded, strict=False)
+    lost = [name for name in missing if name in set(model.trained)]
+    if lost or unexpected:
+        raise UserError(f"resume: the checkpoint does not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
 
 
 def check_data(plan: Plan, data: TrainingData) -> None:

@@ -73,7 +73,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         pipeline_parallel_size=plan.pipeline_parallel_size,
         sequence_parallel=plan.sequence_parallel,
         params_dtype=DTYPES[plan.dtype_name],
-        vocab_divisible_by=c.model.make_vocab_size_divisible_by,
+        padded_vocab_size=plan.padded_vocab_size,
         hidden_dropout=c.model.hidden_dropout,
         attention_dropout=c.model.attention_dropout,
         recompute_granularity=c.training.recompute_granularity,
@@ -92,19 +92,19 @@ def build(plan: Plan) -> TrainingModel:
     """
     from mindspeed_llm.models.build import build_model
 
-    from_scratch = plan.weights is None
-    chunk = build_model(plan.shape, build_options(plan, initialize=from_scratch))
-    if not from_scratch:
+    chunk = build_model(plan.shape, build_options(plan, initialize=plan.weights is None))
+    # A resume restores the weights together with the optimizer (but a LoRA run's base comes from elsewhere).
+    if plan.weights is not None and plan.resume is not plan.weights:
         load_weights(plan, chunk)
     trained = choose_trained(plan, chunk)
     if plan.adapters is not None:
         from mindspeed_llm.lora.inject import inject_adapters
 
         trained += inject_adapters(chunk, plan.adapters, seed=plan.config.data.seed)
-        if plan.adapter_source is not None:
+        if plan.adapter_source is not None and plan.resume is not plan.adapter_source:
             from mindspeed_llm.lora.io import load_adapters
 
-            load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.kind, plan.adapters)
+            load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
     return TrainingModel([chunk], [wrap(plan, chunk)], trained)
 
 
@@ -112,19 +112,20 @@ def load_weights(plan: Plan, chunk: torch.nn.Module) -> None:
     """Fill this rank's parameters from `plan.weights`, strictly, and say how much was loaded."""
     from megatron.core import parallel_state
 
-    from mindspeed_llm.checkpoint.load import load_weights_into
+    from mindspeed_llm.checkpoint.load import Placement, load_into, truncated
+    from mindspeed_llm.checkpoint.open import open_source
+    from mindspeed_llm.parallel.layer_map import layer_map
 
-    load_weights_into(
-        chunk,
-        plan.weights.directory,
-        plan.weights.kind,
-        plan.shape,
+    source = open_source(plan.weights, plan.stored_shape)
+    if plan.shape.num_layers != plan.stored_shape.num_layers:
+        source = truncated(source, plan.shape.num_layers)
+    placement = Placement(
+        layer_map(plan.shape.num_layers, plan.pipeline_parallel_size),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=plan.tensor_parallel_size,
+        tp=plan.tensor_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=plan.pipeline_parallel_size,
-        verbose=is_leader(),
     )
+    load_into(chunk, source, placement, quiet=not is_leader())
 
 
 def choose_trained(plan: Plan, chunk: torch.nn.Module) -> list[str]:

@@ -1,0 +1,121 @@
+"""A frozen linear and its adapter as one autograd function.
+
+With W frozen, s = alpha / r, t-way tensor parallelism and sequence parallelism (SP), as sums over ranks:
+
+    column   y = AG(x) W^T + s AG(x A^T) B^T      W, B cut by rows, A replicated
+    row      y = RS(x W^T) + s RS(x A^T) B^T      W, A cut by columns, B replicated
+
+AG / RS are all-gather / reduce-scatter along the sequence; without SP the column form has no forward collective and
+the row form all-reduces. Only r-wide tensors move for the adapter, and the gathered output gradient of a row linear
+serves both branches. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    """Which of the four forms a linear has.
+
+    Attributes:
+        column: cut by rows of W (ColumnParallelLinear); otherwise by columns.
+        group: tensor-parallel group.
+        world: its size.
+    """
+
+    column: bool
+    sequence_parallel: bool
+    group: Any
+    world: int
+    scaling: float
+
+
+def all_gather(x: Tensor, kind: LinearKind) -> Tensor:
+    """[s/t, ...] -> [s, ...]."""
+    out = x.new_empty((x.shape[0] * kind.world, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=kind.group)
+    return out
+
+
+def reduce_scatter(x: Tensor, kind: LinearKind) -> Tensor:
+    """Partial sums [s, ...] -> this rank's rows [s/t, ...] of the sum."""
+    out = x.new_empty((x.shape[0] // kind.world, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=kind.group)
+    return out
+
+
+def all_reduce(x: Tensor, kind: LinearKind) -> Tensor:
+    """Sum over the group, in place."""
+    dist.all_reduce(x, group=kind.group)
+    return x
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """out += scale * a b over the last dimension, in place: [..., n] += [..., k] [k, n]."""
+    out.view(-1, out.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b, alpha=scale)
+    return out
+
+
+def outer_sum(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b summed over all rows: [..., m], [..., n] -> [m, n]."""
+    return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
+
+
+class FrozenLinearWithAdapter(torch.autograd.Function):
+    """y = linear(x) + s adapter(dropped), with gradients for x, `dropped`, A and B only.
+
+    Shapes: x [s, b, in], W [out, in], bias [out] or None, A [R, in], B [out, R]; all local to this rank. `dropped` is
+    x after dropout, or None when there is none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropped, weight, bias, lora_a, lora_b, kind: LinearKind):
+        """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
+        parallel = kind.world > 1
+        source = x if dropped is None else dropped
+        narrow = torch.matmul(source, lora_a.t())
+        if kind.column:
+            gathers = parallel and kind.sequence_parallel
+            y = torch.nn.functional.linear(all_gather(x, kind) if gathers else x, weight, bias)
+            narrow = all_gather(narrow, kind) if gathers else narrow
+        else:
+            y = torch.matmul(x, weight.t())
+            if parallel:
+                reduce = reduce_scatter if kind.sequence_parallel else all_reduce
+                y, narrow = reduce(y, kind), reduce(narrow, kind)
+        add_product(y, narrow, lora_b.t(), kind.scaling)
+        ctx.kind, ctx.has_dropout = kind, dropped is not None
+        ctx.save_for_backward(source, narrow, weight, lora_a, lora_b)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        """Gradients of x, dropped, A, B; those of replicated factors under SP are this rank's share of the sum."""
+        kind, (source, narrow, weight, lora_a, lora_b) = ctx.kind, ctx.saved_tensors
+        parallel = kind.world > 1
+        wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_b = outer_sum(dy, narrow) * kind.scaling
+        if not kind.column and parallel and kind.sequence_parallel:
+            dy = all_gather(dy, kind)
+        grad_narrow = torch.matmul(dy, lora_b) * kind.scaling
+        if kind.column and parallel:
+            reduce = reduce_scatter if kind.sequence_parallel else all_reduce
+            grad_narrow = reduce(grad_narrow, kind)
+        grad_a = outer_sum(grad_narrow, source)
+        grad_x = grad_dropped = None
+        if wants_x:
+            grad_x = torch.matmul(dy, weight)
+            if kind.column and parallel:
+                grad_x = (reduce_scatter if kind.sequence_parallel else all_reduce)(grad_x, kind)
+            if not ctx.has_dropout:
+                add_product(grad_x, grad_narrow, lora_a)
+        if wants_dropped:
+            grad_dropped = torch.matmul(grad_narrow, lora_a)
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None

@@ -1,0 +1,69 @@
+"""Adapters into an injected model, from a checkpoint of ours or of PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mindspeed_llm.lora.inject import adapted_modules
+from mindspeed_llm.lora.layers import LoraMixin
+from mindspeed_llm.lora.peft_format import read_peft
+from mindspeed_llm.lora.tensors import AdapterTensors, read_adapters
+from mindspeed_llm.models.initialize import global_name
+from mindspeed_llm.models.layouts import layer_index
+from mindspeed_llm.plan.adapters import AdapterSettings
+
+
+def load_adapters(model: nn.Module, directory: Path, kind: str, settings: AdapterSettings) -> int:
+    """Fill the adapters of an injected model (this rank's part of it).
+
+    Args:
+        kind: "adapter" (ours) or "peft".
+        settings: those the model was injected with.
+
+    Returns:
+        Number of tensors filled.
+
+    Raises:
+        UserError: they are not for this model.
+    """
+    shape = model.config.shape
+    if kind == "peft":
+        tensors, _ = read_peft(directory, shape)
+    else:
+        tensors = read_adapters(directory, shape, settings)
+    filled = 0
+    for path, module in adapted_modules(model).items():
+        layer = layer_index(global_name(path + ".weight", model.config, model.vp_stage, model.pp_group.rank()))
+        filled += fill_adapter(module, layer, tensors)
+    return filled
+
+
+@torch.no_grad()
+def fill_adapter(module: LoraMixin, layer: int, tensors: AdapterTensors) -> int:
+    """Copy this rank's slices of one linear's adapter; returns the number of tensors."""
+    kind = module.kind
+    parts = [tensors[layer, part] for part in module.adapter_parts]
+    whole_a = parts[0].a if module.shares_a else torch.cat([p.a for p in parts])
+    module.lora_A.copy_(whole_a if kind.column else whole_a.chunk(kind.world, dim=1)[kind.group.rank()])
+    for name, part in zip(module.adapter_parts, parts):
+        module.lora_B[name].copy_(part.b.chunk(kind.world)[kind.group.rank()] if kind.column else part.b)
+    return 1 + len(parts)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> int:
+    """Add every adapter to its weight (in fp32, rounded once) and make the linears plain again.
+
+    Returns:
+        Number of linears changed.
+    """
+    modules = adapted_modules(model)
+    for module in modules.values():
+        module.weight.copy_((module.weight.float() + module.delta()).to(module.weight.dtype))
+        del module.lora_A, module.lora_B
+        # LoraColumnParallelLinear(LoraMixin, ColumnParallelLinear): the last base is what it was.
+        module.__class__ = type(module).__bases__[-1]
+    return len(modules)

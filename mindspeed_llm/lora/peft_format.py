@@ -1,0 +1,93 @@
+"""PEFT's adapter directories: adapter_config.json and adapter_model.safetensors, through the names of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.lora.tensors import AdapterTensors, PartAdapter, check_sizes
+from mindspeed_llm.models.mapping import tensor_pairs
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.adapters import AdapterSettings
+from mindspeed_llm.plan.peft_settings import CONFIG, UNSUPPORTED, read_peft_settings
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def hf_linears(shape: ModelShape) -> dict[tuple[int, str], str]:
+    """(layer, part) -> path of the Hugging Face linear, from the family's table of tensors."""
+    paths = {}
+    for pair in tensor_pairs(shape):
+        for name in pair.hf:
+            match = re.fullmatch(r"(.*\.(\d+)\..*\.([a-z]+_proj))\.weight", name)
+            if match:
+                paths[int(match[2]), match[3]] = match[1]
+    return paths
+
+
+def write_peft(
+    directory: Path, adapters: AdapterTensors, settings: AdapterSettings, shape: ModelShape, base: str | None
+) -> None:
+    """Write a directory that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        base: name or path of the base model, for the record.
+
+    Raises:
+        UserError: the family has no separate linear for an adapted part.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = hf_linears(shape)
+    tensors, modules = {}, set()
+    for (layer, part), adapter in adapters.items():
+        if (layer, part) not in paths:
+            raise UserError(f"lora: family {shape.family} has no linear {part}; PEFT cannot hold this adapter")
+        tensors[f"{PREFIX}{paths[layer, part]}.lora_A.weight"] = adapter.a.contiguous().clone()
+        tensors[f"{PREFIX}{paths[layer, part]}.lora_B.weight"] = adapter.b.contiguous().clone()
+        modules.add(part)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+        **UNSUPPORTED,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, AdapterSettings]:
+    """Adapters and settings of a PEFT directory.
+
+    Raises:
+        UserError: they are not for this model, or the files are incomplete.
+    """
+    settings = read_peft_settings(directory)
+    if (directory / WEIGHTS).is_file():
+        tensors = load_file(directory / WEIGHTS)
+    elif (directory / "adapter_model.bin").is_file():
+        tensors = torch.load(directory / "adapter_model.bin", weights_only=True)
+    else:
+        raise UserError(f"lora: {directory} has no {WEIGHTS}")
+    linears = {path: place for place, path in hf_linears(shape).items()}
+    halves: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
+        if match is None or match[1] not in linears:
+            raise UserError(f"lora: {name} in {directory} is no adapter of a linear of this model")
+        halves.setdefault(linears[match[1]], {})[match[2]] = tensor
+    if incomplete := [place for place, found in halves.items() if set(found) != {"A", "B"}]:
+        raise UserError(f"lora: {directory} has only one factor of layer {incomplete[0][0]} {incomplete[0][1]}")
+    adapters = {place: PartAdapter(found["A"], found["B"]) for place, found in halves.items()}
+    check_sizes(adapters, shape, settings, str(directory))
+    return adapters, settings

@@ -1,0 +1,163 @@
+"""The plan as tables: what `--dry-run` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindspeed_llm.data.record import find_dataset, read_record
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.adapters import adapter_parameters
+from mindspeed_llm.plan.memory import MemoryEstimate, estimate
+from mindspeed_llm.plan.plan import Plan
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def plan_memory(plan: Plan) -> MemoryEstimate:
+    """The memory estimate of a training plan."""
+    t = plan.config.training
+    return estimate(
+        plan.shape,
+        tp=plan.tensor_parallel_size,
+        pp=plan.pipeline_parallel_size,
+        dp=plan.data_parallel_size,
+        padded_vocab=plan.padded_vocab_size,
+        dtype_bytes=DTYPE_BYTES[plan.dtype_name],
+        trainable_share=plan.trainable_parameters() / plan.shape.num_parameters(),
+        tokens_per_microbatch=t.micro_batch_size * plan.seq_length,
+        micro_batches=plan.num_micro_batches,
+        sequence_parallel=plan.sequence_parallel,
+        distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
+        recompute=t.recompute_granularity,
+        loss_chunk=plan.config.operators.loss_chunk_size,
+    )
+
+
+def show_plan(plan: Plan) -> None:
+    """Print the plan: model, layout, batches, length, memory, rules with their legal values."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 118, highlight=False)
+    sections = [("model", _model(plan)), ("weights", _weights(plan)), ("layout", _layout(plan))]
+    if plan.config.door != "inference":
+        sections += [("batch", _batch(plan)), ("data", _data(plan)), ("memory per device", _memory(plan))]
+    for title, rows in sections:
+        console.print(_table(title, rows))
+    console.print(_rules(plan))
+    console.print(" nothing was started", markup=False)
+
+
+def _table(title: str, rows: list[tuple[str, str]]):
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table.add_column(width=26)
+    table.add_column(min_width=60)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _model(plan: Plan) -> list[tuple[str, str]]:
+    s = plan.shape
+    heads = f"{s.num_attention_heads} heads, {s.num_query_groups} key/value groups, width {s.kv_channels}"
+    rows = [
+        ("family", s.family),
+        ("parameters", f"{s.num_parameters():,}"),
+        ("layers", f"{s.num_layers} x hidden {s.hidden_size}, MLP {s.ffn_hidden_size}"),
+        ("attention", heads + (f", window {s.window_size}" if s.window_size else "")),
+        ("vocabulary", f"{s.vocab_size:,} (padded to {plan.padded_vocab_size:,})"),
+        ("positions", f"{s.max_position_embeddings:,}, rope {(s.rope_scaling or {}).get('rope_type', 'default')}"),
+        ("precision", plan.dtype_name),
+    ]
+    if plan.adapters is not None:
+        count = adapter_parameters(s, plan.adapters)
+        share = 100 * count / s.num_parameters()
+        targets = ", ".join(f"{m}[{','.join(p)}]" if p else m for m, p in plan.adapters.targets.items())
+        rows.append(
+            ("LoRA", f"rank {plan.adapters.rank}, alpha {plan.adapters.alpha:g}, dropout {plan.adapters.dropout}")
+        )
+        rows.append(("LoRA targets", targets))
+        rows.append(("trained", f"{count:,} parameters ({share:.2f} %)"))
+    return rows
+
+
+def _weights(plan: Plan) -> list[tuple[str, str]]:
+    source = plan.weights
+    rows = [("from", f"{source.path} ({source.format})" if source else f"random, seed {plan.config.data.seed}")]
+    if plan.adapter_source is not None:
+        rows.append(("adapters from", f"{plan.adapter_source.path} ({plan.adapter_source.format})"))
+    if plan.resume is not None:
+        rows.append(("resume", f"after iteration {plan.resume.record['progress']['iteration']}"))
+    if plan.config.checkpoint.save is not None:
+        rows.append(("saved to", plan.config.checkpoint.save))
+    return rows
+
+
+def _layout(plan: Plan) -> list[tuple[str, str]]:
+    tp, pp, dp = plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.data_parallel_size
+    return [
+        ("processes", f"{plan.world_size} = tensor {tp} x pipeline {pp} x data {dp}"),
+        ("sequence parallel", "yes" if plan.sequence_parallel else "no"),
+        ("distributed optimizer", "yes" if plan.config.parallel.use_distributed_optimizer else "no"),
+        ("layers per stage", str(plan.shape.num_layers // pp)),
+    ]
+
+
+def _batch(plan: Plan) -> list[tuple[str, str]]:
+    t = plan.config.training
+    equation = (
+        f"{plan.global_batch_size} = micro batch {t.micro_batch_size} x data parallel {plan.data_parallel_size} x "
+        f"{plan.num_micro_batches} accumulation steps"
+    )
+    rows = [("global batch", equation), ("sequence length", f"{plan.seq_length:,}")]
+    rows.append(("tokens per step", f"at most {plan.global_batch_size * plan.seq_length:,}"))
+    if t.train_iters is not None:
+        tokens = t.train_iters * plan.global_batch_size * plan.seq_length
+        rows.append(("iterations", f"{t.train_iters:,} (at most {tokens:,} tokens)"))
+    elif t.train_samples is not None:
+        rows.append(("iterations", f"{t.train_samples // plan.global_batch_size:,} ({t.train_samples:,} samples)"))
+    else:
+        rows.append(("epochs", f"{t.train_epochs or 1:g}"))
+    return rows
+
+
+def _data(plan: Plan) -> list[tuple[str, str]]:
+    paths = plan.config.data.data_path
+    if not paths:
+        return [("data path", "not given")]
+    found = find_dataset(paths[0])
+    if found is None:
+        there = Path(paths[0]).exists()
+        return [
+            ("data path", f"{paths[0]} ({'raw: preprocessed into the cache at start' if there else 'not there yet'})")
+        ]
+    try:
+        counts = read_record(found[0]).counts
+    except UserError as wrong:
+        return [("data path", str(wrong))]
+    rows = [("data path", paths[0])]
+    rows += [(name, f"{counts[name]:,}") for name in ("documents", "tokens", "trained_tokens") if name in counts]
+    return rows
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    m = plan_memory(plan)
+    parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer)]
+    rows = [*parts, ("activations (estimate)", m.activations), ("together", m.total)]
+    return [(name, _size(count)) for name, count in rows]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _rules(plan: Plan):
+    from rich.table import Table
+
+    table = Table(title="rules", title_justify="left", title_style="bold")
+    for name in ("condition", "holds", "legal"):
+        table.add_column(name)
+    for rule in plan.rules:
+        table.add_row(rule.says, "yes" if rule.ok else "NO", rule.legal)
+    return table
