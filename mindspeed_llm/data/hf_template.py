@@ -19,7 +19,8 @@ class HfChatTemplate:
 
     The text is tokenized as a whole, exactly as `apply_chat_template` does, and a token is trained when it lies between
     the end of a generation prompt and the end of that assistant turn (without trailing white space, which a
-    generation that stopped never reaches).
+    generation that stopped never reaches). Where a token would lie across such a bound (an answer that starts with a
+    line feed, say), prompts and answers are tokenized apart.
     """
 
     name = HF
@@ -80,8 +81,19 @@ class HfChatTemplate:
         texts = [result[0] for result in results if not isinstance(result, UserError)]
         encodings = iter(self.tokenizer.backend.encode_batch(texts, add_special_tokens=False))
         return [
-            result if isinstance(result, UserError) else _by_offsets(next(encodings), result[1]) for result in results
+            result
+            if isinstance(result, UserError)
+            else _by_offsets(next(encodings), result[1]) or self._by_pieces(*result)
+            for result in results
         ]
+
+    def _by_pieces(self, text: str, ranges: list[tuple[int, int]]) -> Encoded:
+        """Prompts and answers tokenized apart, as in generation, where the prompt alone is tokenized."""
+        bounds = [0, *(bound for pair in ranges for bound in pair), len(text)]
+        pieces = self.tokenizer.encode_batch([text[a:b] for a, b in zip(bounds[:-1], bounds[1:])])
+        ids = np.array([index for piece in pieces for index in piece], np.int32)
+        # Pieces alternate: before an answer, the answer, between answers, the answer, ..., after the last.
+        return Encoded(ids, np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces]))
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
         """Ids up to where the assistant starts to write."""
@@ -100,12 +112,13 @@ class HfChatTemplate:
         return list(dict.fromkeys(i for i in [*ends, self.tokenizer.eos_token_id] if i is not None))
 
 
-def _by_offsets(encoding: Any, ranges: list[tuple[int, int]]) -> Encoded | UserError:
+def _by_offsets(encoding: Any, ranges: list[tuple[int, int]]) -> Encoded | None:
+    """Trained tokens by their characters; None if a token lies across a bound of a range."""
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     starts, stops = offsets[:, 0], offsets[:, 1]
     trained = np.zeros(len(offsets), bool)
     for first, last in ranges:
-        if np.any((starts < first) & (stops > first)):
-            return UserError("a token spans the end of the prompt and the start of the answer under --prompt-type hf")
+        if any(np.any((starts < bound) & (stops > bound)) for bound in (first, last)):
+            return None
         trained |= (starts >= first) & (stops <= last) & (stops > starts)
     return Encoded(np.array(encoding.ids, np.int32), trained)

@@ -15,8 +15,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -88,6 +89,8 @@ def read_templates(path: str | Path = SHIPPED) -> dict[str, TemplateSpec]:
         specs[name] = spec = TemplateSpec(**values)
         for slot in (*spec.prefix, *spec.system, *spec.user, *spec.assistant_slots, *spec.separator):
             _check_slot(name, slot)
+        if spec.system_in_first_user_turn and not all(isinstance(slot, str) for slot in spec.system):
+            raise UserError(f"template: {name!r} in '{path}' puts system into the user text, so its slots are strings")
         if spec.replace_eos and not spec.stop_words:
             raise UserError(f"template: {name!r} in '{path}' replaces eos but has no stop_words")
     return specs
@@ -131,12 +134,11 @@ def load_template(
     return SlotTemplate(prompt_type, specs[prompt_type], tokenizer, enable_thinking)
 
 
-@dataclass(frozen=True)
-class Span:
-    """A text to tokenize, or one token given by its id."""
+class Span(NamedTuple):
+    """A text to tokenize, or (text None) one token given by its id."""
 
-    text: str
-    token_id: int | None
+    text: str | None
+    token_id: int
     trained: bool
 
 
@@ -154,9 +156,12 @@ class SlotTemplate:
                 "legal: none; try: --prompt-type qwen3"
             )
         self._eos = self._eos_id()
-        for slot in (*spec.prefix, *spec.user, *spec.assistant_slots, *spec.separator):
-            if not isinstance(slot, str):
-                self._slot_span(slot, "", False)
+        self._prefix = self._resolve(spec.prefix)
+        self._system = self._resolve(spec.system)
+        self._user = self._resolve(spec.user)
+        self._assistant = self._resolve(spec.assistant_slots)
+        self._separator = self._resolve(spec.separator)
+        self._end = self._resolve(({"special": "eos_token"},) if spec.efficient_eos else ())
 
     def _eos_id(self) -> int | None:
         if not self.spec.replace_eos:
@@ -172,11 +177,13 @@ class SlotTemplate:
             )
         return index
 
-    def _slot_span(self, slot: Slot, content: str, trained: bool) -> Span:
-        if isinstance(slot, str):
-            return Span(slot.replace(CONTENT, content), None, trained)
+    def _resolve(self, slots: Sequence[Slot]) -> tuple[str | int, ...]:
+        """Slots with tokens replaced by their ids."""
+        return tuple(slot if isinstance(slot, str) else self._slot_id(slot) for slot in slots)
+
+    def _slot_id(self, slot: Mapping[str, str]) -> int:
         if "token" in slot:
-            return Span("", self._token_id(slot["token"]), trained)
+            return self._token_id(slot["token"])
         name = slot["special"]
         index = self._eos if name == "eos_token" else self.tokenizer.bos_token_id
         if index is None:
@@ -184,61 +191,66 @@ class SlotTemplate:
                 f"prompt-type: template {self.name!r} needs {name}, which '{self.tokenizer.source}' does not have; "
                 "try: another template"
             )
-        return Span("", index, trained)
+        return index
 
     def spans(self, conversation: Conversation, generation: bool = False) -> list[Span]:
-        """The pieces of a conversation, in order, empty texts left out.
+        """The pieces of a conversation, in order.
 
         Args:
             conversation: alternating turns; for `generation` the last one is the user's.
         """
-        spec = self.spec
-        system = spec.default_system if not conversation.system else conversation.system
-        spans = [self._slot_span(slot, "", False) for slot in spec.prefix]
+        system = conversation.system or self.spec.default_system
+        spans: list[Span] = []
+        _fill(spans, self._prefix, "", False)
         folded = ""
-        if system and spec.system_in_first_user_turn:
-            folded = "".join(self._slot_span(slot, system, False).text for slot in spec.system)
+        if system and self.spec.system_in_first_user_turn:
+            folded = "".join(slot.replace(CONTENT, system) for slot in self.spec.system)
         elif system:
-            spans += [self._slot_span(slot, system, False) for slot in spec.system]
+            _fill(spans, self._system, system, False)
         for number, message in enumerate(conversation.messages):
             if message.role == "user":
                 if number:
-                    spans += [self._slot_span(slot, "", False) for slot in spec.separator]
-                text = folded + message.content if number == 0 else message.content
-                spans += [self._slot_span(slot, text, False) for slot in spec.user]
+                    _fill(spans, self._separator, "", False)
+                _fill(spans, self._user, message.content if number else folded + message.content, False)
             else:
-                spans += self._assistant_spans(message.content)
-        if generation and spec.thought_words and self.enable_thinking == "false":
-            spans.append(Span("".join(spec.thought_words), None, False))
-        elif not generation and spec.efficient_eos:
-            spans.append(self._slot_span({"special": "eos_token"}, "", True))
-        return [span for span in spans if span.text or span.token_id is not None]
+                self._fill_answer(spans, message.content)
+        if not generation:
+            _fill(spans, self._end, "", True)
+        elif self.spec.thought_words and self.enable_thinking == "false":
+            spans.append(Span("".join(self.spec.thought_words), 0, False))
+        return spans
 
-    def _assistant_spans(self, content: str) -> list[Span]:
-        spans = []
+    def _fill_answer(self, spans: list[Span], content: str) -> None:
         if self.spec.thought_words:
             opening, closing = self.spec.thought_words
             if self.enable_thinking == "false":
                 content = _remove_thoughts(content, opening, closing)
             if opening not in content and closing not in content:
                 # An empty thought is trained only when thoughts were asked for.
-                spans.append(Span(opening + closing, None, self.enable_thinking == "true"))
-        return spans + [self._slot_span(slot, content, True) for slot in self.spec.assistant_slots]
+                spans.append(Span(opening + closing, 0, self.enable_thinking == "true"))
+        _fill(spans, self._assistant, content, True)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | UserError]:
         """Training tokens of each conversation; all texts go to the tokenizer in one batch."""
         spans_of = [self.spans(conversation) for conversation in conversations]
-        texts = [span.text for spans in spans_of for span in spans if span.token_id is None]
-        ids = iter(self.tokenizer.encode_batch(texts))
-        return [_join(spans, ids) for spans in spans_of]
+        spans = list(chain.from_iterable(spans_of))
+        pieces = self._encode_spans(spans)
+        # One array for all conversations, cut at the end: numpy calls per row would cost as much as tokenizing.
+        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
+        trained = np.repeat(np.fromiter((span.trained for span in spans), bool, len(spans)), sizes)
+        piece_ends = np.concatenate([[0], np.cumsum(sizes)])
+        bounds = piece_ends[np.cumsum([0, *map(len, spans_of)])].tolist()
+        return [Encoded(ids[start:stop], trained[start:stop]) for start, stop in zip(bounds[:-1], bounds[1:])]
+
+    def _encode_spans(self, spans: list[Span]) -> list[Sequence[int]]:
+        encoded = iter(self.tokenizer.encode_batch([span.text for span in spans if span.text is not None]))
+        return [(span.token_id,) if span.text is None else next(encoded) for span in spans]
 
     def render_prompt(self, conversation: Conversation) -> list[int]:
         """Ids up to where the assistant starts to write."""
         require_open(conversation)
-        ids: list[int] = []
-        for span in self.spans(conversation, generation=True):
-            ids += self.tokenizer.encode(span.text) if span.token_id is None else [span.token_id]
-        return ids
+        return list(chain.from_iterable(self._encode_spans(self.spans(conversation, generation=True))))
 
     def stop_token_ids(self) -> list[int]:
         """The end token that is trained first, then the tokenizer's eos and the other stop words it knows."""
@@ -253,10 +265,10 @@ def _remove_thoughts(content: str, opening: str, closing: str) -> str:
     return content.lstrip("\n")
 
 
-def _join(spans: list[Span], encoded: Any) -> Encoded:
-    pieces = [next(encoded) if span.token_id is None else (span.token_id,) for span in spans]
-    ids: list[int] = []
-    for piece in pieces:
-        ids.extend(piece)
-    trained = np.repeat([span.trained for span in spans], [len(piece) for piece in pieces])
-    return Encoded(np.array(ids, np.int32), trained.astype(bool))
+def _fill(spans: list[Span], slots: tuple[str | int, ...], content: str, trained: bool) -> None:
+    """Append the slots with their content, leaving out empty texts."""
+    for slot in slots:
+        if isinstance(slot, int):
+            spans.append(Span(None, slot, trained))
+        elif text := slot.replace(CONTENT, content):
+            spans.append(Span(text, 0, trained))

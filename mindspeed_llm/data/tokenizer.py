@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class FastTokenizer(Tokenizer):
         self._chat_template = chat_template
         super().__init__(source, special, trust_remote_code)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         # Ids may have holes (an added token placed beyond the model's vocabulary), so the count is not enough.
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from mindspeed_llm.data.handlers.base import ChunkResult, Handler
@@ -27,25 +27,33 @@ def map_chunks(handler: Handler, chunks: Iterable[Chunk], workers: int) -> Itera
         UserError: a worker process died (killed, or out of memory).
     """
     if workers == 1:
-        yield from map(handler.process, chunks)
+        # Two threads: while one tokenizes (without the interpreter lock), the other parses and renders.
+        yield from _in_order(ThreadPoolExecutor(2), handler.process, chunks, 2)
         return
     # forkserver: a fork of this process could inherit locks held by threads of torch or the tokenizer.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mindspeed_llm.data.workers"])
     pool = ProcessPoolExecutor(workers, context, _start, (handler,))
-    pending: deque[Future[ChunkResult]] = deque()
     try:
-        for chunk in chunks:
-            pending.append(pool.submit(_process, chunk))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from _in_order(pool, _process, chunks, workers)
     except BrokenProcessPool as error:
         raise UserError(
             f"workers: one of {workers} processes ended abruptly, because it was killed or memory ran out; nothing was "
             "written; try: fewer --workers"
         ) from error
+
+
+def _in_order(
+    pool: Executor, process: Callable[[Chunk], ChunkResult], chunks: Iterable[Chunk], width: int
+) -> Iterator[ChunkResult]:
+    pending: deque[Future[ChunkResult]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(process, chunk))
+            if len(pending) > 2 * width:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mindspeed_llm.data import corpus
 from mindspeed_llm.data.conversation import Conversation, Message
 from mindspeed_llm.data.templates import load_template, read_templates
 from mindspeed_llm.data.tokenizer import FastTokenizer, load_tokenizer
@@ -105,6 +106,20 @@ def test_chatml_equals_the_tokenizers_own_template(tokenizer):
     assert theirs.ids[:-newline].tolist() == ours.ids.tolist()
     assert theirs.trained[:-newline].tolist() == ours.trained.tolist()
     assert not theirs.trained[-1]
+
+
+def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_apart(tmp_path):
+    texts = ["\n\n  indented", "\n\n  lines"] * 50
+    tokenizer = load_tokenizer(corpus.train_tokenizer(tmp_path, 300, texts))
+    conversation = Conversation((Message("user", "q"), Message("assistant", "\n  indented")))
+    template = load_template("hf", tokenizer)
+    prompt = template.render_prompt(dataclasses.replace(conversation, messages=conversation.messages[:1]))
+    whole = tokenizer.encode(template.trained_ranges(conversation)[0])
+    assert whole[: len(prompt)] != prompt  # the case is real: a token lies across the bound
+    encoded = template.encode([conversation])[0]
+    assert encoded.ids[: len(prompt)].tolist() == prompt
+    assert tokenizer.decode(encoded.ids[encoded.trained]) == "\n  indented<|im_end|>"
+    assert not encoded.trained[: len(prompt)].any()
 
 
 def test_every_slot_token_is_one_token(sentencepiece_model):
