@@ -143,18 +143,30 @@ def _host_generator() -> dict[str, Callable]:
     }
 
 
+def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> Any:
+    """`__import__` of the modules that see a facade; torch itself again once it is uninstalled."""
+    module = builtins.__import__(name, globals, locals, fromlist, level)
+    if _installed is None:
+        return module
+    if module is torch:
+        return _installed.facade
+    return _installed.facade.cuda if module is torch.cuda else module
+
+
+_BUILTINS = dict(vars(builtins), __import__=_import)
+
+
 class _Loader(importlib.abc.Loader):
     """Runs a module with an `__import__` of its own, so that every `import torch` in it, at any depth, is answered."""
 
-    def __init__(self, loader: importlib.abc.Loader, module_builtins: dict[str, Any]):
+    def __init__(self, loader: importlib.abc.Loader):
         self._loader = loader
-        self._builtins = module_builtins
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        module.__dict__["__builtins__"] = self._builtins
+        module.__dict__["__builtins__"] = _BUILTINS
         # The loader a module carries afterwards is the one that found it (inspect and pickle-by-reference use it).
         module.__loader__ = module.__spec__.loader = self._loader
         with warnings.catch_warnings():
@@ -166,9 +178,8 @@ class _Loader(importlib.abc.Loader):
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds modules with one of the prefixes through the other finders and wraps their loader."""
 
-    def __init__(self, prefixes: tuple[str, ...], module_builtins: dict[str, Any]):
+    def __init__(self, prefixes: tuple[str, ...]):
         self._prefixes = prefixes
-        self._builtins = module_builtins
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if not has_prefix(name, self._prefixes):
@@ -178,7 +189,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 continue
             if (spec := finder.find_spec(name, path, target)) is not None:
                 if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader, self._builtins)
+                    spec.loader = _Loader(spec.loader)
                 return spec
         return None
 
@@ -195,16 +206,9 @@ class _Installation:
         self.prefixes = prefixes
         self.accelerator = accelerator
         self.facade = TorchFacade(accelerator)
-        self.module_builtins = dict(vars(builtins), __import__=self._import)
-        self.finder = _Finder(prefixes, self.module_builtins)
+        self.finder = _Finder(prefixes)
         self.rebound: list[tuple[types.ModuleType, str, Any]] = []
         self.methods: list[tuple[type, str, Any]] = []
-
-    def _import(self, name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> Any:
-        module = builtins.__import__(name, globals, locals, fromlist, level)
-        if module is torch:
-            return self.facade
-        return self.facade.cuda if module is torch.cuda else module
 
     def start(self) -> None:
         sys.meta_path.insert(0, self.finder)
@@ -287,7 +291,6 @@ class _Installation:
                 for name, value in list(vars(module).items()):
                     if id(value) in theirs:
                         setattr(module, name, theirs[id(value)])
-        self.module_builtins["__import__"] = builtins.__import__
 
 
 _installed: _Installation | None = None

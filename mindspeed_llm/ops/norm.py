@@ -60,50 +60,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_unit.addcmul_(unit, projection, value=-1).mul_(inverse_rms).to(x.dtype), grad_weight, None
 
 
-@register("rms_norm", "through-layer-norm", devices=("cpu",), priority=1)
-def through_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Backward by torch's LayerNorm kernel, which is vectorised on CPUs as the composed RMSNorm is not.
-
-    With mean 0 and r = 1/rms, LayerNorm's derivative r * (g*w - mean(g*w) - u * mean(g*w*u)) is RMSNorm's but for the
-    row constant r * mean(g*w), which is added back.
-    """
-    return _RMSNormThroughLayerNorm.apply(x, weight, eps)
-
-
-class _RMSNormThroughLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_accumulation_dtype(x.dtype))
-        inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        out = (wide * inverse_rms).to(x.dtype).mul_(weight)
-        ctx.save_for_backward(x, weight, inverse_rms)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        grad = grad.contiguous()
-        # For half-precision rows the kernel wants statistics and parameters in fp32.
-        wide_weight = weight.to(inverse_rms.dtype)
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad,
-            x,
-            weight.shape,
-            torch.zeros_like(inverse_rms),
-            inverse_rms,
-            wide_weight,
-            torch.zeros_like(wide_weight),
-            needs,
-        )
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if grad_x is not None:
-            constant = (grad @ weight).unsqueeze(-1) * inverse_rms / weight.numel()
-            grad_x += constant
-        return grad_x, grad_weight, None
-
-
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -1,0 +1,60 @@
+"""The CPU behind the accelerator protocol, and how a device is chosen."""
+
+import pytest
+import torch
+
+from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator.cpu import CPU
+from mindspeed_llm.errors import UserError
+
+
+def public(kind):
+    return {name for name in vars(kind) if not name.startswith("_")} | set(getattr(kind, "__annotations__", {}))
+
+
+@pytest.mark.parametrize("name", accelerator.NAMES)
+def test_every_accelerator_answers_the_whole_protocol(name):
+    from mindspeed_llm.accelerator.protocol import Accelerator
+
+    missing = [wanted for wanted in public(Accelerator) if not hasattr(accelerator.get(name), wanted)]
+    assert missing == []
+
+
+def test_the_environment_names_the_device(monkeypatch):
+    accelerator.current.cache_clear()
+    monkeypatch.setenv("MINDSPEED_LLM_DEVICE", "cpu")
+    assert accelerator.current().name == "cpu"
+    accelerator.current.cache_clear()
+    monkeypatch.setenv("MINDSPEED_LLM_DEVICE", "tpu")
+    with pytest.raises(UserError, match="'tpu'.*legal: cuda, cpu"):
+        accelerator.current()
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("MINDSPEED_LLM_DEVICE", "cuda")
+        with pytest.raises(UserError, match="legal: cpu"):
+            accelerator.current()
+    accelerator.current.cache_clear()
+
+
+def test_events_measure_milliseconds():
+    cpu = CPU()
+    start, end = cpu.new_event(enable_timing=True), cpu.new_event(enable_timing=True)
+    start.record()
+    sum(range(200_000))
+    end.record()
+    assert 0.1 < start.elapsed_time(end) < 10_000
+    with pytest.raises(RuntimeError, match="recorded"):
+        start.elapsed_time(cpu.new_event())
+
+
+def test_memory_is_of_this_process():
+    cpu = CPU()
+    before = cpu.resident_memory()
+    block = torch.ones(64 * 2**20 // 4)
+    assert 60 * 2**20 < cpu.resident_memory() - before < 100 * 2**20
+    assert cpu.peak_resident_memory() >= cpu.resident_memory() - 2**20
+    assert cpu.resident_memory() < cpu.memory_total()
+    del block
+
+
+def test_no_number_is_invented_for_the_speed_of_a_cpu():
+    assert CPU().peak_flops(torch.bfloat16) is None

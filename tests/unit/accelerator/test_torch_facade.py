@@ -1,0 +1,149 @@
+"""What modules below a prefix see under the name torch, and that nobody else does."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from mindspeed_llm.accelerator import torch_facade
+from mindspeed_llm.accelerator.cpu import CPU
+
+SOURCE = """
+import torch
+from torch import Tensor, device, zeros
+from torch.cuda import _lazy_call as lazy
+
+TYPES = (torch.FloatTensor, torch.cuda.FloatTensor)
+
+def make(): return torch.zeros(2, device="cuda", pin_memory=True), zeros(1, device=torch.device("cuda:0"))
+def move(tensor): return tensor.cuda(), torch.nn.Linear(1, 1).cuda()
+def type_of(tensor): return tensor.type(), tensor.type(torch.float64)
+def available(): return torch.cuda.is_available()
+def import_within():
+    import torch
+    import torch.cuda
+    return torch.cuda.is_available()
+def is_device(x): return isinstance(x, torch.device) and isinstance(x, device)
+def run_lazily(calls): lazy(lambda: calls.append(1))
+@torch.compile
+def compiled(x): return x + 1
+"""
+
+
+@pytest.fixture
+def subject(tmp_path, monkeypatch):
+    """Imports module `subject.code`, with the facade installed before or after."""
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "code.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch_facade, "_installed", None)
+
+    def load(install_first):
+        if not install_first:
+            module = importlib.import_module("subject.code")
+            torch_facade.install(CPU(), ("subject",))
+            return module
+        torch_facade.install(CPU(), ("subject",))
+        return importlib.import_module("subject.code")
+
+    yield load
+    torch_facade.uninstall()
+    for name in [name for name in sys.modules if name.startswith("subject")]:
+        del sys.modules[name]
+
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("install_first", [True, False])
+def test_a_module_that_assumes_cuda_runs_on_the_cpu(subject, install_first):
+    code = subject(install_first)
+    assert [tensor.device.type for tensor in code.make()] == ["cpu", "cpu"]
+    tensor, linear = code.move(torch.ones(1))
+    assert tensor.device.type == linear.weight.device.type == "cpu"
+    assert code.type_of(torch.ones(1, dtype=torch.bfloat16)) == ("torch.cuda.BFloat16Tensor", torch.ones(1).double())
+    assert code.available() and code.is_device(torch.device("cpu")) and not code.is_device("cpu")
+    assert isinstance(torch.ones(1), code.TYPES)
+    calls = []
+    code.run_lazily(calls)
+    assert calls == [1]
+    assert not hasattr(code.compiled, "_torchdynamo_orig_callable") and code.compiled(1) == 2
+
+
+@needs_no_cuda
+def test_imports_inside_functions_are_answered_too(subject):
+    assert subject(install_first=True).import_within()
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("install_first", [True, False])
+def test_nobody_else_notices_and_uninstalling_leaves_no_trace(subject, install_first):
+    names = dict(vars(torch)), dict(vars(torch.cuda))
+    methods = torch.Tensor.__dict__.get("cuda"), torch.nn.Module.cuda, torch.Tensor.__dict__.get("type")
+    finders = list(sys.meta_path)
+    code = subject(install_first)
+    assert not torch.cuda.is_available() and torch.ones(1).type() == "torch.FloatTensor"
+    assert (dict(vars(torch)), dict(vars(torch.cuda))) == names
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.ones(1).cuda()
+    torch_facade.uninstall()
+    assert code.torch is torch and not code.available()
+    assert (torch.Tensor.__dict__.get("cuda"), torch.nn.Module.cuda, torch.Tensor.__dict__.get("type")) == methods
+    assert sys.meta_path == finders
+
+
+def test_installing_twice_is_installing_once_and_another_way_is_an_error(subject):
+    subject(install_first=True)
+    facade, finders = torch_facade.installed(), list(sys.meta_path)
+    torch_facade.install(torch_facade._installed.accelerator, ("subject",))
+    assert torch_facade.installed() is facade and sys.meta_path == finders
+    with pytest.raises(RuntimeError, match="uninstall it before"):
+        torch_facade.install(CPU(), ("subject",))
+
+
+def test_only_whole_names_are_prefixes():
+    assert torch_facade.has_prefix("megatron.core", ("megatron",)) and torch_facade.has_prefix(
+        "megatron", ("megatron",)
+    )
+    assert not torch_facade.has_prefix("megatronic", ("megatron",))
+
+
+def run(program):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@needs_no_cuda
+def test_megatron_imports_quietly_and_its_tracker_forks_the_stream_kernels_draw_from():
+    done = run(
+        """
+        import warnings; warnings.simplefilter("default")
+        import torch, mindspeed_llm.megatron_adaptor
+        from megatron.core import tensor_parallel
+        from megatron.core.tensor_parallel.random import _set_cuda_rng_state
+        from megatron.core.utils import is_te_min_version
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        tracker.add("model-parallel-rng", 5)
+        torch.manual_seed(1)
+        plain = torch.rand(4)
+        torch.manual_seed(1)
+        with tracker.fork():
+            inside = torch.nn.functional.dropout(torch.ones(64))
+        with tracker.fork():
+            again = torch.nn.functional.dropout(torch.ones(64))
+        assert torch.equal(torch.rand(4), plain), "the outer stream moved"
+        assert not torch.equal(inside, again), "the forked stream did not move"
+        tracker.reset(); tracker.add("model-parallel-rng", 6)
+        with tracker.fork():
+            assert not torch.equal(torch.nn.functional.dropout(torch.ones(64)), inside)
+        assert not torch.cuda.is_available() and not is_te_min_version("1.0")
+        """
+    )
+    assert [line for line in done.stderr.splitlines() if "not installed" in line or "RNG" in line] == []
