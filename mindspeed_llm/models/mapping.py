@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.family import Family, TensorRule, get_family
 from mindspeed_llm.models.layouts import TensorLayout
 from mindspeed_llm.models.shape import ModelShape
+
+Array = TypeVar("Array")
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,26 @@ def _pair(rule: TensorRule, layer: int, shape: ModelShape) -> TensorPair:
     return TensorPair(
         mcore, tuple(n.replace("{i}", str(layer)) for n in rule.hf), rule.transform, layout, dims, hf_dims
     )
+
+
+def to_hf(pair: TensorPair, tensor: Array, shape: ModelShape) -> list[tuple[str, Array]]:
+    """The HF tensors, by name, that an unsharded, unpadded mcore tensor is made of."""
+    if pair.transform == "copy":
+        return [(pair.hf[0], tensor)]
+    parts = layouts.unpack(tensor, pair.layout.packing, shape)
+    if pair.transform == "concatenated":
+        return [(pair.hf[0], layouts.concatenate(list(parts), 0))]
+    return list(zip(pair.hf, parts))
+
+
+def from_hf(pair: TensorPair, tensors: Sequence[Array], shape: ModelShape) -> Array:
+    """The inverse of `to_hf`: the mcore tensor from the HF tensors in the order of `pair.hf`."""
+    if pair.transform == "copy":
+        return tensors[0]
+    parts = tensors
+    if pair.transform == "concatenated":
+        bounds = [0]
+        for rows in layouts.part_rows(pair.layout.packing, shape):
+            bounds.append(bounds[-1] + rows)
+        parts = [tensors[0][start:stop] for start, stop in zip(bounds, bounds[1:])]
+    return layouts.pack(list(parts), pair.layout.packing, shape)

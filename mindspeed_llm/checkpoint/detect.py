@@ -137,7 +137,7 @@ def _detect_iteration(root: Path, directory: Path, why: str) -> Found:
     if any(directory.glob("mp_rank_*")):
         return Found("megatron", root, directory, iteration, record)
     raise UserError(
-        f"checkpoint: nothing loadable in {directory} (found: {found_text}{_listing(directory)}); legal: mp_rank_00/ or "
+        f"checkpoint: nothing loadable in {directory} (found: {found_text}{_listing(directory)}); legal: mp_rank_00/, "
         f"mp_rank_00_000/, or torch_dist files"
     )
 
