@@ -92,8 +92,10 @@ class SFTDataset:
         numbers = self._attention_mask[row]
         num_tokens = int(np.count_nonzero(numbers))
         numbers = numbers[:num_tokens]
-        lengths = np.bincount(numbers)[1:] if num_tokens else np.zeros(0, np.int64)
-        if not num_tokens or not np.array_equal(np.repeat(np.arange(1, len(lengths) + 1), lengths), numbers):
+        starts = np.flatnonzero(np.diff(numbers, prepend=0))
+        lengths = np.diff(starts, append=num_tokens)
+        numbered = np.array_equal(numbers[starts], np.arange(1, len(starts) + 1))
+        if not numbered or not num_tokens or lengths.sum() != num_tokens:
             raise UserError(
                 f"data: row {row} of '{self._paths[1]}' does not number its segments 1, 2, ...; try: preprocess"
             )

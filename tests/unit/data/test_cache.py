@@ -1,0 +1,110 @@
+"""Raw data are preprocessed once, by one of many processes, and again whenever anything changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mindspeed_llm.config.data import DataConfig
+from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
+from mindspeed_llm.data.record import record_path
+from mindspeed_llm.data.sft_dataset import SFTDataset
+from mindspeed_llm.errors import UserError
+
+ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(20)]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+def config(raw, **options):
+    return DataConfig(data_path=[str(raw)], prompt_type="llama2", **options)
+
+
+def test_the_second_call_reuses_the_first(tmp_path, raw, tokenizer):
+    prefix = preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    before = record_path(prefix).stat().st_mtime_ns
+    assert preprocess_cached(config(raw), tokenizer, tmp_path / "cache") == prefix
+    assert record_path(prefix).stat().st_mtime_ns == before
+    dataset = SFTDataset(prefix, "1")
+    assert dataset.record.handler == "AlpacaStyleInstructionHandler" and len(dataset) == 20
+
+
+def test_any_change_gives_other_data(tmp_path, raw, tokenizer, padded_tokenizer):
+    cache = tmp_path / "cache"
+    prefixes = [
+        preprocess_cached(config(raw), tokenizer, cache),
+        preprocess_cached(config(raw), padded_tokenizer, cache),
+        preprocess_cached(config(raw, max_samples=3), tokenizer, cache),
+        preprocess_cached(config(raw, pack=True, seq_length=64), tokenizer, cache),
+    ]
+    raw.write_text(json.dumps([*ROWS, ROWS[0]]))
+    prefixes.append(preprocess_cached(config(raw), tokenizer, cache))
+    # Same size and same time, another byte.
+    stat = raw.stat()
+    raw.write_text(json.dumps([*ROWS, ROWS[0]]).replace("answer 7", "answer 8"))
+    os.utime(raw, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    prefixes.append(preprocess_cached(config(raw), tokenizer, cache))
+    assert len(set(prefixes)) == len(prefixes)
+
+
+def test_the_number_of_workers_is_no_change(tmp_path, raw, tokenizer):
+    one = preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    assert preprocess_cached(config(raw, workers=4), tokenizer, tmp_path / "cache") == one
+
+
+def test_overwrite_builds_again(tmp_path, raw, tokenizer):
+    prefix = preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    before = record_path(prefix).stat().st_mtime_ns
+    assert preprocess_cached(config(raw, overwrite_cache=True), tokenizer, tmp_path / "cache") == prefix
+    assert record_path(prefix).stat().st_mtime_ns > before
+
+
+def test_an_interrupted_build_is_done_again(tmp_path, raw, tokenizer):
+    prefix = preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    record_path(prefix).unlink()  # the record is written last
+    with pytest.raises(UserError, match="no record"):
+        SFTDataset(prefix)
+    assert len(SFTDataset(preprocess_cached(config(raw), tokenizer, tmp_path / "cache"), "1")) == 20
+
+
+def test_several_processes_build_once(tmp_path, raw, tokenizer_dir):
+    program = (
+        "import sys\n"
+        "from mindspeed_llm.config.data import DataConfig\n"
+        "from mindspeed_llm.data.cache import preprocess_cached\n"
+        "from mindspeed_llm.data.tokenizer import load_tokenizer\n"
+        "raw, tokenizer, cache = sys.argv[1:]\n"
+        "print('prefix', preprocess_cached(DataConfig(data_path=[raw], prompt_type='llama2'),"
+        " load_tokenizer(tokenizer), cache))\n"
+    )
+    arguments = [sys.executable, "-c", program, str(raw), str(tokenizer_dir), str(tmp_path / "cache")]
+    running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=60)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len({output.strip().splitlines()[-1] for output in outputs}) == 1
+    assert sum("rows read" in output for output in outputs) == 1  # one report: one of them did the work
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_raw_and_preprocessed_paths_are_told_apart(tmp_path, raw, tokenizer):
+    prefix = preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    assert is_preprocessed(prefix) and is_preprocessed(f"{prefix}_packed_labels_document.bin")
+    assert not is_preprocessed(raw) and not is_preprocessed(tmp_path)
+
+
+def test_an_unclear_source_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps([{"question": "a", "answer": "b"}]))
+    with pytest.raises(UserError, match="handler-name: not given and not clear .*'question', 'answer'"):
+        preprocess_cached(config(path), tokenizer, tmp_path / "cache")
+    with pytest.raises(UserError, match="data-path: is not given"):
+        preprocess_cached(DataConfig(), tokenizer, tmp_path / "cache")
