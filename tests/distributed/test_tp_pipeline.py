@@ -1,0 +1,89 @@
+"""Pipeline stages, evenly or unevenly filled, compute the same function as one rank, with tied embeddings too."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.testing.pool import pool
+
+pytestmark = pytest.mark.distributed
+
+QWEN3 = ModelShape(
+    "qwen3", 4, 48, 80, 6, 2, 12, 131, 256, init_method_std=0.1, qk_layernorm=True, tie_word_embeddings=True
+)
+UNTIED = dataclasses.replace(QWEN3, tie_word_embeddings=False)
+
+
+def train(shape, stages, packed):
+    """Two SGD steps of two micro-batches: the losses the last stage sees, and all gradients by their global names."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from mindspeed_llm.models.build import BuildOptions, build_model
+    from mindspeed_llm.models.initialize import global_name
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    initialize_distributed(pipeline_parallel_size=len(stages))
+    options = BuildOptions(
+        pipeline_parallel_size=len(stages),
+        num_layers_per_stage=stages if len(stages) > 1 else None,
+        vocab_divisible_by=2,
+    )
+    model = build_model(shape, options)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens) if packed else None
+
+    def forward_step(data, chunk):
+        ids, labels = next(data)
+        loss = chunk(ids, labels=labels, packed_seq_params=documents)
+        return loss, lambda loss_sum: (loss_sum, (labels != -100).sum().int(), {"loss": loss_sum.detach()})
+
+    losses = []
+    for _ in range(2):
+        wrapped.zero_grad_buffer()
+        generator = torch.Generator().manual_seed(3)
+        data = [(torch.randint(0, 131, (1, 12), generator=generator),) * 2 for _ in range(2)]
+        data[1][1][:, 4:] = -100  # labels are the same tensor as the ids
+        data = [(ids.clamp_min(0), labels) for ids, labels in data]
+        reduced = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(data),
+            model=[wrapped],
+            num_microbatches=2,
+            seq_length=12,
+            micro_batch_size=1,
+        )
+        losses.append(sum(float(part["loss"]) for part in reduced))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.5 * parameter.main_grad
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    gradients = {
+        global_name(name, model.config, None, rank): parameter.main_grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+    return losses, gradients
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [QWEN3, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("stages", [(2, 2), (1, 3)])
+def test_two_stages_train_as_one(stages, shape, packed):
+    ((losses, expected),) = pool(1).run(train, shape, (4,), packed)
+    (none, first), (found, second) = pool(2).run(train, shape, stages, packed)
+    assert none == [0, 0] and found == pytest.approx(losses, rel=1e-5) and losses[1] < losses[0]
+    if shape.tie_word_embeddings:
+        assert torch.equal(first["embedding.word_embeddings.weight"], second.pop("output_layer.weight"))
+    assert not first.keys() & second.keys() and (first | second).keys() == expected.keys()
+    for name, gradient in (first | second).items():
+        assert float((gradient - expected[name]).abs().max() / expected[name].abs().max()) < 1e-5, name
