@@ -9,6 +9,7 @@
 #   SEQ_LENGTH MBS GBS TRAIN_ITERS LR   sizes of a training run
 #   DTYPE_FLAG                          --bf16 (default), --fp16, or empty for fp32
 #   PYTHON                              interpreter (default: python)
+#   LOG_DIR                             where <recipe>.log goes (default: logs)
 #   DRY_RUN=1                           print what would be done, in one process and on any machine
 # Arguments of a recipe are further flags of its program: bash tune_llama2_7b_full_ptd.sh --log-throughput
 # Paths are relative to the repository's root, wherever a recipe is called from.
@@ -17,6 +18,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+LOG_DIR=${LOG_DIR:-logs}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
@@ -29,12 +31,12 @@ TOKENIZER=${TOKENIZER_PATH:-${TOKENIZER_MODEL:-./model_from_hf/llama-2-7b-hf/}}
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTHONUNBUFFERED=1
 
-# run_one PROGRAM FLAG...: one process; its output also goes to logs/<recipe>.log.
+# run_one PROGRAM FLAG...: one process; its output also goes to LOG_DIR/<recipe>.log.
 run_one() {
     local dry_run=
     if [[ ${DRY_RUN:-0} == 1 ]]; then dry_run=--dry-run; fi
-    mkdir -p logs
-    "$PYTHON" "$@" ${dry_run:+"$dry_run"} 2>&1 | tee "logs/$(basename "$0" .sh).log"
+    mkdir -p "$LOG_DIR"
+    "$PYTHON" "$@" ${dry_run:+"$dry_run"} 2>&1 | tee "$LOG_DIR/$(basename "$0" .sh).log"
 }
 
 # run_ranks PROGRAM FLAG...: NPROC_PER_NODE processes on each of NNODES hosts.
