@@ -85,6 +85,7 @@ def cache_key(source: str, settings: dict[str, Any], tokenizer: Tokenizer) -> st
     digest.update(template_file.read_bytes() if template_file.is_file() else b"")
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     digest.update(tokenizer.fingerprint().encode())
+    digest.update(f"{tokenizer.pad_token_id}\0{tokenizer.chat_template}".encode())
     files = None if settings["hf_params"] else find_files(source)
     digest.update(source.encode() if files is None else b"")
     for file in files or []:

@@ -10,9 +10,12 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from mindspeed_llm.data.tokenizer import Tokenizer
 
 FORMAT = 1
 SFT_STREAMS = ("input_ids", "attention_mask", "labels")
@@ -81,6 +84,23 @@ def read_record(prefix: str | Path) -> DataRecord:
     if values.get("format") != FORMAT or set(values) - known:
         raise UserError(f"data: '{path}' has format {values.get('format')}; legal: {FORMAT}; try: preprocess again")
     return DataRecord(**values)
+
+
+def check_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Raise if data were made with another tokenizer; data without a record cannot be checked.
+
+    Raises:
+        UserError: naming both.
+    """
+    found = find_dataset(path)
+    if found is None:
+        return
+    record = read_record(found[0])
+    if tokenizer.fingerprint() != record.tokenizer:
+        raise UserError(
+            f"tokenizer: '{tokenizer.source}' ({tokenizer.vocab_size} tokens) is not the one '{found[0]}' was made "
+            f"with ({record.vocab_size} tokens); try: that tokenizer, or preprocess again"
+        )
 
 
 def find_dataset(path: str | Path) -> tuple[str, list[str]] | None:

@@ -23,8 +23,8 @@ class SFTDataset:
         prefix: path of the data, with or without suffix.
         split: see `split_bounds`; rows are divided.
         name: "train", "valid" or "test".
-        foreign: accept files without our record. Then attention_mask is trusted to number the segments; MindSpeed-LLM's
-            `--pack` without `--neat-pack` does not, and its rows would attend across samples.
+        foreign: accept files without our record. Then attention_mask is trusted to number the segments; files packed by
+            MindSpeed-LLM's `--pack` without `--neat-pack`, which do not, are refused.
 
     Raises:
         UserError: data are missing, or were made for pre-training.
@@ -48,6 +48,8 @@ class SFTDataset:
         self._input_ids, self._attention_mask, self._labels = (IndexedReader(path) for path in self._paths)
         if any(np.any(other.lengths != self._input_ids.lengths) for other in (self._attention_mask, self._labels)):
             raise UserError(f"data: the streams of '{self.prefix}' differ in their rows; try: preprocess again")
+        if self.record is None:
+            self._refuse_merged_segments()
         self.start, self.stop = split_bounds(split, len(self._input_ids), name)
 
     def __len__(self) -> int:
@@ -58,6 +60,17 @@ class SFTDataset:
     def num_rows(self) -> int:
         """Rows of this part."""
         return len(self)
+
+    def _refuse_merged_segments(self) -> None:
+        """Foreign packed rows that do not say where their samples end: equally long rows with one segment each."""
+        rows = range(min(len(self._input_ids), 16))
+        if len(rows) < 2 or len(set(self._input_ids.lengths.tolist())) > 1:
+            return
+        if all(np.all(self._attention_mask[row] == 1) for row in rows):
+            raise UserError(
+                f"data: '{self.prefix}' looks packed by another program without segment numbers (all rows have "
+                f"{self._input_ids.lengths[0]} tokens), so attention would cross samples; try: preprocess again"
+            )
 
     @property
     def packed(self) -> bool:

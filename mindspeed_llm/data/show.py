@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindspeed_llm.data.indexed import IndexedReader
-from mindspeed_llm.data.record import find_dataset, read_record
+from mindspeed_llm.data.record import check_tokenizer, find_dataset, read_record
 from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def show(
         raise UserError(f"data: '{prefix}' has no record; legal: a prefix written by preprocess_data.py")
     base, streams = found
     record = read_record(base)
-    if tokenizer is not None and tokenizer.fingerprint() != record.tokenizer:
-        raise UserError(f"tokenizer: '{tokenizer.source}' is not the one that '{base}' was made with; try: that one")
+    if tokenizer is not None:
+        check_tokenizer(base, tokenizer)
     console.print(f"{base}: {record.stage}, {record.handler}, template {record.template}, {record.counts}")
     console.print(f"[{TRAINED_STYLE}]trained[/]  [{CONTEXT_STYLE}]context[/]  {SEGMENT_MARK.strip()} segment boundary")
     rows = _sft_rows(base) if record.stage == "sft" else _pretrain_rows(f"{base}_{streams[0]}")

@@ -13,6 +13,8 @@ from mindspeed_llm.data.indexed import natural_key
 from mindspeed_llm.errors import UserError
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow")
+# What `datasets` writes beside its .arrow files.
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A chunk is the unit of work of a process: many rows, so that batch encoding pays, but bounded memory.
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 4 << 20
@@ -91,8 +93,15 @@ def find_files(spec: str) -> list[Path] | None:
 def _directory_files(directory: Path) -> list[Path]:
     found = [path for path in directory.rglob("*") if path.is_file() and path.suffix in EXTENSIONS]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
+    found = [path for path in found if path.name not in METADATA]
     if not found:
         raise UserError(f"input: directory '{directory}' has no data files; legal: {', '.join(EXTENSIONS)}")
+    kinds = sorted({path.suffix.replace("jsonl", "json") for path in found})
+    if len(kinds) > 1:
+        raise UserError(
+            f"input: directory '{directory}' mixes {', '.join(kinds)} files, so the data are not clear; legal: one "
+            "type; try: the files themselves, separated by commas"
+        )
     return sorted(found, key=lambda path: natural_key(path.relative_to(directory)))
 
 

@@ -83,7 +83,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hex digest that changes whenever encoding could change."""
+        """Hex digest that changes whenever encoding, bos or eos could change. The chat template has no part in it."""
         raise NotImplementedError
 
     @property
@@ -154,8 +154,11 @@ class FastTokenizer(Tokenizer):
         return self.backend.id_to_token(int(index))
 
     def fingerprint(self) -> str:
-        parts = [self.backend.to_str(), json.dumps(self.special_tokens, sort_keys=True), self.chat_template or ""]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        # Saving again by another version may change post-processor, padding or pad token: none of them matters here.
+        described = json.loads(self.backend.to_str())
+        parts = [described[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
+        parts += [self.special_tokens["bos_token"], self.special_tokens["eos_token"]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def chat_template(self) -> str | None:
@@ -205,8 +208,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.id_to_piece(int(index))
 
     def fingerprint(self) -> str:
-        parts = [Path(self.model_file).read_bytes(), (self.chat_template or "").encode()]
-        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+        return hashlib.sha256(Path(self.model_file).read_bytes()).hexdigest()
 
     @property
     def chat_template(self) -> str | None:

@@ -157,6 +157,25 @@ def test_a_flat_shift_would_cross_segments(tmp_path, tokenizer):
     assert sample["segment_lengths"] == [2, 2]
 
 
+def write_foreign(prefix, masks):
+    for name in ("input_ids", "attention_mask", "labels"):
+        writer = IndexedWriter(f"{prefix}_packed_{name}_document", np.int32)
+        for mask in masks:
+            writer.add(np.array(mask) if name == "attention_mask" else np.arange(len(mask)))
+        writer.close()
+        writer.publish()
+
+
+def test_foreign_rows_that_merge_samples_are_refused(tmp_path):
+    write_foreign(tmp_path / "merged", [[1] * 8] * 3)
+    with pytest.raises(UserError, match="without segment numbers"):
+        SFTDataset(tmp_path / "merged", ALL, foreign=True)
+    write_foreign(tmp_path / "neat", [[1, 1, 1, 2, 2, 2, 0, 0], [1] * 8])
+    write_foreign(tmp_path / "unpacked", [[1] * 8, [1] * 5])
+    assert len(SFTDataset(tmp_path / "neat", ALL, foreign=True).sample(0)["input_ids"]) == 6
+    assert len(SFTDataset(tmp_path / "unpacked", ALL, foreign=True)) == 2
+
+
 @pytest.mark.parametrize("mask", [[0, 1, 1, 0], [1, 3, 3, 0], [2, 1, 1, 1], [0, 0, 0, 0]])
 def test_segments_out_of_order_are_refused(tmp_path, mask):
     for name, row in (("input_ids", [5, 6, 7, 8]), ("attention_mask", mask), ("labels", [-100, 6, 7, 8])):

@@ -92,6 +92,22 @@ def test_directories_are_read_in_numeric_order(tmp_path):
     assert [row["text"] for row in rows_of(pair)] == ["10", "2"]
 
 
+def test_a_directory_of_several_types_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.json").write_text("[{}]")
+    assert len(rows_of(tmp_path)) == 2
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    with pytest.raises(UserError, match="mixes .json, .txt files"):
+        rows_of(tmp_path)
+
+
+def test_a_saved_data_set_is_read_without_its_metadata(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved") == ROWS
+
+
 def test_max_samples_counts_over_files(tmp_path):
     for number in (1, 2):
         (tmp_path / f"{number}.txt").write_text("a\nb\nc\n")

@@ -64,6 +64,13 @@ def test_fingerprint_tells_tokenizers_apart(tokenizer, padded_tokenizer, sentenc
     assert len(prints) == 3
 
 
+def test_fingerprint_survives_saving_by_transformers(tokenizer_dir, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint() == tokenizer.fingerprint()
+
+
 def test_added_tokens_only_in_the_config_are_honoured(tokenizer_dir, tokenizer, tmp_path):
     shutil.copytree(tokenizer_dir, tmp_path / "t")
     file = tmp_path / "t" / "tokenizer_config.json"
