@@ -43,3 +43,72 @@ def test_patching_twice_adds_nothing_and_unpatching_restores(unpatched):
     megatron_adaptor.unpatch()
     assert megatron.core.utils.is_te_min_version is original and torch.nn.Module.cuda is method
     assert megatron.core.utils.torch is torch and patching.applied() == []
+
+
+def foreign_model(**options):
+    """A model somebody else's program builds from megatron's local specification."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    initialize_distributed()
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **options,
+    )
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    return GPTModel(config, spec, 96, 64, position_embedding_type="rope", share_embeddings_and_output_weights=True)
+
+
+@pytest.mark.parametrize("layer_scaling", [False, True])
+def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(unpatched, layer_scaling):
+    import torch
+
+    from mindspeed_llm import accelerator
+    from mindspeed_llm.accelerator import torch_facade
+
+    torch.set_num_threads(1)
+    ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    torch_facade.install(accelerator.current())
+    plain = foreign_model(apply_query_key_layer_scaling=layer_scaling)
+    expected = plain(ids, torch.arange(12)[None], None)
+    megatron_adaptor.patch()
+    ours = foreign_model(apply_query_key_layer_scaling=layer_scaling)
+    ours.load_state_dict(plain.state_dict())
+    for model in (ours, plain):  # attention is patched in both; the norms of `plain` are torch's
+        torch.testing.assert_close(model(ids, torch.arange(12)[None], None), expected, rtol=1e-5, atol=1e-5)
+    mask = torch.zeros(1, 1, 12, 12, dtype=torch.bool)  # sees everything: not causal, so megatron's own path
+    assert not torch.allclose(ours(ids, torch.arange(12)[None], mask), expected, atol=1e-3)
+
+
+def test_a_foreign_local_model_takes_packed_documents():
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    megatron_adaptor.patch()
+    model = foreign_model()
+    ids = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=7, max_seqlen_kv=7
+    )
+    together = model(ids, torch.arange(12)[None], None, packed_seq_params=packed)
+    second = model(ids[:, 5:], torch.arange(7)[None], None)
+    torch.testing.assert_close(together[:, 5:], second, rtol=1e-5, atol=1e-5)

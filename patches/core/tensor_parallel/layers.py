@@ -1,0 +1,32 @@
+"""Patches of megatron.core.tensor_parallel.layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mindspeed_llm import accelerator
+from mindspeed_llm.patching import Patch
+
+
+def _advice_given_without_cuda(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def linear(*args, **kwargs) -> Tensor:
+        return original(*args, **kwargs)
+
+    # megatron reads this attribute of whatever stands under the name to advise once only.
+    linear.warned = original.warned or accelerator.current().device_type != "cuda"
+    return linear
+
+
+PATCHES = (
+    Patch(
+        name="no-cuda-connection-advice",
+        target="megatron.core.tensor_parallel.layers:linear_with_grad_accumulation_and_async_allreduce",
+        why="it advises on CUDA_DEVICE_MAX_CONNECTIONS in every run, also where there is no CUDA device",
+        wrap=_advice_given_without_cuda,
+        fingerprints={"0.16.1": "212ab88edb75"},
+    ),
+)
