@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-IGNORE_INDEX = -100
+from mindspeed_llm.data.record import IGNORE_INDEX
 
 
 @dataclass

@@ -9,11 +9,9 @@ import numpy as np
 from mindspeed_llm.data.handlers import Handler
 from mindspeed_llm.data.indexed import IndexedReader, IndexedWriter
 from mindspeed_llm.data.packing import pack
-from mindspeed_llm.data.record import SFT_STREAMS
+from mindspeed_llm.data.record import IGNORE_INDEX, SFT_STREAMS, sft_stream
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.errors import UserError
-
-IGNORE_INDEX = -100
 
 
 class PretrainOutput:
@@ -52,7 +50,7 @@ class SFTOutput(PretrainOutput):
     """
 
     def __init__(self, prefix: str, tokenizer: Tokenizer, seq_length: int | None, pack_mode: str) -> None:
-        self.writers = {name: IndexedWriter(f"{prefix}_packed_{name}_document", np.int32) for name in SFT_STREAMS}
+        self.writers = {name: IndexedWriter(f"{prefix}_{sft_stream(name)}", np.int32) for name in SFT_STREAMS}
         self.seq_length = seq_length
         self.pad = tokenizer.pad_token_id
         self.samples: dict[str, IndexedWriter] = {}

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from mindspeed_llm.data.indexed import IndexedReader, fingerprint
-from mindspeed_llm.data.record import DataRecord, find_dataset, read_record
+from mindspeed_llm.data.record import IGNORE_INDEX, DataRecord, find_dataset, read_record
 from mindspeed_llm.data.samplers import GlobalBatchSampler, permutation
 from mindspeed_llm.data.splits import split_bounds
 from mindspeed_llm.errors import UserError
-
-IGNORE_INDEX = -100
 
 
 class PretrainDataset:

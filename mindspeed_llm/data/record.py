@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SFT_STREAMS = ("input_ids", "attention_mask", "labels")
+# Value of a label at which there is no loss, in files and batches (torch's cross entropy default).
+IGNORE_INDEX = -100
+
+
+def sft_stream(name: str) -> str:
+    """Suffix of a fine-tuning stream's files; MindSpeed-LLM's infix is there whether rows are packed or not."""
+    return f"packed_{name}_document"
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from mindspeed_llm.data.indexed import IndexedReader, fingerprint
-from mindspeed_llm.data.record import SFT_STREAMS, find_dataset, read_record
+from mindspeed_llm.data.record import IGNORE_INDEX, SFT_STREAMS, find_dataset, read_record, sft_stream
 from mindspeed_llm.data.samplers import GlobalBatchSampler
 from mindspeed_llm.data.splits import split_bounds
 from mindspeed_llm.errors import UserError
-
-IGNORE_INDEX = -100
 
 
 class SFTDataset:
@@ -44,7 +42,7 @@ class SFTDataset:
                 f"data: '{self.prefix}' was built for pre-training by {self.record.handler}, not fine-tuning; try: "
                 "pretrain_gpt.py, or preprocess with AlpacaStyleInstructionHandler"
             )
-        self._paths = [f"{self.prefix}_packed_{stream}_document" for stream in SFT_STREAMS]
+        self._paths = [f"{self.prefix}_{sft_stream(stream)}" for stream in SFT_STREAMS]
         self._input_ids, self._attention_mask, self._labels = (IndexedReader(path) for path in self._paths)
         if any(np.any(other.lengths != self._input_ids.lengths) for other in (self._attention_mask, self._labels)):
             raise UserError(f"data: the streams of '{self.prefix}' differ in their rows; try: preprocess again")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindspeed_llm.data.indexed import IndexedReader
-from mindspeed_llm.data.record import check_tokenizer, find_dataset, read_record
+from mindspeed_llm.data.record import IGNORE_INDEX, check_tokenizer, find_dataset, read_record, sft_stream
 from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ TRAINED_STYLE = "bold green"
 CONTEXT_STYLE = "dim"
 PADDING_STYLE = "red"
 SEGMENT_MARK = " ┃ "
-IGNORE_INDEX = -100
 
 
 def show(
@@ -86,7 +85,7 @@ def _decode(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
 
 def _sft_rows(base: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     ids, segments, labels = (
-        IndexedReader(f"{base}_packed_{stream}_document") for stream in ("input_ids", "attention_mask", "labels")
+        IndexedReader(f"{base}_{sft_stream(stream)}") for stream in ("input_ids", "attention_mask", "labels")
     )
     for row in range(len(ids)):
         yield ids[row], labels[row] != IGNORE_INDEX, segments[row]

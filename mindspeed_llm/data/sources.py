@@ -125,9 +125,11 @@ def read_chunks(
 
 
 def source_bytes(spec: str) -> int | None:
-    """Total size of the files, None for a data set name."""
+    """Total size of the rows, None where it is not known: for a data set name, and for compressed files."""
     files = find_files(spec)
-    return None if files is None else sum(file.stat().st_size for file in files)
+    if files is None or any(file.suffix == ".parquet" for file in files):
+        return None
+    return sum(file.stat().st_size for file in files)
 
 
 def _limit(chunks: Iterator[Chunk], max_samples: int | None) -> Iterator[Chunk]:

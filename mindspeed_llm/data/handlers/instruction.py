@@ -9,11 +9,10 @@ import numpy as np
 
 from mindspeed_llm.data.conversation import ChatTemplate, Conversation, Encoded, Message
 from mindspeed_llm.data.handlers.base import ChunkResult, Handler, concatenate
+from mindspeed_llm.data.record import IGNORE_INDEX, SFT_STREAMS, sft_stream
 from mindspeed_llm.data.sources import Chunk
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.errors import UserError
-
-IGNORE_INDEX = -100
 
 ROLE_SYNONYMS = {
     "human": "user",
@@ -85,7 +84,7 @@ class InstructionHandler(Handler):
     @property
     def stream_dtypes(self) -> dict[str, np.dtype]:
         # int32 always: -100 must survive, which uint16 turns into 65436.
-        return {f"packed_{name}_document": np.dtype(np.int32) for name in ("input_ids", "attention_mask", "labels")}
+        return {sft_stream(name): np.dtype(np.int32) for name in SFT_STREAMS}
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         """The conversation a row holds.

@@ -20,7 +20,7 @@ END = {"empty": "", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "qwen": "<|i
 TWO_TURNS = Conversation(
     (
         Message("user", "How many legs has a cat?"),
-        Message("assistant", "Four legs."),
+        Message("assistant", " Four legs.\n "),  # white space of an answer is part of it
         Message("user", "And a </s> bird?"),
         Message("assistant", "Two.\n\nSometimes </s> one."),
     ),
@@ -175,7 +175,7 @@ def test_efficient_eos_ends_the_conversation_once(tokenizer, tmp_path):
     file = tmp_path / "t.yaml"
     file.write_text('short: {user: ["Q{{content}}A"], efficient_eos: true}\n')
     encoded = load_template("short", tokenizer, file).encode([TWO_TURNS])[0]
-    assert trained_runs(encoded, tokenizer) == ["Four legs.", "Two.\n\nSometimes </s> one.</s>"]
+    assert trained_runs(encoded, tokenizer) == [" Four legs.\n ", "Two.\n\nSometimes </s> one.</s>"]
 
 
 @pytest.mark.parametrize(
