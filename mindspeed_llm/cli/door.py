@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from mindspeed_llm.config.help import help_text
 from mindspeed_llm.config.parser import HELP_FLAGS, Parsed, parse
 from mindspeed_llm.errors import UserError
+
+SECONDS_FOR_FIRST_RANK = 2.0
 
 
 def open_door(door: str, what: str, argv: Sequence[str] | None, action: Callable[[Parsed], int | None]) -> int:
@@ -32,10 +35,22 @@ def open_door(door: str, what: str, argv: Sequence[str] | None, action: Callable
     try:
         status = action(parsed)
     except UserError as wrong:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {wrong}".replace("\n", "\nerror: "), file=sys.stderr)
+        report_error(wrong)
         return 1
     return status or 0
+
+
+def report_error(wrong: UserError) -> None:
+    """Print the problems to stderr.
+
+    Usually all processes see the same ones: the first prints at once and the launcher then ends the others while they
+    wait here; a process that alone has a problem says so, with its rank.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = "error: " if rank == 0 else f"error on rank {rank}: "
+    if rank != 0:
+        time.sleep(SECONDS_FOR_FIRST_RANK)
+    print("\n".join(prefix + line for line in str(wrong).split("\n")), file=sys.stderr, flush=True)
 
 
 def say_notes(notes: Sequence[str]) -> None:

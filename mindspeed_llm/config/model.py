@@ -89,14 +89,10 @@ class ModelConfig:
         help="load (convert) only the first N layers of the checkpoint, on purpose",
         level="advanced",
         check=at_least(1),
-        doors=(*TRAINING_DOORS, "inference", "convert"),
+        doors=(*TRAINING_DOORS, "inference"),
     )
     ignore_config_field: list[str] | None = option(
         help="fields of config.json that may be unknown to the family's table",
         level="expert",
         doors=(*TRAINING_DOORS, "inference", "convert"),
-    )
-    spec: list[str] | None = option(
-        help="module and name of a layer specification of your own: a function (config) -> ModuleSpec",
-        level="expert",
     )

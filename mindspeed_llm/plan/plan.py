@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mindspeed_llm.checkpoint.detect import Found
 from mindspeed_llm.checkpoint.load import truncated_shape
-from mindspeed_llm.checkpoint.open import Found
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
@@ -263,18 +263,21 @@ def _shape(config: RunConfig, weights: Found | None, problems: list[str], tokeni
 
 
 def _adapters(config: RunConfig, source: Found | None, problems: list[str]) -> AdapterSettings | None:
+    return adapters_asked_for(config) if source is None else recorded_adapters(config, source, problems)
+
+
+def recorded_adapters(config: RunConfig, source: Found, problems: list[str]) -> AdapterSettings:
+    """Settings inside an adapter checkpoint; options that contradict them become problems.
+
+    Raises:
+        UserError: an unknown target, or a PEFT feature that is not implemented.
+    """
     asked = adapters_asked_for(config)
-    if source is None:
-        return asked
     if source.format == "peft":
         recorded = read_peft_settings(source.directory)
     else:
         recorded = AdapterSettings.from_json(source.record["adapters"])
-    checks = {
-        "lora_r": recorded.rank,
-        "lora_alpha": recorded.alpha,
-        "lora_target_modules": dict(recorded.targets),
-    }
+    checks = {"lora_r": recorded.rank, "lora_alpha": recorded.alpha, "lora_target_modules": dict(recorded.targets)}
     for name, value in checks.items():
         if name not in config.given:
             continue
@@ -282,10 +285,9 @@ def _adapters(config: RunConfig, source: Found | None, problems: list[str]) -> A
         if said != value:
             flag = all_options()[name].flags[0]
             problems.append(f"{flag}: {said} contradicts the adapters in {source.path} ({value}); leave the flag out")
-
-    return (
-        dataclasses.replace(recorded, dropout=config.lora.lora_dropout) if "lora_dropout" in config.given else recorded
-    )
+    if "lora_dropout" in config.given:
+        return dataclasses.replace(recorded, dropout=config.lora.lora_dropout)
+    return recorded
 
 
 def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindspeed_llm.checkpoint.open import Found, detect
+from mindspeed_llm.checkpoint.detect import Found, detect
 from mindspeed_llm.checkpoint.train_record import TRACKER_NAME, iteration_directory, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.peft_settings import CONFIG as PEFT_CONFIG
@@ -15,7 +15,7 @@ ADAPTER_FORMATS = ("adapter", "peft")
 def find_source(path: str | Path, step: int | None = None) -> Found | None:
     """The checkpoint in a directory, or None when the directory does not exist or holds none.
 
-    Formats are those of `checkpoint.open.detect`, and "adapter" (a LoRA run's) and "peft".
+    Formats are those of `checkpoint.detect.detect`, and "adapter" (a LoRA run's) and "peft".
 
     Args:
         step: iteration to take instead of the latest.

@@ -113,7 +113,7 @@ def load_weights(plan: Plan, chunk: torch.nn.Module) -> None:
     from megatron.core import parallel_state
 
     from mindspeed_llm.checkpoint.load import Placement, load_into, truncated
-    from mindspeed_llm.checkpoint.open import open_source
+    from mindspeed_llm.checkpoint.detect import open_source
     from mindspeed_llm.parallel.layer_map import layer_map
 
     source = open_source(plan.weights, plan.stored_shape)
