@@ -55,7 +55,10 @@ class Report:
         self.num_bad += len(result.bad)
         self.bad += result.bad[: SHOWN_BAD_ROWS - len(self.bad)] if len(self.bad) < SHOWN_BAD_ROWS else []
         if self.num_bad > max_bad_rows:
-            shown = "; ".join(f"{origin}: {reason}" for origin, reason in self.bad)
+            origins: dict[str, list[str]] = {}
+            for origin, reason in self.bad:
+                origins.setdefault(reason, []).append(origin)
+            shown = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in origins.items())
             raise UserError(
                 f"input: {self.num_bad} of the first {self.rows} rows cannot be used ({shown}); legal: at most "
                 f"{max_bad_rows}; try: correct them, or --max-bad-rows N to skip and count them"
