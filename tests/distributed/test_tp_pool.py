@@ -1,0 +1,59 @@
+"""The pool of processes that distributed tests run in."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from mindspeed_llm.testing.pool import Pool, pool
+
+pytestmark = pytest.mark.distributed
+
+
+def rank_and_sum(value):
+    total = torch.tensor([float(torch.distributed.get_rank() + value)])
+    torch.distributed.all_reduce(total)
+    return torch.distributed.get_rank(), float(total), os.getpid(), torch.get_num_threads()
+
+
+def fail_on_one(rank):
+    if torch.distributed.get_rank() == rank:
+        raise KeyError("no such thing")
+    torch.distributed.barrier()
+
+
+def die_on_one(rank):
+    if torch.distributed.get_rank() == rank:
+        os._exit(3)
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+
+def test_every_rank_answers_and_the_processes_stay():
+    first, second = pool(2).run(rank_and_sum, 10), pool(2).run(rank_and_sum, 20)
+    assert [answer[:2] for answer in first] == [(0, 21.0), (1, 21.0)]
+    assert [answer[1] for answer in second] == [41.0, 41.0]
+    assert [answer[2] for answer in first] == [answer[2] for answer in second]
+    assert [answer[3] for answer in first] == [1, 1]
+
+
+def test_an_exception_comes_back_with_its_rank_though_the_others_hang():
+    crew = Pool(2)
+    start = time.monotonic()
+    with pytest.raises(KeyError, match="no such thing") as caught:
+        crew.run(fail_on_one, 1)
+    assert "on rank 1" in caught.value.__notes__[0] and "fail_on_one" in caught.value.__notes__[0]
+    assert time.monotonic() - start < 30
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        crew.run(die_on_one, 0)
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] gave no answer"):
+        crew.run(sleep, 60, timeout=8.0)
+    crew.close()
+
+
+def test_what_cannot_be_sent_is_refused():
+    with pytest.raises(ValueError, match="top level of a file"):
+        pool(2).run(lambda: None)
