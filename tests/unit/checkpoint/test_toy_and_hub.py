@@ -1,0 +1,85 @@
+"""Toy checkpoints are real and reproducible; names resolve to local directories or a clear error."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mindspeed_llm.checkpoint.hub import resolve_model
+from mindspeed_llm.checkpoint.toy import make_toy
+from mindspeed_llm.errors import UserError
+
+
+def test_the_same_arguments_give_the_same_bytes(tmp_path):
+    a, b, c = (make_toy("qwen2", tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir())
+    assert all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
+    assert (a / "model.safetensors").read_bytes() != (c / "model.safetensors").read_bytes()
+
+
+def test_making_one_leaves_the_callers_random_state_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_toy("llama", tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_is_shaped_to_expose_layout_mistakes(toys):
+    from mindspeed_llm.checkpoint.hf import HfSource
+
+    for path in toys.values():
+        shape = HfSource(path).shape
+        assert shape.num_layers >= 4 and shape.num_query_groups < shape.num_attention_heads
+        assert shape.kv_channels * shape.num_attention_heads != shape.hidden_size
+        assert shape.vocab_size % 2 and shape.vocab_size % 3
+
+
+def test_its_tokenizer_is_lossless_and_chats(toys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(toys["llama"], local_files_only=True)
+    text = "def f(x):\n    return x  # ünïcödé 漢字\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text and max(ids) < 997 and len(ids) < len(text.encode())
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_unknown_model_types_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'lama'"):
+        make_toy("lama", tmp_path)
+    with pytest.raises(UserError, match=">= 300"):
+        make_toy("llama", tmp_path, vocab_size=100)
+
+
+def test_a_local_directory_wins(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("owner/name").resolve() == tmp_path / "owner" / "name"
+
+
+@pytest.mark.parametrize(
+    "name,hub,words",
+    [
+        ("/no/such/dir", "hf", "no directory"),
+        ("a/b", "gitee", "legal: hf, modelscope"),
+        ("a/b", "modelscope", "pip install modelscope"),
+    ],
+)
+def test_what_cannot_be_resolved(name, hub, words):
+    with pytest.raises(UserError, match=words):
+        resolve_model(name, hub)
+
+
+def test_without_a_network_the_error_names_the_endpoint_and_the_ways_out():
+    """In a process of its own: huggingface_hub reads the environment when it is imported."""
+    program = "from mindspeed_llm.checkpoint.hub import resolve_model; resolve_model('owner/name')"
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "owner/name cannot be had from http://127.0.0.1:9" in last and "HF_ENDPOINT" in last
