@@ -35,6 +35,7 @@ class BuildOptions:
         recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: as in megatron-core.
         calculate_per_token_loss: gradients are divided by the global number of labelled tokens (by megatron, which
             needs the count from the loss function); False averages micro-batches instead.
+        loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
         seed: of the initial weights.
         initialize: False leaves the weights undefined, for a checkpoint to fill.
     """
@@ -55,6 +56,7 @@ class BuildOptions:
     recompute_num_layers: int | None = None
     recompute_modules: Sequence[str] = field(default_factory=lambda: ("core_attn",))
     calculate_per_token_loss: bool = True
+    loss_chunk_size: int | None = None
     seed: int = 1234
     initialize: bool = True
 
@@ -91,6 +93,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         add_attention_output_bias=shape.add_attention_output_bias,
         add_mlp_bias=shape.add_mlp_bias,
         padded_vocab_size=padded,
+        loss_chunk_size=options.loss_chunk_size,
         hidden_dropout=options.hidden_dropout,
         attention_dropout=shape.attention_dropout if options.attention_dropout is None else options.attention_dropout,
         params_dtype=options.params_dtype,

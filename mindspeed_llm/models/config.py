@@ -21,12 +21,14 @@ class ModelConfig(TransformerConfig):
         add_attention_output_bias: bias of linear_proj.
         add_mlp_bias: bias of linear_fc1 and linear_fc2.
         padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
+        loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
     """
 
     shape: ModelShape | None = None
     add_attention_output_bias: bool = False
     add_mlp_bias: bool = False
     padded_vocab_size: int = 0
+    loss_chunk_size: int | None = None
 
     def window_of_layer(self, layer_number: int) -> int | None:
         """The sliding window of layer `layer_number` (from 1, as megatron counts), None for full attention."""

@@ -174,6 +174,7 @@ class LanguageModel(GPTModel):
             labels.t().reshape(-1),
             vocab_size=self.config.shape.vocab_size,
             group=self.tp_group,
+            chunk_rows=self.config.loss_chunk_size,
         )
 
     def _logits(self, hidden_states: Tensor, last_position_only: bool, gather: bool) -> Tensor:

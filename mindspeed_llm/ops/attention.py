@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_llm.ops.registry import implementation, register
+from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 
 def attention(
@@ -82,6 +82,14 @@ def visible(s: int, s_k: int, window_size: int | None, device: torch.device) -> 
     return seen if window_size is None else seen & (key_position > query_position - window_size)
 
 
+@register("attention", REFERENCE, priority=-1)
+def all_scores(
+    query: Tensor, key: Tensor, value: Tensor, window_size: int | None, dropout: float, scale: float | None
+) -> Tensor:
+    """The formula with every score in memory, differentiated by autograd."""
+    return reference(query, key, value, window_size=window_size, dropout=dropout, scale=scale)
+
+
 def reference(
     query: Tensor,
     key: Tensor,
@@ -89,9 +97,10 @@ def reference(
     *,
     cu_seqlens: Tensor | None = None,
     window_size: int | None = None,
+    dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """The formula, with a full mask that also separates the documents; for tests."""
+    """The formula, with one mask that also separates the documents; softmax in fp32 at least."""
     s, b, n, d = query.shape
     s_k, repeats = key.shape[0], n // key.shape[2]
     key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
@@ -100,5 +109,7 @@ def reference(
     if cu_seqlens is not None:
         document = torch.bucketize(torch.arange(s_k, device=query.device), cu_seqlens[1:], right=True)
         seen = seen & (document[-s:, None] == document[None, :])
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(query.dtype)
+    weights = F.dropout(weights, dropout)
     return torch.einsum("bnst,tbnd->sbnd", weights, value).reshape(s, b, n * d)

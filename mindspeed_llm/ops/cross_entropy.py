@@ -35,7 +35,7 @@ def linear_cross_entropy_sum(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of the labelled tokens.
 
@@ -45,7 +45,7 @@ def linear_cross_entropy_sum(
         labels: integer [n], the target of each row; IGNORE_INDEX leaves the row out.
         vocab_size: true size of the vocabulary; padded rows take no part.
         group: ranks that share the vocabulary, None for one.
-        chunk_bytes: bound on the logits held at once.
+        chunk_rows: labelled rows whose logits are held at once; None for as many as CHUNK_BYTES hold.
 
     Returns:
         fp32 (fp64 for fp64 input) scalar. The gradient of `hidden` is this rank's part: the caller sums it over `group`
@@ -54,13 +54,13 @@ def linear_cross_entropy_sum(
     Raises:
         ValueError: a label lies outside the vocabulary.
     """
-    return _LinearCrossEntropySum.apply(hidden, weight, labels, vocab_size, group, chunk_bytes)
+    return _LinearCrossEntropySum.apply(hidden, weight, labels, vocab_size, group, chunk_rows)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocab_size, group, chunk_bytes):
-        ctx.problem = _Problem(labels, weight.shape[0], vocab_size, group, chunk_bytes)
+    def forward(ctx, hidden, weight, labels, vocab_size, group, chunk_rows):
+        ctx.problem = _Problem(labels, weight, vocab_size, group, chunk_rows)
         # fp16 gradients below 6e-8 would vanish before the loss scale reaches them: there they are computed in
         # backward, from a second product with the head, with the scale applied before rounding.
         ctx.later = hidden.dtype == torch.float16
@@ -86,27 +86,26 @@ class _Problem:
     """Which rows are labelled with what, and this rank's slice of the vocabulary."""
 
     def __init__(
-        self, labels: Tensor, rows_local: int, vocab_size: int, group: dist.ProcessGroup | None, chunk_bytes: int
+        self, labels: Tensor, weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None, chunk_rows: int | None
     ):
         self.group = group if group is not None and group.size() > 1 else None
-        start = self.group.rank() * rows_local if self.group else 0
-        self.own_rows = max(0, min(rows_local, vocab_size - start))
+        start = self.group.rank() * weight.shape[0] if self.group else 0
+        self.own_rows = max(0, min(weight.shape[0], vocab_size - start))
         self.rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
         targets = labels[self.rows]
         if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
             raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORE_INDEX}")
         self.targets = targets - start
-        self.chunk_bytes = chunk_bytes
+        # By the rows of a full slice: chunks must be cut alike on every rank, whatever padding it holds.
+        self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
 
     def solve(
         self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, factor: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss, and the gradients asked for, times `factor`."""
         own = weight[: self.own_rows]
-        # By the rows of a full slice: chunks must be cut alike on every rank, whatever padding it holds.
-        chunk_rows = max(1, self.chunk_bytes // (hidden.element_size() * weight.shape[0]))
-        pieces = list(zip(self.rows.split(chunk_rows), self.targets.split(chunk_rows)))
-        buffer = hidden.new_empty(min(chunk_rows, self.rows.numel()), self.own_rows)
+        pieces = list(zip(self.rows.split(self.chunk_rows), self.targets.split(self.chunk_rows)))
+        buffer = hidden.new_empty(min(self.chunk_rows, self.rows.numel()), self.own_rows)
         loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         # One chunk's product has full precision already; sums over chunks are kept wide.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_llm import accelerator
+from mindspeed_llm import accelerator, ops
 from mindspeed_llm.errors import UserError
 
 
@@ -37,6 +39,9 @@ class Implementation:
         absent = [package for package in self.requires if importlib.util.find_spec(package) is None]
         return f"it needs the package {', '.join(absent)}" if absent else None
 
+
+# The plain formula of an operator is registered under this name; it is used only when selected.
+REFERENCE = "reference"
 
 _implementations: dict[str, list[Implementation]] = {}
 _chosen: dict[str, Implementation] = {}
@@ -88,7 +93,9 @@ def select(operator: str, name: str) -> None:
 
 
 def chosen() -> dict[str, str]:
-    """Operator -> name of the implementation in use, for every registered operator."""
+    """Operator -> name of the implementation in use, for every operator of the package."""
+    for module in pkgutil.iter_modules(ops.__path__, ops.__name__ + "."):
+        importlib.import_module(module.name)
     for operator in _implementations:
         implementation(operator)
     return {operator: _chosen[operator].name for operator in sorted(_implementations)}

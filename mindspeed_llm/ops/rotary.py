@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+
 
 def rotary_table(position_ids: Tensor, inv_freq: Tensor, attention_factor: float, dtype: torch.dtype) -> Tensor:
     """cos and sin for one forward pass.
@@ -30,7 +32,13 @@ def rotary_table(position_ids: Tensor, inv_freq: Tensor, attention_factor: float
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [s, b, n, d] by a table of `rotary_table`; returns a contiguous tensor of the same shape."""
+    """Rotate x [s, b, n, d] by a table of `rotary_table`; returns a tensor of the same shape."""
+    return implementation("rotary")(x, table)
+
+
+@register("rotary", "fused")
+def fused_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """One pass each way; nothing but the table is saved."""
     return _Rotate.apply(x, table)
 
 
@@ -72,8 +80,16 @@ def split_qkv_rotary(
         table: from `rotary_table`; None leaves queries and keys unrotated (they are normalised first, say).
 
     Returns:
-        query [s, b, n, d], key [s, b, g, d], value [s, b, g, d], each contiguous.
+        query [s, b, n, d], key [s, b, g, d], value [s, b, g, d].
     """
+    return implementation("split_qkv_rotary")(qkv, num_groups, head_dim, table)
+
+
+@register("split_qkv_rotary", "fused")
+def fused_split_qkv_rotary(
+    qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass each way; the results are contiguous and qkv is not kept."""
     return _SplitRotate.apply(qkv, num_groups, head_dim, table)
 
 
@@ -114,9 +130,23 @@ class _SplitRotate(torch.autograd.Function):
         return grad.view(s, b, -1), None, None, None
 
 
+@register("rotary", REFERENCE, priority=-1)
 def apply_rotary_reference(x: Tensor, table: Tensor) -> Tensor:
-    """The formula; for tests."""
+    """The formula, differentiated by autograd."""
     cos, sin = table.unbind(0)
     half = cos.shape[-1]
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+@register("split_qkv_rotary", REFERENCE, priority=-1)
+def split_qkv_rotary_reference(
+    qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slices, then the formula, differentiated by autograd."""
+    s, b, _ = qkv.shape
+    grouped = qkv.view(s, b, num_groups, -1, head_dim)
+    query, key, value = grouped[..., :-2, :].reshape(s, b, -1, head_dim), grouped[..., -2, :], grouped[..., -1, :]
+    if table is None:
+        return query, key, value
+    return apply_rotary_reference(query, table), apply_rotary_reference(key, table), value

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_llm.ops.registry import implementation, register
+from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate_up
 
 
+@register("swiglu", REFERENCE, priority=-1)
 def reference(gate_up: Tensor) -> Tensor:
-    """The formula; for tests."""
+    """The formula, differentiated by autograd."""
     gate, up = gate_up.chunk(2, dim=-1)
     return gate * torch.sigmoid(gate) * up

@@ -206,6 +206,30 @@ def test_recomputation_changes_no_gradient_even_with_a_frozen_embedding(options,
         assert torch.equal(plain[name], recomputed[name]) and recomputed[name].any(), name
 
 
+def test_the_plain_formulas_can_be_selected_and_give_the_same_gradients():
+    from mindspeed_llm.ops import registry
+
+    def gradients(shape, chunk):
+        model = build_model(shape, BuildOptions(loss_chunk_size=chunk))
+        model(ids(1, 16), labels=ids(1, 16, seed=2), packed_seq_params=packed([0, 7, 16])).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for shape in (LLAMA, dataclasses.replace(LLAMA, qk_layernorm=True, window_size=4)):
+        fused = gradients(shape, None)
+        operators = registry.chosen()
+        assert operators.keys() == {"attention", "rms_norm", "rotary", "split_qkv_rotary", "swiglu"}
+        assert registry.REFERENCE not in operators.values()
+        try:
+            for operator in operators:
+                registry.select(operator, registry.REFERENCE)
+            plain = gradients(shape, 3)
+        finally:
+            registry.reset()
+        assert not all(torch.equal(plain[name], fused[name]) for name in plain)
+        for name in plain:
+            assert float((plain[name] - fused[name]).abs().max() / fused[name].abs().max()) < 1e-5, name
+
+
 def test_initial_weights_depend_on_seed_and_name_alone():
     small, padded = build_model(LLAMA), build_model(LLAMA, BuildOptions(vocab_divisible_by=512))
     other = build_model(LLAMA, BuildOptions(seed=1))
