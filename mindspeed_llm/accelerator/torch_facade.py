@@ -19,6 +19,7 @@ import builtins
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import types
 import warnings
@@ -65,6 +66,34 @@ _OPTIONAL_PACKAGE_WARNINGS = (
 )
 
 
+class DistributedNamespace(types.ModuleType):
+    """`torch.distributed`, except that a group asked for with nccl gets the accelerator's backend."""
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__("torch.distributed")
+        self.__path__ = torch.distributed.__path__
+        for name in ("init_process_group", "new_group"):
+            self.__dict__[name] = self._with_backend(getattr(torch.distributed, name), accelerator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    @staticmethod
+    def _with_backend(function: Callable, accelerator: Accelerator) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def with_backend(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            if bound.arguments.get("backend") == "nccl":
+                bound.arguments["backend"] = accelerator.distributed_backend
+            if _is_cuda(bound.arguments.get("device_id")):
+                bound.arguments["device_id"] = accelerator.current_device()
+            return function(*bound.args, **bound.kwargs)
+
+        return with_backend
+
+
 def _is_cuda(device: object) -> bool:
     if isinstance(device, str):
         return device == "cuda" or device.startswith("cuda:")
@@ -81,6 +110,7 @@ class TorchFacade(types.ModuleType):
         self.__path__ = torch.__path__
         self.__spec__ = torch.__spec__
         self.__dict__["cuda"] = CudaNamespace(accelerator)
+        self.__dict__["distributed"] = DistributedNamespace(accelerator)
         self.__dict__.update({name: self._on_device(getattr(torch, name), accelerator) for name in _DEVICE_FUNCTIONS})
         self.__dict__["device"] = _device_class(accelerator)
         self.__dict__["autocast"] = functools.partial(_autocast, accelerator)
@@ -148,9 +178,12 @@ def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -
     module = builtins.__import__(name, globals, locals, fromlist, level)
     if _installed is None:
         return module
+    facade = _installed.facade
     if module is torch:
-        return _installed.facade
-    return _installed.facade.cuda if module is torch.cuda else module
+        return facade
+    if module is torch.cuda:
+        return facade.cuda
+    return facade.distributed if module is torch.distributed else module
 
 
 _BUILTINS = dict(vars(builtins), __import__=_import)
@@ -179,10 +212,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds modules with one of the prefixes through the other finders and wraps their loader."""
 
     def __init__(self, prefixes: tuple[str, ...]):
-        self._prefixes = prefixes
+        self.prefixes = prefixes
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if not has_prefix(name, self._prefixes):
+        if not has_prefix(name, self.prefixes):
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -210,17 +243,29 @@ class _Installation:
         self.rebound: list[tuple[types.ModuleType, str, Any]] = []
         self.methods: list[tuple[type, str, Any]] = []
 
+    def pairs(self) -> list[tuple[types.ModuleType, types.ModuleType]]:
+        """Each stand-in with what it stands for."""
+        facade = self.facade
+        return [(facade, torch), (facade.cuda, torch.cuda), (facade.distributed, torch.distributed)]
+
     def start(self) -> None:
         sys.meta_path.insert(0, self.finder)
-        for name, module in list(sys.modules.items()):
-            if module is not None and has_prefix(name, self.prefixes):
-                self.rebind(module)
         self._change_methods()
+        self.extend(self.prefixes)
+
+    def extend(self, prefixes: tuple[str, ...]) -> None:
+        """Show the facade to modules below these prefixes too."""
+        self.prefixes = tuple(dict.fromkeys(self.prefixes + prefixes))
+        self.finder.prefixes = self.prefixes
+        for name, module in list(sys.modules.items()):
+            if module is not None and has_prefix(name, prefixes):
+                self.rebind(module)
 
     def rebind(self, module: types.ModuleType) -> None:
         """Point the names of an already loaded module that mean torch, or things of it, at the facade's."""
-        replacements = {id(torch): self.facade, id(torch.cuda): self.facade.cuda}
-        for ours, theirs in ((self.facade, torch), (self.facade.cuda, torch.cuda)):
+        pairs = self.pairs()
+        replacements = {id(theirs): ours for ours, theirs in pairs}
+        for ours, theirs in pairs:
             for name, value in vars(ours).items():
                 original = getattr(theirs, name, None)
                 if callable(original) and not name.startswith("__"):
@@ -246,24 +291,24 @@ class _Installation:
         setattr(owner, name, value)
 
     def _change_methods(self) -> None:
-        accelerator, prefixes = self.accelerator, self.prefixes
+        accelerator = self.accelerator
         tensor_cuda, module_cuda, tensor_type = torch.Tensor.cuda, torch.nn.Module.cuda, torch.Tensor.type
 
         def caller_is_ours() -> bool:
-            return has_prefix(sys._getframe(2).f_globals.get("__name__", ""), prefixes)
+            return has_prefix(sys._getframe(2).f_globals.get("__name__", ""), self.prefixes)
 
         @functools.wraps(tensor_cuda)
-        def cuda_of_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return self.to(accelerator.current_device()) if caller_is_ours() else tensor_cuda(self, *args, **kwargs)
+        def cuda_of_tensor(tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return tensor.to(accelerator.current_device()) if caller_is_ours() else tensor_cuda(tensor, *args, **kwargs)
 
         @functools.wraps(module_cuda)
-        def cuda_of_module(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-            return self.to(accelerator.current_device()) if caller_is_ours() else module_cuda(self, *args, **kwargs)
+        def cuda_of_module(module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+            return module.to(accelerator.current_device()) if caller_is_ours() else module_cuda(module, *args, **kwargs)
 
         @functools.wraps(tensor_type)
-        def type_of_tensor(self, *args: Any, **kwargs: Any) -> Any:
-            answer = tensor_type(self, *args, **kwargs)
-            if isinstance(answer, str) and self.device.type == accelerator.device_type and caller_is_ours():
+        def type_of_tensor(tensor, *args: Any, **kwargs: Any) -> Any:
+            answer = tensor_type(tensor, *args, **kwargs)
+            if isinstance(answer, str) and tensor.device.type == accelerator.device_type and caller_is_ours():
                 return "torch.cuda." + answer.rsplit(".", 1)[1]
             return answer
 
@@ -285,7 +330,7 @@ class _Installation:
             else:
                 setattr(owner, name, value)
         # Modules loaded while installed hold the facade under the names they imported; give them torch itself.
-        theirs = {id(self.facade): torch, id(self.facade.cuda): torch.cuda}
+        theirs = {id(ours): real for ours, real in self.pairs()}
         for module_name, module in list(sys.modules.items()):
             if module is not None and has_prefix(module_name, self.prefixes):
                 for name, value in list(vars(module).items()):
@@ -297,22 +342,23 @@ _installed: _Installation | None = None
 
 
 def install(accelerator: Accelerator, prefixes: tuple[str, ...] = DEFAULT_PREFIXES) -> None:
-    """Bind the facade inside modules with one of `prefixes`, loaded already or later. Twice is once.
+    """Bind the facade inside modules with one of `prefixes`, loaded already or later. Twice is once; prefixes add up.
 
     On CUDA there is nothing to bind and nothing is changed.
 
     Raises:
-        RuntimeError: installed already for another accelerator or other prefixes; `uninstall` first.
+        RuntimeError: installed already for another accelerator; `uninstall` first.
     """
     global _installed
     if accelerator.device_type == "cuda":
         return
     if _installed is not None:
-        if _installed.accelerator is not accelerator or _installed.prefixes != tuple(prefixes):
+        if _installed.accelerator is not accelerator:
             raise RuntimeError(
-                f"the torch facade is installed for {_installed.accelerator.name} in {_installed.prefixes}; "
-                f"uninstall it before installing it for {accelerator.name} in {tuple(prefixes)}"
+                f"the torch facade is installed for {_installed.accelerator.name}; uninstall it before installing it "
+                f"for {accelerator.name}"
             )
+        _installed.extend(tuple(prefixes))
         return
     _installed = _Installation(accelerator, tuple(prefixes))
     _installed.start()

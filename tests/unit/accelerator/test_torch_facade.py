@@ -1,6 +1,7 @@
 """What modules below a prefix see under the name torch, and that nobody else does."""
 
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -98,11 +99,18 @@ def test_nobody_else_notices_and_uninstalling_leaves_no_trace(subject, install_f
     assert sys.meta_path == finders
 
 
-def test_installing_twice_is_installing_once_and_another_way_is_an_error(subject):
-    subject(install_first=True)
+@needs_no_cuda
+def test_installing_twice_is_installing_once_and_prefixes_add_up(subject):
+    code = subject(install_first=True)
     facade, finders = torch_facade.installed(), list(sys.meta_path)
     torch_facade.install(torch_facade._installed.accelerator, ("subject",))
     assert torch_facade.installed() is facade and sys.meta_path == finders
+    torch_facade.uninstall()
+    cpu = CPU()
+    torch_facade.install(cpu, ("elsewhere",))
+    assert not code.available()
+    torch_facade.install(cpu, ("subject",))
+    assert code.available() and code.move(torch.ones(1))[0].device.type == "cpu"
     with pytest.raises(RuntimeError, match="uninstall it before"):
         torch_facade.install(CPU(), ("subject",))
 
@@ -147,3 +155,41 @@ def test_megatron_imports_quietly_and_its_tracker_forks_the_stream_kernels_draw_
         """
     )
     assert [line for line in done.stderr.splitlines() if "not installed" in line or "RNG" in line] == []
+
+
+@needs_no_cuda
+def test_somebody_elses_training_script_runs_unchanged_after_one_import(tmp_path):
+    script = tmp_path / "theirs.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os
+            import torch
+            from megatron.core import parallel_state, tensor_parallel
+            from mindspeed_llm import megatron_adaptor
+            megatron_adaptor.patch(prefixes=("megatron", "__main__"))
+
+            torch.cuda.set_device(0)
+            torch.distributed.init_process_group("nccl", init_method=os.environ["STORE"], rank=0, world_size=1)
+            parallel_state.initialize_model_parallel(1, 1)
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+            linear = torch.nn.Linear(2, 2).cuda()
+            x = torch.ones(1, 2, device="cuda", requires_grad=True)
+            with torch.cuda.stream(torch.cuda.Stream()), torch.autocast("cuda", dtype=torch.bfloat16):
+                linear(x).sum().backward()
+            total = x.grad.cuda()
+            torch.distributed.all_reduce(total)
+            print(total.device, torch.distributed.get_backend(), total.type())
+            torch.distributed.destroy_process_group()
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=dict(os.environ, STORE=f"file://{tmp_path}/store"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cpu", "gloo", "torch.cuda.FloatTensor"]
