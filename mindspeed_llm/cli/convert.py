@@ -73,9 +73,9 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 def _local(name: str, config: RunConfig) -> Path:
-    from mindspeed_llm.checkpoint.hub import local_directory
+    from mindspeed_llm.checkpoint.hub import resolve_model
 
-    return local_directory(name, config.checkpoint.hub)
+    return resolve_model(name, config.checkpoint.hub)
 
 
 def _chunks(config: RunConfig, load_dir: Path) -> int | None:

@@ -15,6 +15,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action(parsed):
         from mindspeed_llm.cli.training import run_door
 
-        return run_door(parsed)
+        run_door(parsed)
 
     return open_door("pretrain", WHAT, argv, action)

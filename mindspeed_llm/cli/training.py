@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mindspeed_llm.cli.door import say_notes
+from mindspeed_llm.cli.hub import download_models
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan, resolve
 
+if TYPE_CHECKING:
+    from mindspeed_llm.training.run import RunResult
 
-def run_door(parsed: Parsed) -> int:
-    """Do what the command line of a training door says."""
+
+def run_door(parsed: Parsed) -> RunResult | None:
+    """Do what the command line of a training door says; None after a dry run."""
     config = parsed.config
     problems = list(parsed.problems)
     resumes = config.checkpoint.load is not None or config.lora.lora_load is not None
@@ -19,6 +25,7 @@ def run_door(parsed: Parsed) -> int:
         problems.append("--data-path is missing: preprocessed files or raw data to train on")
     if config.data.data_path and len(config.data.data_path) > 1:
         problems.append("--data-path: several data sets are given; mix them with preprocess_data.py first")
+    download_models(config, problems)
     plan = resolve(config, problems, tokenizer_size=_size_of_named_tokenizer(parsed))
     say_notes([*parsed.notes, *plan.notes])
     config.data.seq_length = plan.seq_length
@@ -26,7 +33,7 @@ def run_door(parsed: Parsed) -> int:
         from mindspeed_llm.plan.show import show_plan
 
         show_plan(plan)
-        return 0
+        return None
     if not config.data.data_path:
         raise UserError("--data-path is missing: preprocessed files or raw data to train on")
     tokenizer = tokenizer_of(plan)
@@ -37,12 +44,12 @@ def run_door(parsed: Parsed) -> int:
     from mindspeed_llm.training.run import run_training
 
     run = run_sft if config.door == "posttrain" else run_training
-    run(plan, prefix, _padding_token(tokenizer))
+    result = run(plan, prefix, _padding_token(tokenizer))
     if config.checkpoint.save_hf:
         from mindspeed_llm.cli.save_hf import save_final_as_hf
 
         save_final_as_hf(plan)
-    return 0
+    return result
 
 
 def tokenizer_of(plan: Plan) -> Tokenizer | None:

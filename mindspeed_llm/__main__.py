@@ -1,0 +1,121 @@
+"""`python -m mindspeed_llm COMMAND`: the small tools around the doors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mindspeed_llm.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except UserError as wrong:
+        print("error: " + str(wrong), file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mindspeed_llm", description=__doc__.split(":")[1].strip())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("doctor", help="versions, devices, chosen operators, what is missing")
+    command.set_defaults(run=_doctor)
+
+    command = commands.add_parser("verify", help="compare a checkpoint with its Hugging Face model, layer by layer")
+    command.add_argument("--hf", required=True, metavar="DIR", help="the Hugging Face directory to compare with")
+    command.add_argument("--load", metavar="DIR", help="checkpoint of any format; default: the same HF directory")
+    command.add_argument("--layers", action="store_true", help="print every layer's difference")
+    command.set_defaults(run=_verify)
+
+    data = commands.add_parser("data", help="look at preprocessed data").add_subparsers(required=True, metavar="WHAT")
+    command = data.add_parser("show", help="rows with the trained tokens coloured")
+    command.add_argument("prefix")
+    command.add_argument("--tokenizer", metavar="DIR", help="decode with this tokenizer; default: print ids")
+    command.add_argument("--count", type=int, default=10, help="rows (default 10)")
+    command.set_defaults(run=_show_data)
+
+    models = commands.add_parser("models", help="model families").add_subparsers(required=True, metavar="WHAT")
+    command = models.add_parser("list", help="the families and the model types they read")
+    command.set_defaults(run=_list_models)
+    command = models.add_parser("toy", help="write a tiny random checkpoint with a tokenizer")
+    command.add_argument("family", help="model type, e.g. llama, mistral, qwen2, qwen3")
+    command.add_argument("directory")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_toy)
+
+    patches = commands.add_parser("patches", help="what is changed in megatron-core").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    command = patches.add_parser("list", help="every patch with its target and reason")
+    command.set_defaults(run=_list_patches)
+    command = patches.add_parser("why", help="one patch: where it is bound and why")
+    command.add_argument("name")
+    command.set_defaults(run=_why_patch)
+
+    command = commands.add_parser("flags", help="every option as the text of docs/flags.md")
+    command.set_defaults(run=_flags)
+    return parser
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.doctor import doctor
+
+    return doctor()
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.checkpoint.verify import verify
+
+    report = verify(arguments.hf, arguments.load)
+    if arguments.layers:
+        print(report.table())
+    print(report)
+    return report.exit_code
+
+
+def _show_data(arguments: argparse.Namespace) -> None:
+    from mindspeed_llm.data.show import show
+    from mindspeed_llm.data.tokenizer import load_tokenizer
+
+    show(arguments.prefix, load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None, arguments.count)
+
+
+def _list_models(_: argparse.Namespace) -> None:
+    from mindspeed_llm.models.family import all_families
+
+    for family in all_families().values():
+        print(f"{family.name:<10}{', '.join(variant.model_type for variant in family.variants)}")
+
+
+def _toy(arguments: argparse.Namespace) -> None:
+    from mindspeed_llm.checkpoint.toy import make_toy
+
+    print(f"wrote {make_toy(arguments.family, arguments.directory, seed=arguments.seed)}")
+
+
+def _list_patches(_: argparse.Namespace) -> None:
+    from mindspeed_llm.patches import catalogue
+
+    for patch in catalogue():
+        print(f"{patch.name}\n  {patch.target}\n  {patch.why}")
+
+
+def _why_patch(arguments: argparse.Namespace) -> None:
+    from mindspeed_llm import megatron_adaptor, patching  # noqa: F401  (importing the adaptor applies the patches)
+
+    print(patching.why(arguments.name))
+
+
+def _flags(_: argparse.Namespace) -> None:
+    from mindspeed_llm.config.help import flags_markdown
+
+    print(flags_markdown(), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

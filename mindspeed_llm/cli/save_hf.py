@@ -1,0 +1,34 @@
+"""`--save-hf`: the final model of a run as a Hugging Face directory (merged, for a LoRA run)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.plan.source import find_source
+
+
+def save_final_as_hf(plan: Plan) -> Path | None:
+    """Write `<save>/hf` from the last checkpoint of the run, on the first process.
+
+    Raises:
+        UserError: no config.json is known, or the base of the adapters is random and so nowhere on disk.
+    """
+    import torch.distributed as dist
+
+    from mindspeed_llm.checkpoint.convert import convert
+    from mindspeed_llm.lora.merge import merging_transform
+    from mindspeed_llm.lora.tensors import read_adapters
+
+    target = Path(plan.config.checkpoint.save) / "hf"
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return None
+    final = find_source(plan.config.checkpoint.save)
+    transform, source = None, final.path
+    if final.format == "adapter":
+        if plan.weights is None:
+            raise UserError("--save-hf: the base of the adapters is random and nowhere on disk; give --load")
+        adapters = read_adapters(final.directory, plan.shape, plan.adapters)
+        transform, source = merging_transform(adapters, plan.adapters, plan.shape), plan.weights.path
+    return convert(source, target, save_type="hf", hf_cfg_dir=plan.hf_files, transform=transform)
