@@ -24,6 +24,8 @@ from mindspeed_llm.models.mapping import TensorPair
 from mindspeed_llm.models.shape import ModelShape
 
 FILE_NAME = "model_optim_rng.pt"
+Place = tuple[int, str, str]
+"""(pipeline stage, key of the model chunk in the file, name in the chunk)"""
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
 
@@ -72,7 +74,6 @@ class RankFiles:
         tp, pp: sizes found.
         places: global mcore name -> (pp_rank, model key, name in the file). Layers are numbered in forward order
             (chunk by chunk, stage by stage), which needs no record of the split and skips no-op layers.
-        tied_copy: (pp_rank, model key) of a second copy of tied embeddings, or None.
 
     Raises:
         UserError: rank directories are missing, or the layout is not a plain pipeline.
@@ -83,7 +84,7 @@ class RankFiles:
         self.tp, self.pp = _sizes(directory)
         self._content: dict[tuple[int, int], dict[str, Any]] = {}
         self._check_schedule()
-        self.places, self.head_copy = self._number_layers()
+        self.places = self._number_layers()
         self._check_ranks_agree()
 
     def content(self, tp_rank: int, pp_rank: int) -> dict[str, Any]:
@@ -129,31 +130,31 @@ class RankFiles:
                 f"implemented; legal: plain or interleaved pipeline"
             )
 
-    def _number_layers(self) -> tuple[dict[str, tuple[int, str, str]], tuple[int, str, str] | None]:
+    def _number_layers(self) -> dict[str, Place]:
         keys = [self.model_keys(0, p) for p in range(self.pp)]
-        places: dict[str, tuple[int, str, str]] = {}
-        head_copy, next_layer = None, 0
-        for v in range(max(map(len, keys))):
+        if len({len(k) for k in keys}) > 1:
+            raise UserError(f"checkpoint: stages of {self.directory} have different numbers of model chunks")
+        places: dict[str, Place] = {}
+        next_layer = 0
+        for v in range(len(keys[0])):
             for p in range(self.pp):
-                if v >= len(keys[p]):
-                    raise UserError(
-                        f"checkpoint: {self.directory}: stage {p} has {len(keys[p])} model chunks, others more"
-                    )
-                stored_names = [n for n in self.content(0, p)[keys[p][v]] if not is_extra_state(n)]
-                local = sorted({i for n in stored_names if (i := layouts.layer_index(n)) is not None})
-                number = {slot: next_layer + i for i, slot in enumerate(local)}
-                next_layer += len(local)
-                for stored in stored_names:
-                    name, slot = plain_name(stored), layouts.layer_index(stored)
-                    place = (p, keys[p][v], stored)
-                    if slot is not None:
-                        name = layouts.with_layer(name, number[slot])
-                    if name in places:
-                        raise UserError(f"checkpoint: {name} is twice in {self.directory}: {places[name]} and {place}")
-                    places[name] = place
-                    if name == OUTPUT_LAYER:
-                        head_copy = place
-        return places, head_copy
+                next_layer = self._number_chunk(p, keys[p][v], next_layer, places)
+        return places
+
+    def _number_chunk(self, pp_rank: int, key: str, next_layer: int, places: dict[str, Place]) -> int:
+        """Add the tensors of one model chunk; returns the number that its successor's first layer gets."""
+        stored_names = [name for name in self.content(0, pp_rank)[key] if not is_extra_state(name)]
+        slots = sorted({i for name in stored_names if (i := layouts.layer_index(name)) is not None})
+        for stored in stored_names:
+            name, slot = plain_name(stored), layouts.layer_index(stored)
+            if slot is not None:
+                name = layouts.with_layer(name, next_layer + slots.index(slot))
+            if name in places:
+                raise UserError(
+                    f"checkpoint: {name} is twice in {self.directory}, in stages {places[name][0]}, {pp_rank}"
+                )
+            places[name] = (pp_rank, key, stored)
+        return next_layer + len(slots)
 
     def _check_ranks_agree(self) -> None:
         for p in range(self.pp):
@@ -223,7 +224,7 @@ class MegatronSource(TensorSource):
 
     def _check_tensors(self) -> None:
         found = list(self.files.places)
-        if self.shape.tie_word_embeddings and self.files.head_copy is not None:
+        if self.shape.tie_word_embeddings and OUTPUT_LAYER in self.files.places:
             found.remove(OUTPUT_LAYER)
             for embedding, head in zip(self.files.tensors(EMBEDDING), self.files.tensors(OUTPUT_LAYER)):
                 check_dims(OUTPUT_LAYER, embedding.shape, head.shape, self.origin)

@@ -46,6 +46,22 @@ def test_a_converted_checkpoint_is_verified(toys, tmp_path):
     assert verify(toys["qwen3-tied"], tmp_path / "mg").passed
 
 
+def test_megatrons_own_strict_loading_takes_our_files(toys, tmp_path):
+    """What a Megatron program does with a rank's file: `load_state_dict(content["model"], strict=True)`."""
+    import torch
+
+    from mindspeed_llm.checkpoint.hf import HfSource
+    from mindspeed_llm.models.build import BuildOptions, build_model
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    out = convert(toys["qwen3-tied"], tmp_path / "mg", quiet=True)
+    content = torch.load(out / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    initialize_distributed()
+    model = build_model(HfSource(toys["qwen3-tied"]).shape, BuildOptions(initialize=False))
+    model.load_state_dict(content["model"], strict=True)
+    assert verify(toys["qwen3-tied"], model).passed
+
+
 @pytest.fixture
 def copy(toys, tmp_path):
     shutil.copytree(toys["llama"], tmp_path / "copy")

@@ -54,6 +54,12 @@ def test_noop_layers_take_slots_but_no_layer_is_lost(noops):
     assert all(layers.layers(p)[layers.place(i)[2]] == i for i in range(num_layers) for p in [layers.place(i)[0]])
 
 
+def test_noop_layers_and_virtual_chunks_go_together():
+    layers = layer_map(6, 2, 2, noop_layers=[0, 7])
+    assert layers.chunks == (((None, 0), (3, 4)), ((1, 2), (5, None)))
+    assert flattened(layers) == list(range(6)) and layers.noop_layers == (0, 7)
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
