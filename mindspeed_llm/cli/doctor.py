@@ -103,10 +103,13 @@ def _devices():
 def _operators():
     from rich.table import Table
 
-    from mindspeed_llm.ops import chosen_implementations
+    from mindspeed_llm import ops
+    from mindspeed_llm.ops import registry
+
+    ops.load_all()
 
     table = Table(title="operators", title_justify="left", show_header=False)
-    for operator, implementation in chosen_implementations().items():
+    for operator, implementation in registry.chosen().items():
         table.add_row(operator, implementation)
     return table
 

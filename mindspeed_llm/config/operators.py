@@ -13,9 +13,8 @@ class OperatorConfig:
     use_fused_rmsnorm: bool = option(True, help="norm as one operator", level="advanced")
     use_fused_swiglu: bool = option(True, help="SiLU gate as one operator", level="advanced")
     use_fused_rotary_pos_emb: bool = option(True, help="rotary embedding as one operator", level="advanced")
-    loss_chunk_size: int = option(
-        1024,
-        help="labelled tokens whose logits exist at once in the loss",
+    loss_chunk_size: int | None = option(
+        help="labelled tokens whose logits exist at once in the loss; default: by memory",
         level="expert",
         check=at_least(1),
         doors=TRAINING_DOORS,

@@ -1,0 +1,13 @@
+"""Operators: one file each with signature, maths and plain reference; the registry chooses among implementations."""
+
+from __future__ import annotations
+
+import importlib
+
+OPERATORS = ("attention", "cross_entropy", "norm", "rotary", "swiglu")
+
+
+def load_all() -> None:
+    """Import every operator, so that the registry knows all implementations."""
+    for name in OPERATORS:
+        importlib.import_module(f"mindspeed_llm.ops.{name}")

@@ -13,6 +13,10 @@ from mindspeed_llm.plan.plan import Plan
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+# What the loss keeps at once when nobody says otherwise, for the estimate.
+LOSS_CHUNK = 1024
+
+
 def plan_memory(plan: Plan) -> MemoryEstimate:
     """The memory estimate of a training plan."""
     t = plan.config.training
@@ -29,7 +33,7 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=t.recompute_granularity,
-        loss_chunk=plan.config.operators.loss_chunk_size,
+        loss_chunk=plan.config.operators.loss_chunk_size or LOSS_CHUNK,
     )
 
 

@@ -45,6 +45,7 @@ def start_processes(plan: Plan) -> None:
         accelerator.select(r.device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
+    choose_operators(plan)
     initialize_distributed(
         tensor_parallel_size=plan.tensor_parallel_size,
         pipeline_parallel_size=plan.pipeline_parallel_size,
@@ -63,6 +64,28 @@ def is_logger() -> bool:
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
+# Option -> the operators it switches between their best form and the plain reference.
+FUSED_OPERATORS = {
+    "use_flash_attn": ("attention",),
+    "use_fused_rmsnorm": ("rms_norm",),
+    "use_fused_swiglu": ("swiglu",),
+    "use_fused_rotary_pos_emb": ("rotary", "split_qkv_rotary"),
+}
+
+
+def choose_operators(plan: Plan) -> None:
+    """Use the plain reference of every operator that is switched off, and the best form of the others."""
+    from mindspeed_llm import ops
+    from mindspeed_llm.ops import registry
+
+    ops.load_all()
+    registry.reset()
+    for option, operators in FUSED_OPERATORS.items():
+        if not plan.config.get(option):
+            for operator in operators:
+                registry.select(operator, registry.REFERENCE)
+
+
 def build_options(plan: Plan, *, initialize: bool) -> Any:
     """The builder's view of the plan."""
     from mindspeed_llm.models.build import BuildOptions
@@ -79,6 +102,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_granularity=c.training.recompute_granularity,
         recompute_method=c.training.recompute_method,
         recompute_num_layers=c.training.recompute_num_layers,
+        loss_chunk_size=c.operators.loss_chunk_size,
         seed=c.data.seed,
         initialize=initialize,
     )
