@@ -16,6 +16,7 @@ from mindspeed_llm.checkpoint.source import (
     check_dims,
     check_equal,
     check_names,
+    check_one_dtype,
     packed_range,
     part_sizes,
     unpack_groups,
@@ -184,7 +185,7 @@ class HfSource(TensorSource):
         for pair in self.pairs.values():
             for hf, dims in zip(pair.hf, pair.hf_dims):
                 check_dims(hf, dims, self.files.dims(hf), self.origin)
-                self.files.dtype(hf)
+            check_one_dtype(pair.mcore, [self.files.dtype(hf) for hf in pair.hf], self.origin)
 
     def _check_absent(self, found: set[str]) -> None:
         """Tensors that the shape rules out: a tied head must be a copy, anything else contradicts config.json."""

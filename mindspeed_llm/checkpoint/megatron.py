@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mindspeed_llm.checkpoint.megatron_args import ARGS_THAT_CHANGE_OUTPUTS, megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
-from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_equal, check_names
+from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_equal, check_names, check_one_dtype
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.mapping import TensorPair
@@ -231,7 +231,9 @@ class MegatronSource(TensorSource):
                 check_equal(embedding, head, f"the embeddings of the first and last stage in {self.origin}")
         check_names(list(self.pairs), found, self.origin)
         for name, pair in self.pairs.items():
-            for tensor in self.files.tensors(name):
+            tensors = self.files.tensors(name)
+            check_one_dtype(name, [tensor.dtype for tensor in tensors], self.origin)
+            for tensor in tensors:
                 padded = tensor.shape[0] * self.files.tp if pair.layout.packing == "vocab" else None
                 check_dims(
                     name, layouts.local_shape(name, self.shape, self.files.tp, padded), tensor.shape, self.origin

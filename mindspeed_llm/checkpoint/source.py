@@ -133,6 +133,13 @@ def check_dims(name: str, expected: Sequence[int], found: Sequence[int], origin:
         )
 
 
+def check_one_dtype(name: str, dtypes: Sequence[torch.dtype], origin: str) -> None:
+    """Refuse a tensor whose parts are stored in different types: joining them would round some of them."""
+    if len(set(dtypes)) > 1:
+        found = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UserError(f"checkpoint: the parts of {name} in {origin} have types {found}; legal: one type")
+
+
 def check_equal(first: Tensor, second: Tensor, what: str) -> None:
     """Refuse two copies that differ, comparing a bounded number of rows at a time.
 

@@ -95,6 +95,18 @@ class TorchDistSource(TensorSource):
         block = self._read_box(name, box)
         return unpack_groups(block, self.shape, groups, part) if groups else block
 
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in one pass over its stored boxes (parts would read them once each)."""
+        return self._read_box(name, [(0, size) for size in self.dims(name)])
+
+    def read_shard(self, name: str, rank: int, tp: int, padded_vocab: int | None = None) -> Tensor:
+        """As the base class; the interleaved q, k, v of a rank are contiguous rows and read in one pass."""
+        if self.pairs[name].layout.packing != "qkv":
+            return super().read_shard(name, rank, tp, padded_vocab)
+        layouts.check_tensor_parallel(self.shape, tp)
+        rows, *rest = self.dims(name)
+        return self._read_box(name, [layouts.shard_range(rows, rank, tp), *((0, size) for size in rest)])
+
     def _read_metadata(self) -> Any:
         path = self.directory / METADATA
         try:

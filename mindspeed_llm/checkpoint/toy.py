@@ -51,6 +51,7 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
         UserError: transformers has no such model type, or the vocabulary is too small for the tokenizer.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     directory = Path(directory)
@@ -60,9 +61,10 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = AutoConfig.for_model(model_type, **{**_DIMENSIONS, **ids, **overrides})
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
         raise UserError(
-            f"toy model: {model_type!r} or one of its fields is not known to transformers ({error})"
+            f"toy model: {model_type!r} or one of its fields is not legal in transformers ({why})"
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

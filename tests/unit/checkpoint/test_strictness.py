@@ -42,6 +42,7 @@ Q = "model.layers.2.self_attn.q_proj.weight"
         (lambda t: t.update({"model.layers.4.mlp.up_proj.weight": t[Q] + 1}), "1 unexpected .model.layers.4"),
         (lambda t: t.update({Q: t[Q][:-16]}), r"q_proj.weight .* has shape \[112, 64\].*legal: \[128, 64\]"),
         (lambda t: t.update({Q: t[Q].to(torch.int8)}), "type I8"),
+        (lambda t: t.update({Q: t[Q].to(torch.bfloat16)}), "have types bfloat16, float32, float32"),
         (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}), "says that there is none"),
     ],
 )
@@ -146,6 +147,7 @@ NORM = "decoder.layers.1.input_layernorm.weight"
         (lambda c: c["model"].update({"decoder.layers.1.mlp.router.weight": torch.ones(1)}), "router"),
         (lambda c: c["model"].update({"output_layer.weight": c["model"]["output_layer.weight"] + 1}), "first and last"),
         (lambda c: c.pop("model"), "holds no 'model'"),
+        (lambda c: c["model"].update({LAYER: c["model"][LAYER].half()}), "have types float32, float16"),
     ],
 )
 def test_rank_files_that_do_not_hold_the_model(megatron, change, words, tmp_path):
