@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # After one rank has failed the others usually fail too or hang in a collective; this long is waited for them.
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 2.0
 
 
 class Pool:
@@ -46,8 +46,8 @@ class Pool:
             The results in rank order.
 
         Raises:
-            Exception: what the first failing rank raised, with a note naming the rank and its traceback; the processes
-                are ended then, and the next `run` starts new ones.
+            Exception: what the first failing rank raised, with a note naming the rank and its traceback. Unless every
+                rank has answered the processes are ended then, and the next `run` starts new ones.
             TimeoutError: naming the ranks that did not answer.
         """
         path, name = _address(function)
@@ -57,8 +57,9 @@ class Pool:
         for pipe in self._pipes:
             pipe.send_bytes(message)
         results, failure = self._collect(timeout)
-        if failure is not None:
+        if len(results) < self.world_size:  # some rank hangs in a collective or is gone
             self.close()
+        if failure is not None:
             raise failure
         return [results[rank] for rank in range(self.world_size)]
 
@@ -97,8 +98,9 @@ class Pool:
                 )
             for pipe in ready:
                 rank = pending.pop(pipe)
-                error, value = _receive(pipe, rank)
-                results[rank] = value
+                error, value, alive = _receive(pipe, rank)
+                if alive:
+                    results[rank] = value
                 if error is not None and failure is None:
                     failure = error
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -120,15 +122,16 @@ def _address(function: Callable) -> tuple[str, str]:
     return inspect.getsourcefile(function), name
 
 
-def _receive(pipe: Connection, rank: int) -> tuple[BaseException | None, Any]:
+def _receive(pipe: Connection, rank: int) -> tuple[BaseException | None, Any, bool]:
+    """What a rank raised, or returned, and whether it lives."""
     try:
         ok, value, trace = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        return RuntimeError(f"rank {rank} died without an answer"), None
+        return RuntimeError(f"rank {rank} died without an answer"), None, False
     if ok:
-        return None, value
+        return None, value, True
     value.add_note(f"on rank {rank}:\n{trace}")
-    return value, None
+    return value, None, True
 
 
 @functools.cache

@@ -28,6 +28,10 @@ def die_on_one(rank):
         os._exit(3)
 
 
+def divide(a, b):
+    return a / b
+
+
 def sleep(seconds):
     time.sleep(seconds)
 
@@ -49,9 +53,17 @@ def test_an_exception_comes_back_with_its_rank_though_the_others_hang():
     assert time.monotonic() - start < 30
     with pytest.raises(RuntimeError, match="rank 0 died"):
         crew.run(die_on_one, 0)
+    crew.run(rank_and_sum, 0)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] gave no answer"):
-        crew.run(sleep, 60, timeout=8.0)
-    crew.close()
+        crew.run(sleep, 60, timeout=0.5)
+    assert not crew._processes
+
+
+def test_a_failure_that_every_rank_answered_leaves_the_processes_in_use():
+    before = [answer[2] for answer in pool(2).run(rank_and_sum, 1)]
+    with pytest.raises(ZeroDivisionError):
+        pool(2).run(divide, 1, 0)
+    assert [answer[2] for answer in pool(2).run(rank_and_sum, 1)] == before
 
 
 def test_what_cannot_be_sent_is_refused():
