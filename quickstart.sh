@@ -64,7 +64,7 @@ progress() {
 
 pretrain() {
     DATA_PATH=$OUT/data/corpus CKPT_LOAD_DIR='' CKPT_SAVE_DIR=$OUT/pretrained NPROC_PER_NODE=1 PP=1 \
-        TRAIN_ITERS=${PRETRAIN_ITERS:-250} SEQ_LENGTH=256 MBS=16 GBS=16 LR=3e-3 MIN_LR=3e-4 DTYPE_FLAG='' \
+        TRAIN_ITERS=${PRETRAIN_ITERS:-250} SEQ_LENGTH=256 MBS=4 GBS=16 LR=3e-3 MIN_LR=3e-4 \
         bash "$RECIPES"/pretrain_llama2_7b_ptd.sh --loss-curve "$OUT/loss_pretrain.png" | progress
 }
 
@@ -78,7 +78,7 @@ convert() {
 tuning() {
     export DATA_PATH=$OUT/data/instructions CKPT_LOAD_DIR=$OUT/base_mcore CKPT_SAVE_DIR=$OUT/adapters
     export NPROC_PER_NODE=2 TP=2 TRAIN_ITERS=${TUNE_ITERS:-230} SEQ_LENGTH=512 MBS=16 GBS=16 LORA_R=32 LORA_ALPHA=64
-    export LR=4e-3 MIN_LR=1e-4 DTYPE_FLAG=''
+    export LR=4e-3 MIN_LR=1e-4
 }
 
 tune() {
