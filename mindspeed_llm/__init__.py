@@ -4,3 +4,14 @@ Importing this package initialises no device, needs no compiler and loads neithe
 """
 
 __version__ = "0.1.0"
+
+API = ("load_model", "generate", "stream")
+
+
+def __getattr__(name: str):
+    """The Python API, loaded at its first use."""
+    if name in API:
+        from mindspeed_llm import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

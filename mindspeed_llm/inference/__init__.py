@@ -1,0 +1,1 @@
+"""Generation: cache, decoding, sampling, beam search, text and chat."""

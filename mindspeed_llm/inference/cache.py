@@ -1,0 +1,83 @@
+"""Keys and values of the tokens so far, in tensors allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """Keys and values of b rows, [b, g, s_max, d] per layer; rows may have different lengths.
+
+    Args:
+        layer_numbers: of this rank's layers, as megatron counts them.
+        num_rows: b.
+        num_groups: key/value heads on this rank, g.
+        max_length: s_max, prompt plus answer.
+        head_dim: d.
+    """
+
+    def __init__(
+        self,
+        layer_numbers: Sequence[int],
+        num_rows: int,
+        num_groups: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        size = (num_rows, num_groups, max_length, head_dim)
+        # Zeros, not garbage: masked positions are multiplied by 0, which NaN would survive.
+        self.layers = {
+            number: (torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
+            for number in layer_numbers
+        }
+        self.lengths = [0] * num_rows
+
+    def rows(self, indices: Sequence[int]) -> CacheRows:
+        """The rows as megatron's modules write them: rows of one length, all at once."""
+        return CacheRows(self, list(indices))
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep the rows `indices`, in this order; a row may be taken several times."""
+        if list(indices) == list(range(len(self.lengths))):
+            return
+        self.lengths = [self.lengths[i] for i in indices]
+        used = max(self.lengths)
+        for number, pair in self.layers.items():
+            kept = []
+            for tensor in pair:
+                chosen = torch.tensor(list(indices), device=tensor.device)
+                new = tensor.new_zeros((len(indices), *tensor.shape[1:]))
+                torch.index_select(tensor[:, :, :used], 0, chosen, out=new[:, :, :used])
+                kept.append(new)
+            self.layers[number] = tuple(kept)
+
+
+class CacheRows:
+    """Some rows of a cache as the `KeyValueCache` that models.attention writes to; they have one common length."""
+
+    # No row holds padding.
+    key_mask: Tensor | None = None
+
+    def __init__(self, cache: Cache, indices: list[int]):
+        self.cache, self.indices = cache, indices
+        self.start = cache.lengths[indices[0]]
+        assert all(cache.lengths[i] == self.start for i in indices), "rows of different length"
+
+    def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value [s, b, g, d]; return all so far, [s_all, b, g, d]."""
+        stop = self.start + key.shape[0]
+        both = []
+        for tensor, new in zip(self.cache.layers[layer_number], (key, value)):
+            tensor[self.indices, :, self.start : stop] = new.permute(1, 2, 0, 3)
+            both.append(tensor[self.indices, :, :stop].permute(2, 0, 1, 3) if self.start else new)
+        return both[0], both[1]
+
+    def advance(self, count: int) -> None:
+        """Count `count` more tokens in each row, after all layers have stored them."""
+        for i in self.indices:
+            self.cache.lengths[i] += count
