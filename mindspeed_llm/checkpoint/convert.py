@@ -76,7 +76,7 @@ def convert(
         load_type: "hf" or "mg" to insist on a format ("mg" stands for mp_rank files and torch_dist); None detects it.
         save_type: "mg" (mp_rank files) or "hf".
         tp, pp, vpp, layer_list, noop_layers: layout to write, see `parallel.layer_map`; vpp counts model chunks per
-            stage. For "hf" they must be left alone.
+            stage. For "hf" they must be left alone (tp and pp may repeat the sizes of the Megatron checkpoint read).
         dtype: type of the written weights ("fp32", "bf16", "fp16" or a torch type); None keeps each tensor's.
         hf_cfg_dir: where config.json and the tokenizer come from; needed only when neither the checkpoint nor save_dir
             has them.
@@ -104,8 +104,7 @@ def convert(
     dtypes = {name: _resolve_dtype(dtype) or source.dtype(name) for name in source.names()}
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if save_type == "hf":
-        if (tp, pp, vpp or 1, layer_list, tuple(noop_layers or ())) != (1, 1, 1, None, ()):
-            raise UserError("convert: a parallel layout has no meaning for --save-model-type hf; try: leave it out")
+        _check_no_layout(source, (tp, pp), bool(vpp or layer_list or noop_layers))
         return _convert_to_hf(
             source, dtypes, Path(save_dir), config_files, _resolve_dtype(dtype), transform, shard_bytes, say
         )
@@ -221,6 +220,18 @@ def _check_type(found: Found, load_type: str | None) -> None:
         raise UserError(
             f"convert: --load-model-type {load_type} but {found.path} is a {found.format} checkpoint; try: leave the "
             f"flag out"
+        )
+
+
+def _check_no_layout(source: TensorSource, sizes: tuple[int, int], split: bool) -> None:
+    """An HF directory has no layout; naming the one of the checkpoint read is a habit that does no harm."""
+    legal = {(1, 1)}
+    if isinstance(source, MegatronSource):
+        legal.add((source.files.tp, source.files.pp))
+    if split or sizes not in legal:
+        raise UserError(
+            f"convert: a parallel layout (tensor x pipeline = {sizes[0]} x {sizes[1]}) has no meaning for "
+            f"--save-model-type hf; legal: {' or '.join(f'{t} x {p}' for t, p in sorted(legal))}; try: leave it out"
         )
 
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mindspeed_llm.checkpoint.megatron import FILE_NAME, rank_directory_name
 from mindspeed_llm.checkpoint.megatron_args import megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, fused_name
+from mindspeed_llm.checkpoint.zip_seal import update_checksums
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.mapping import tensor_pairs
@@ -120,10 +121,12 @@ class MegatronWriter:
                 content[key][stored].copy_(piece)
 
     def close_stage(self, pp_rank: int) -> None:
-        """Unmap the files of a stage and wait until they are on disk."""
+        """Unmap the files of a stage, correct their checksums, and wait until they are on disk."""
         self._ranks = []
         for tp_rank in range(self.layout.tp):
-            with self._path(tp_rank, pp_rank).open("rb+") as file:
+            path = self._path(tp_rank, pp_rank)
+            update_checksums(path)
+            with path.open("rb+") as file:
                 os.fsync(file.fileno())
 
     def discard(self) -> None:

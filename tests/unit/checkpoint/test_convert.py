@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -79,6 +80,17 @@ def test_files_are_what_megatron_expects(toys, tmp_path):
     gate, up = (source[f"model.layers.3.mlp.{p}_proj.weight"][56:] for p in ("gate", "up"))
     assert torch.equal(model["decoder.layers.1.mlp.linear_fc1.weight"], torch.cat([gate, up]))
     assert model["output_layer.weight"][997 - 512 :].eq(0).all()
+
+
+def test_files_are_sound_archives(toys, tmp_path):
+    """They are filled in place after having been laid out empty, so their checksums must be made afterwards."""
+    out = convert(toys["llama"], tmp_path / "mg", tp=2, quiet=True)
+    path = out / "mp_rank_01" / "model_optim_rng.pt"
+    assert zipfile.ZipFile(path).testzip() is None
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert zipfile.ZipFile(path).testzip() is not None
 
 
 def test_transformer_engine_names_are_written_and_read(toys, tmp_path, same_tensors):
@@ -199,6 +211,15 @@ def test_a_config_of_another_model_is_refused_on_export(toys, tmp_path):
     edit_config(tmp_path / "other", rms_norm_eps=1e-4)
     with pytest.raises(UserError, match="norm_epsilon=1e-05.*says 0.0001"):
         convert(tmp_path / "mg", tmp_path / "hf", save_type="hf", hf_cfg_dir=tmp_path / "other", quiet=True)
+
+
+def test_naming_the_layout_that_is_read_is_harmless_on_export(toys, tmp_path, same_tensors):
+    """As recipes for other converters do; any other layout is a misunderstanding."""
+    convert(toys["llama"], tmp_path / "mg", tp=2, pp=2, quiet=True)
+    with pytest.raises(UserError, match="4 x 1.*legal: 1 x 1 or 2 x 2"):
+        convert(tmp_path / "mg", tmp_path / "hf", save_type="hf", tp=4, quiet=True)
+    convert(tmp_path / "mg", tmp_path / "hf", save_type="hf", tp=2, pp=2, quiet=True)
+    same_tensors(toys["llama"], tmp_path / "hf")
 
 
 def test_a_full_disk_is_found_out_first(toys, tmp_path, monkeypatch):
