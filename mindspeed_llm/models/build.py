@@ -9,6 +9,7 @@ import torch
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import torch_facade
+from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
@@ -70,6 +71,11 @@ def model_config(shape: ModelShape, options: BuildOptions):
     from mindspeed_llm.models.config import ModelConfig
     from mindspeed_llm.models.mlp import activation_function
 
+    if options.context_parallel_size != 1:
+        raise UserError(
+            f"context-parallel-size: {options.context_parallel_size} is wrong, because attention sees the tokens of "
+            "one rank alone; legal: 1"
+        )
     tp = options.tensor_parallel_size
     layouts.check_tensor_parallel(shape, tp)
     padded = options.padded_vocab_size or padded_vocab_size(shape.vocab_size, tp, options.vocab_divisible_by)

@@ -95,6 +95,8 @@ class LanguageModel(GPTModel):
             raise ValueError("attention_mask must be None: attention is causal; pad on the right and label -100")
         if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
             raise ValueError(f"packed_seq_params.qkv_format must be 'thd', not {packed_seq_params.qkv_format!r}")
+        if inference_context is not None:
+            self._check_cache_is_used(packed_seq_params)
         decoder_input = self._embed(input_ids) if self.pre_process else None
         hidden_states = self.decoder(
             hidden_states=decoder_input,
@@ -162,6 +164,13 @@ class LanguageModel(GPTModel):
             starts = packed.cu_seqlens_q
             positions -= torch.repeat_interleave(starts[:-1], starts.diff()).to(positions)
         return positions[None]
+
+    def _check_cache_is_used(self, packed_seq_params: PackedSeqParams | None) -> None:
+        config = self.config
+        # Dropout would spoil what is stored, and megatron's recomputation calls the layers without a cache.
+        training = config.hidden_dropout or config.attention_dropout or config.recompute_granularity
+        if packed_seq_params is not None or (self.training and training):
+            raise ValueError("a cache is for evaluation (model.eval()) of rows that are not packed")
 
     def _loss_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         if self.config.sequence_parallel:

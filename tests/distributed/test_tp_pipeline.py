@@ -16,7 +16,7 @@ QWEN3 = ModelShape(
 UNTIED = dataclasses.replace(QWEN3, tie_word_embeddings=False)
 
 
-def train(shape, stages, packed):
+def train(shape, stages, packed, virtual=None):
     """Two SGD steps of two micro-batches: the losses the last stage sees, and all gradients by their global names."""
     from megatron.core import parallel_state
     from megatron.core.distributed import (
@@ -31,15 +31,17 @@ def train(shape, stages, packed):
     from mindspeed_llm.models.initialize import global_name
     from mindspeed_llm.parallel.setup import initialize_distributed
 
-    initialize_distributed(pipeline_parallel_size=len(stages))
+    size = len(stages) // (virtual or 1)
+    initialize_distributed(pipeline_parallel_size=size, virtual_pipeline_parallel_size=virtual)
     options = BuildOptions(
-        pipeline_parallel_size=len(stages),
+        pipeline_parallel_size=size,
+        virtual_pipeline_parallel_size=virtual,
         num_layers_per_stage=stages if len(stages) > 1 else None,
         vocab_divisible_by=2,
     )
-    model = build_model(shape, options)
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    chunks = [build_model(shape, options, vp_stage=stage) for stage in (range(virtual) if virtual else [None])]
+    wrapped = [DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
     documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens) if packed else None
 
@@ -50,38 +52,41 @@ def train(shape, stages, packed):
 
     losses = []
     for _ in range(2):
-        wrapped.zero_grad_buffer()
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
         generator = torch.Generator().manual_seed(3)
         data = [(torch.randint(0, 131, (1, 12), generator=generator),) * 2 for _ in range(2)]
         data[1][1][:, 4:] = -100  # labels are the same tensor as the ids
         data = [(ids.clamp_min(0), labels) for ids, labels in data]
         reduced = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(data),
-            model=[wrapped],
+            data_iterator=[iter(data) for _ in chunks] if virtual else iter(data),
+            model=wrapped,
             num_microbatches=2,
             seq_length=12,
             micro_batch_size=1,
         )
         losses.append(sum(float(part["loss"]) for part in reduced))
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
                 parameter -= 0.5 * parameter.main_grad
     rank = parallel_state.get_pipeline_model_parallel_rank()
     gradients = {
-        global_name(name, model.config, None, rank): parameter.main_grad.clone()
-        for name, parameter in model.named_parameters()
+        global_name(name, chunk.config, chunk.vp_stage, rank): parameter.main_grad.clone()
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
     }
     return losses, gradients
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", [QWEN3, UNTIED], ids=["tied", "untied"])
-@pytest.mark.parametrize("stages", [(2, 2), (1, 3)])
-def test_two_stages_train_as_one(stages, shape, packed):
+@pytest.mark.parametrize("stages, virtual", [((2, 2), None), ((1, 3), None), ((1, 1, 1, 1), 2)])
+def test_two_stages_train_as_one(stages, virtual, shape, packed):
     ((losses, expected),) = pool(1).run(train, shape, (4,), packed)
-    (none, first), (found, second) = pool(2).run(train, shape, stages, packed)
-    assert none == [0, 0] and found == pytest.approx(losses, rel=1e-5) and losses[1] < losses[0]
+    (none, first), (found, second) = pool(2).run(train, shape, stages, packed, virtual)
+    assert none == [0, 0]
+    assert found == pytest.approx(losses, rel=1e-5) and losses[1] < losses[0]
     if shape.tie_word_embeddings:
         assert torch.equal(first["embedding.word_embeddings.weight"], second.pop("output_layer.weight"))
     assert not first.keys() & second.keys() and (first | second).keys() == expected.keys()

@@ -182,6 +182,17 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence():
     assert sorted(cache.stored) == [1, 2, 3, 4]
 
 
+def test_a_cache_is_refused_where_it_would_be_wrong():
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    for options in (BuildOptions(attention_dropout=0.1), BuildOptions(hidden_dropout=0.1), BuildOptions(**recompute)):
+        model = build_model(LLAMA, options)
+        with pytest.raises(ValueError, match="model.eval"):
+            model(ids(1, 4), inference_context=Cache())
+        model.eval()(ids(1, 4), inference_context=Cache())
+    with pytest.raises(ValueError, match="not packed"):
+        model.eval()(ids(1, 4), inference_context=Cache(), packed_seq_params=packed([0, 4]))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -253,6 +264,13 @@ def test_inputs_that_would_be_computed_wrongly_are_refused():
         model(ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="labels must be in"):
         model(ids(1, 4), labels=torch.full((1, 4), 131))
+
+
+def test_context_parallelism_is_refused():
+    from mindspeed_llm.errors import UserError
+
+    with pytest.raises(UserError, match="context-parallel-size: 2"):
+        build_model(LLAMA, BuildOptions(context_parallel_size=2))
 
 
 def test_the_vocabulary_padding_can_be_dictated_by_a_checkpoint():
