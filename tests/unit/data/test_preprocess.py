@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -207,29 +208,33 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, tokenizer, alpaca_rows, 
     assert outputs(tmp_path / "r") != results[0]
 
 
-def test_a_killed_worker_is_an_error_within_seconds(tmp_path, tokenizer, monkeypatch):
-    from mindspeed_llm.data import workers
-
+def test_a_killed_worker_is_an_error_within_seconds(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i} " * 20} for i in range(20_000)])
-    original = workers.ProcessPoolExecutor
 
-    def pool(*args):
-        created = original(*args)
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        os.kill(children[0].pid, signal.SIGKILL)
 
-        def kill():
-            while not created._processes:
-                time.sleep(0.01)
-            os.kill(next(iter(created._processes)), signal.SIGKILL)
-
-        threading.Thread(target=kill, daemon=True).start()
-        return created
-
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    threading.Thread(target=kill, daemon=True).start()
     start = time.monotonic()
     with pytest.raises(UserError, match="ended abruptly"):
         preprocess_input(source, str(tmp_path / "d"), tokenizer, handler_name=PRETRAIN, workers=2)
     assert time.monotonic() - start < 20
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_an_exception_in_a_worker_reaches_the_caller(tokenizer):
+    from mindspeed_llm.data.handlers import GeneralPretrainHandler
+    from mindspeed_llm.data.sources import Chunk
+    from mindspeed_llm.data.workers import map_chunks
+
+    handler = GeneralPretrainHandler(tokenizer, ["text"])
+    chunks = [Chunk("f", "row", [{"text": "a"}], [1], 1), Chunk("f", "row", None, [1], 1)]
+    for workers in (1, 2):
+        with pytest.raises(TypeError):
+            list(map_chunks(handler, chunks, workers))
+    assert not multiprocessing.active_children()
 
 
 def packed(tmp_path, tokenizer, alpaca_rows, mode, seq_length=128):
