@@ -7,7 +7,6 @@ torch's own message instead of pretending.
 from __future__ import annotations
 
 import contextlib
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -128,8 +127,3 @@ def names(accelerator: Accelerator) -> dict[str, Any]:
     if accelerator.device_type == "cpu":
         answered |= {name: getattr(torch, name) for name in _TENSOR_TYPES}
     return answered
-
-
-def is_real_cuda(module: object) -> bool:
-    """Whether `module` is torch's own `torch.cuda`."""
-    return module is sys.modules.get("torch.cuda")

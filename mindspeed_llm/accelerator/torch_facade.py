@@ -2,8 +2,8 @@
 
 megatron-core says `torch.cuda.current_device()`, `device="cuda"`, `tensor.cuda()` throughout. Inside modules whose name
 starts with one of the chosen prefixes, the name `torch` is bound to a `TorchFacade`: everything is torch's own, looked
-up at each use, except `cuda` and the calls that take a device. Nobody else sees it: `torch.cuda.is_available()` and
-`vars(torch)` stay as they are.
+up at each use, except `cuda`, the calls that take a device, `compile` (a no-op) and the process groups asked for with
+nccl. Nobody else sees it: `torch.cuda.is_available()` and `vars(torch)` stay as they are.
 
 Three things cannot be reached through a name and are changed on torch's classes while installed, each acting only when
 the calling module has one of the prefixes: `Tensor.cuda`, `Module.cuda`, and `Tensor.type()`, whose answer megatron's

@@ -73,6 +73,8 @@ class MLP(MegatronModule):
 
     def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor | None]:
         """Output and linear_fc2's bias, which the layer adds; `padding_mask` is for expert layers and must be None."""
+        if padding_mask is not None:
+            raise ValueError("padding_mask is for expert layers; a dense MLP computes each token by itself")
         intermediate, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(self.activate(intermediate))
 

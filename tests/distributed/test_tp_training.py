@@ -131,6 +131,28 @@ def test_the_comparison_notices_a_dropped_reduction(one_rank):
         pool(2).run(train, LLAMA, 2, True, "norm gradients are not summed over sequence shards")
 
 
+def loss_and_gradient(shape, tp):
+    from mindspeed_llm.models.build import BuildOptions, build_model
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    initialize_distributed(tensor_parallel_size=tp)
+    model = build_model(shape, BuildOptions(tensor_parallel_size=tp, vocab_divisible_by=128))
+    ids, labels = batch()
+    loss = model(ids % 100, labels=torch.where(labels < 0, labels, labels % 100))
+    loss.backward()
+    rows = model.output_layer.weight.shape[0]
+    return float(loss), model.decoder.layers[0].mlp.linear_fc2.weight.grad.norm() ** 2, rows
+
+
+def test_a_rank_whose_whole_slice_is_padding_takes_part():
+    shape = dataclasses.replace(LLAMA, vocab_size=100)
+    ((loss, norm, _),) = pool(1).run(loss_and_gradient, shape, 1)
+    first, second = pool(2).run(loss_and_gradient, shape, 2)
+    assert first[2] == second[2] == 128  # the second rank's rows start behind the vocabulary
+    assert first[0] == second[0] == pytest.approx(loss, rel=1e-5)
+    assert float(first[1] + second[1]) == pytest.approx(float(norm), rel=1e-4)
+
+
 def logits(shape, tp, sequence_parallel, gather):
     model = _build(shape, tp, sequence_parallel)
     with torch.no_grad():
