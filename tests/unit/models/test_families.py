@@ -12,13 +12,13 @@ from mindspeed_llm.checkpoint.verify import verify
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import families
 from mindspeed_llm.models.family import TRANSFORMS, all_families, family_of_model_type
-from mindspeed_llm.models.hf_config import shape_from_hf
+from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import from_hf, tensor_pairs, to_hf
 
 # Unlike both shipped families: fused qkv_proj and gate_up_proj in HF, partial rotary embedding, a window everywhere.
 PHI3 = """
     from mindspeed_llm.models.families.llama import ATTENTION, COMMON_FIELDS, HF_LAYER, MLP, TENSORS
-    from mindspeed_llm.models.family import Family, TensorRule, Variant
+    from mindspeed_llm.models.family import ConfigField, Family, TensorRule, Variant
 
     REPLACED = (ATTENTION + "linear_qkv.weight", MLP + "linear_fc1.weight")
     FAMILY = Family(
@@ -27,7 +27,7 @@ PHI3 = """
             Variant(
                 model_type="phi3",
                 architectures=("Phi3ForCausalLM",),
-                fields=COMMON_FIELDS,
+                fields={**COMMON_FIELDS, "resid_pdrop": ConfigField(("extra.resid_pdrop",), default=0.0)},
                 partial_rotary_factor=1.0,
                 sliding_window="every_layer",
             ),
@@ -37,7 +37,7 @@ PHI3 = """
             TensorRule(REPLACED[0], (HF_LAYER + "self_attn.qkv_proj.weight",), "concatenated"),
             TensorRule(REPLACED[1], (HF_LAYER + "mlp.gate_up_proj.weight",), "concatenated"),
         ),
-        ignored_fields=frozenset({"embd_pdrop", "resid_pdrop"}),
+        ignored_fields=frozenset({"embd_pdrop"}),
     )
 """
 
@@ -60,6 +60,7 @@ def phi3(tmp_path, monkeypatch):
 
 def test_a_third_family_is_one_file(phi3, tmp_path):
     assert verify(phi3).passed
+    assert shape_from_hf(read_hf_config(phi3)).extra == {"resid_pdrop": 0.0}
     convert(phi3, tmp_path / "mg", tp=2, pp=2, quiet=True)
     convert(tmp_path / "mg", tmp_path / "back", save_type="hf", quiet=True)
     before, after = load_file(phi3 / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
