@@ -68,17 +68,18 @@ pretrain() {
         bash "$RECIPES"/pretrain_llama2_7b_ptd.sh --loss-curve "$OUT/loss_pretrain.png" | progress
 }
 
-convert() {
-    "$PYTHON" examples/quickstart/recipes.py \
-        ckpt_convert_llama2_mcore2hf LOAD_DIR="$OUT/pretrained" SAVE_DIR="$OUT/base_hf" "then" \
-        ckpt_convert_llama2_hf2mcore LOAD_DIR="$OUT/base_hf" SAVE_DIR="$OUT/base_mcore" TP=2
-}
-
-# Also what the last stage's dry run shows.
-tuning() {
+# What the tuning recipe is told; also for its dry run.
+settings_of_tuning() {
     export DATA_PATH=$OUT/data/instructions CKPT_LOAD_DIR=$OUT/base_mcore CKPT_SAVE_DIR=$OUT/adapters
     export NPROC_PER_NODE=2 TP=2 TRAIN_ITERS=${TUNE_ITERS:-230} SEQ_LENGTH=512 MBS=16 GBS=16 LORA_R=32 LORA_ALPHA=64
     export LR=4e-3 MIN_LR=1e-4
+}
+
+convert() {
+    "$PYTHON" examples/quickstart/recipes.py \
+        ckpt_convert_llama2_mcore2hf LOAD_DIR="$OUT/pretrained" SAVE_DIR="$OUT/base_hf" "then" \
+        ckpt_convert_llama2_hf2mcore LOAD_DIR="$OUT/base_hf" SAVE_DIR="$OUT/base_mcore" "then" \
+        tune_llama2_7b_lora_ptd DRY_RUN=1
 }
 
 tune() {
@@ -95,8 +96,8 @@ stage "install" ensure_environment
 stage "prepare data" "$PYTHON" examples/quickstart/prepare.py "$OUT" \
     --hidden-size "${HIDDEN_SIZE:-256}" --num-layers "${NUM_LAYERS:-6}" ${SHUFFLE:+"$SHUFFLE"}
 stage "pre-train" pretrain
-stage "export and convert for TP=2" convert
-tuning
+settings_of_tuning
+stage "export, convert for TP=2, plan" convert
 stage "tune with LoRA on two processes" tune
 set +e
 stage "merge, export, answer, judge" "$PYTHON" examples/quickstart/report.py "$OUT"

@@ -30,6 +30,8 @@ TOKENIZER=${TOKENIZER_PATH:-${TOKENIZER_MODEL:-./model_from_hf/llama-2-7b-hf/}}
 # Megatron's overlap of tensor-parallel communication relies on one hardware queue per CUDA device.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTHONUNBUFFERED=1
+# megatron-core calls collectives by names that torch 2.13 renames.
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
 
 # run_one PROGRAM FLAG...: one process; its output also goes to LOG_DIR/<recipe>.log.
 run_one() {
@@ -47,6 +49,8 @@ run_ranks() {
     elif ((world_size == 1)); then
         run_one "$@"
     else
+        # The doors share the cores among the processes themselves; without a value torchrun warns.
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
         run_one -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" \
             --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
     fi

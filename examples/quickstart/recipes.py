@@ -26,7 +26,7 @@ PROGRAMS = {
 
 
 def words_of_recipe(name: str, variables: Mapping[str, str], flags: Sequence[str] = ()) -> list[str]:
-    """The program and flags that `examples/mcore/llama2/NAME.sh FLAGS` runs with these environment variables."""
+    """What `examples/mcore/llama2/NAME.sh FLAGS` runs with these environment variables: WORLD_SIZE, program, flags."""
     result = subprocess.run(
         ["bash", str(ROOT / f"examples/mcore/llama2/{name}.sh"), *flags],
         env={**os.environ, **variables, "PYTHON": str(ROOT / "examples/quickstart/print_words.sh")},
@@ -37,15 +37,16 @@ def words_of_recipe(name: str, variables: Mapping[str, str], flags: Sequence[str
 
 
 def run_recipe(name: str, variables: Mapping[str, str], flags: Sequence[str] = ()) -> None:
-    """Do in this process what a one-process recipe does in its own; note the seconds in $STAGES when that is set.
+    """Do in this process what a one-process recipe (or a dry run) does in its own; note its seconds.
 
     Raises:
         SystemExit: the program failed.
     """
-    program, *words = words_of_recipe(name, variables, flags)
-    print(f"\n$ {name}.sh", flush=True)
+    world_size, program, *words = words_of_recipe(name, variables, flags)
+    print(f"\n$ {'DRY_RUN=1 ' if '--dry-run' in words else ''}bash {name}.sh", flush=True)
     start = time.monotonic()
     door = importlib.import_module(f"mindspeed_llm.cli.{PROGRAMS[program]}")
+    os.environ["WORLD_SIZE"] = world_size
     if status := door.main(words):
         raise SystemExit(status)
     note_stage(name, time.monotonic() - start)

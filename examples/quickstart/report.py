@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from judge import Verdict, answer_loss
-from recipes import note_stage, run_recipe, words_of_recipe
+from recipes import note_stage, run_recipe
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mindspeed_llm.checkpoint.verify import verify
-from mindspeed_llm.cli import posttrain
 from mindspeed_llm.data.show import show
 from mindspeed_llm.data.tokenizer import load_tokenizer
-
-
-def show_plan(recipe: str) -> None:
-    """What `DRY_RUN=1 bash RECIPE` prints."""
-    print(f"\n$ DRY_RUN=1 bash examples/mcore/llama2/{recipe}.sh", flush=True)
-    os.environ["WORLD_SIZE"] = os.environ["NPROC_PER_NODE"]
-    program, *words = words_of_recipe(recipe, {"DRY_RUN": "1"})
-    if posttrain.main(words):
-        raise SystemExit(1)
-    del os.environ["WORLD_SIZE"]
 
 
 def answers(recipe: str, variables: dict[str, str], out: Path, name: str) -> list[str]:
     """Greedy answers to questions.json from a generation recipe."""
     file = out / f"answers_{name}.jsonl"
-    flags = ["--task", "greedy", "--prompt-file", str(out / "data/prompts.json"), "--output-file", str(file)]
+    flags = ["--task", "greedy", "--prompt-file", str(out / "data/questions.json"), "--output-file", str(file)]
     one = {"NPROC_PER_NODE": "1", "TP": "1", "MAX_NEW_TOKENS": "48", "DTYPE_FLAG": ""}
     run_recipe(recipe, {**one, **variables}, flags)
     return [json.loads(line)["answer"] for line in file.read_text(encoding="utf-8").splitlines()]
@@ -48,7 +37,7 @@ def side_by_side(questions: list[dict], base: list[str], tuned: list[str]) -> Ta
         right = question["taught"] and after.split() == question["output"].split()
         mark = ("[green]taught[/]" if right else "[red]taught[/]") if question["taught"] else "[dim]unseen[/]"
         cells = (question["instruction"], question["output"], before, after)
-        table.add_row(mark, *(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(mark, *(escape(" ".join(cell.split())) for cell in cells))
     return table
 
 
@@ -58,10 +47,7 @@ def main() -> int:
     out = parser.parse_args().directory
     console = Console()
     questions = json.loads((out / "data/questions.json").read_text(encoding="utf-8"))
-    prompts = json.dumps([question["instruction"] for question in questions])
-    (out / "data/prompts.json").write_text(prompts, encoding="utf-8")
 
-    show_plan("tune_llama2_7b_lora_ptd")
     print(f"\n$ python -m mindspeed_llm data show {out}/data/instructions", flush=True)
     show(out / "data/instructions", load_tokenizer(str(out / "base_hf")), 10, console)
 
