@@ -36,17 +36,40 @@ def get(name: str) -> Accelerator:
 
 @functools.cache
 def current() -> Accelerator:
-    """The accelerator of this process: the one named by MINDSPEED_LLM_DEVICE, else the first available of `NAMES`.
+    """The accelerator of this process: the one selected, else named by MINDSPEED_LLM_DEVICE, else the first available.
 
     Raises:
         UserError: the named device does not exist or is not available here.
     """
     if wanted := os.environ.get(ENVIRONMENT_VARIABLE):
-        chosen = get(wanted)
-        if not chosen.is_available():
-            raise UserError(
-                f"{ENVIRONMENT_VARIABLE}: {wanted} is wrong, because torch sees no such device here; "
-                f"legal: {', '.join(name for name in NAMES if get(name).is_available())}; try: unset it"
-            )
-        return chosen
+        return _available(wanted, ENVIRONMENT_VARIABLE)
     return next(get(name) for name in NAMES if get(name).is_available())
+
+
+def select(name: str) -> Accelerator:
+    """Make the accelerator called `name` this process's, and megatron's view of torch follow it.
+
+    To be called before tensors or process groups are made, and before operators have run.
+
+    Raises:
+        UserError: the device does not exist or is not available here.
+    """
+    from mindspeed_llm.accelerator import torch_facade
+
+    chosen = _available(name, "device")
+    # The environment is how processes started by this one learn of it.
+    os.environ[ENVIRONMENT_VARIABLE] = name
+    current.cache_clear()
+    prefixes = torch_facade.uninstall(unless=chosen)
+    torch_facade.install(chosen, prefixes)
+    return chosen
+
+
+def _available(name: str, asked_by: str) -> Accelerator:
+    chosen = get(name)
+    if not chosen.is_available():
+        raise UserError(
+            f"{asked_by}: {name} is wrong, because torch sees no such device here; "
+            f"legal: {', '.join(other for other in NAMES if get(other).is_available())}"
+        )
+    return chosen

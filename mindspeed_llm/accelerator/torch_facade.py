@@ -364,12 +364,20 @@ def install(accelerator: Accelerator, prefixes: tuple[str, ...] = DEFAULT_PREFIX
     _installed.start()
 
 
-def uninstall() -> None:
-    """Undo `install`; nothing happens when it is not installed."""
+def uninstall(unless: Accelerator | None = None) -> tuple[str, ...]:
+    """Undo `install`; nothing happens when it is not installed, or is installed for the accelerator `unless`.
+
+    Returns:
+        The prefixes that see, or saw, the facade; the default ones when it is not installed.
+    """
     global _installed
-    if _installed is not None:
+    if _installed is None:
+        return DEFAULT_PREFIXES
+    prefixes = _installed.prefixes
+    if _installed.accelerator is not unless:
         _installed.stop()
         _installed = None
+    return prefixes
 
 
 def installed() -> TorchFacade | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +92,7 @@ def select(operator: str, name: str) -> None:
 
 def chosen() -> dict[str, str]:
     """Operator -> name of the implementation in use, for every operator of the package."""
-    for module in pkgutil.iter_modules(ops.__path__, ops.__name__ + "."):
-        importlib.import_module(module.name)
+    ops.load_all()
     for operator in _implementations:
         implementation(operator)
     return {operator: _chosen[operator].name for operator in sorted(_implementations)}

@@ -35,6 +35,24 @@ def test_the_environment_names_the_device(monkeypatch):
     accelerator.current.cache_clear()
 
 
+def test_selecting_a_device_takes_the_facade_along(monkeypatch):
+    from mindspeed_llm.accelerator import torch_facade
+
+    monkeypatch.setenv("MINDSPEED_LLM_DEVICE", "")
+    try:
+        assert accelerator.select("cpu") is accelerator.current() is accelerator.get("cpu")
+        facade = torch_facade.installed()
+        assert facade is not None
+        accelerator.select("cpu")
+        assert torch_facade.installed() is facade
+        if not torch.cuda.is_available():
+            with pytest.raises(UserError, match="device: cuda is wrong.*legal: cpu"):
+                accelerator.select("cuda")
+        assert accelerator.current().name == "cpu"
+    finally:
+        accelerator.current.cache_clear()
+
+
 def test_events_measure_milliseconds():
     cpu = CPU()
     start, end = cpu.new_event(enable_timing=True), cpu.new_event(enable_timing=True)
