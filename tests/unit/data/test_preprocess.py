@@ -184,13 +184,13 @@ def test_one_bad_line_of_a_thousand(tmp_path, tokenizer):
         preprocess_input(source, str(tmp_path / "d"), tokenizer, handler_name=PRETRAIN)
 
 
-@pytest.mark.parametrize("pack_mode", ["none", "neat_pack"])
-def test_same_bytes_for_any_number_of_workers(tmp_path, tokenizer, alpaca_rows, pack_mode):
+@pytest.mark.parametrize(("pack_mode", "counts"), [("none", (1, 2)), ("neat_pack", (1, 2, 4))])
+def test_same_bytes_for_any_number_of_workers(tmp_path, tokenizer, alpaca_rows, pack_mode, counts):
     many = [{**row, "output": f"{row['output']} {copy}"} for copy in range(12) for row in alpaca_rows]
     many[7] = {"instruction": "no output"}
     source = write_jsonl(tmp_path / "x.jsonl", many)
     results = []
-    for workers in (1, 2, 4):
+    for workers in counts:
         target = tmp_path / str(workers)
         preprocess_input(
             source, str(target / "d"), tokenizer, handler_name=ALPACA, prompt_type="alpaca", workers=workers,
@@ -198,7 +198,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, tokenizer, alpaca_rows, 
         )  # fmt: skip
         results.append(outputs(target))
     assert len(results[0]) == 7
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
     # The comparison is not vacuous: another order of rows gives other bytes.
     reverse = write_jsonl(tmp_path / "y.jsonl", many[::-1])
     preprocess_input(
