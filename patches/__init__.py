@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_llm.patches.core import utils
+from mindspeed_llm.patches.core.optimizer import distrib_optimizer
 from mindspeed_llm.patches.core.tensor_parallel import layers
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
 from mindspeed_llm.patching import Patch
@@ -10,4 +11,5 @@ from mindspeed_llm.patching import Patch
 
 def catalogue() -> tuple[Patch, ...]:
     """Every patch of this package."""
-    return (*utils.PATCHES, *layers.PATCHES, *torch_norm.PATCHES, *dot_product_attention.PATCHES)
+    modules = (utils, layers, distrib_optimizer, torch_norm, dot_product_attention)
+    return tuple(patch for module in modules for patch in module.PATCHES)

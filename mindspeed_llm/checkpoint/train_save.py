@@ -25,10 +25,25 @@ def sharded_model_state(chunks: list[torch.nn.Module], only: set[str] | None = N
     """
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
-        full = chunk.sharded_state_dict()
+        full = chunk.sharded_state_dict(metadata=sharding_metadata())
         kept = {k: v for k, v in full.items() if only is None or k in only}
         state["model" if len(chunks) == 1 else f"model{number}"] = kept
     return state
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How megatron-core is to name and cut what it saves.
+
+    Layers by number and not stacked: with some layers frozen, a stacked optimizer state would have holes. Optimizer
+    state by parameter and not by bucket, so that another layout can load it.
+    """
+    from megatron.core import parallel_state
+
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
 
 
 def training_state(
@@ -43,14 +58,34 @@ def training_state(
     """The tree that dist_checkpointing saves or, as a template, loads."""
     state = sharded_model_state(chunks, only)
     if optimizer is not None:
+        if loading:
+            allocate_adam_state(optimizer)
         models = {k: v for k, v in state.items() if k.startswith("model")}
         merged = models["model"] if len(chunks) == 1 else models
-        state["optimizer"] = optimizer.sharded_state_dict(merged, is_loading=loading)
+        state["optimizer"] = optimizer.sharded_state_dict(merged, is_loading=loading, metadata=sharding_metadata())
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     if with_rng:
         state["rng_state"] = sharded_rng_state()
     return state
+
+
+def allocate_adam_state(optimizer: Any) -> None:
+    """Give a fresh optimizer the moments that loading fills.
+
+    megatron-core's distributed optimizer asks torch's AdamW for its step count before it loads, and torch has none
+    before the first step.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for group in inner.param_groups if inner is not None else ():
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def sharded_rng_state() -> Any:

@@ -256,7 +256,7 @@ def _shape(config: RunConfig, weights: Found | None, problems: list[str], tokeni
         raise UserError("--load is missing: there is no model to answer with")
     named = m.model_type_hf or ("qwen" if m.add_qkv_bias or m.qk_layernorm else "llama")
     if m.vocab_size is None and tokenizer_size is None:
-        raise UserError("--vocab-size is missing: the shape comes from flags and there is no tokenizer to ask")
+        problems.append("--vocab-size is missing: the shape comes from flags and there is no tokenizer to ask")
     shape, missing = shape_from_options(config, UPSTREAM_FAMILIES.get(named, named), tokenizer_size or 0)
     problems += missing
     return shape, None

@@ -36,9 +36,11 @@ class TrainingData:
         self.plan = plan
         self.prefix = prefix
         self.pad_token_id = pad_token_id
-        self.train = self._part("train", shuffle=not plan.config.training.no_shuffle)
+        t = plan.config.training
+        self.train = None if t.eval_only else self._part("train", shuffle=not t.no_shuffle)
         self.valid = self._part("valid", shuffle=False) if self._has_validation() else None
-        if plan.config.door == "posttrain" and self.train.dataset.packed and not plan.config.training.padding_free:
+        dataset = (self.train or self.valid).dataset if self.train or self.valid else None
+        if isinstance(dataset, SFTDataset) and dataset.packed and not t.padding_free:
             raise UserError("--no-padding-free: packed rows hold several documents that only joined rows keep apart")
 
     def _open(self, name: str, shuffle: bool) -> Any:

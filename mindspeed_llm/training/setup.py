@@ -38,8 +38,10 @@ def start_processes(plan: Plan) -> None:
     Raises:
         UserError: the asked device is not there.
     """
+    from mindspeed_llm import megatron_adaptor
     from mindspeed_llm.parallel.setup import initialize_distributed
 
+    megatron_adaptor.patch()
     r = plan.config.runtime
     if r.device != "auto":
         accelerator.select(r.device)
@@ -136,8 +138,8 @@ def load_weights(plan: Plan, chunk: torch.nn.Module) -> None:
     """Fill this rank's parameters from `plan.weights`, strictly, and say how much was loaded."""
     from megatron.core import parallel_state
 
-    from mindspeed_llm.checkpoint.load import Placement, load_into, truncated
     from mindspeed_llm.checkpoint.detect import open_source
+    from mindspeed_llm.checkpoint.load import Placement, load_into, truncated
     from mindspeed_llm.parallel.layer_map import layer_map
 
     source = open_source(plan.weights, plan.stored_shape)

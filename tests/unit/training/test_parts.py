@@ -1,0 +1,113 @@
+"""Freezing, length, log line, schedule arithmetic and FLOPs, each by itself."""
+
+import re
+
+import pytest
+import torch
+
+from mindspeed_llm.config.training import OptimizerConfig, TrainingConfig
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.training.flops import training_flops
+from mindspeed_llm.training.freeze import freeze_parameters, global_name, parse_layers
+from mindspeed_llm.training.length import train_iterations
+from mindspeed_llm.training.log_line import IterationLog, format_log_line
+from mindspeed_llm.training.optimizer import warmup_iterations
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [("first:2", {0, 1}), ("last:3", {5, 6, 7}), ("1,4-6", {1, 4, 5, 6}), ("7", {7}), ("first:8", set(range(8)))],
+)
+def test_layers_are_parsed(text, layers):
+    assert parse_layers(text, 8, "--frozen-layers") == layers
+
+
+@pytest.mark.parametrize("text", ["first:9", "middle:2", "8", "3-1", "a", "last:0", "1,,2"])
+def test_wrong_layers_are_refused(text):
+    with pytest.raises(UserError, match="--frozen-layers: .* is wrong; legal: first:N"):
+        parse_layers(text, 8, "--frozen-layers")
+
+
+NAMES = ["embedding.word_embeddings.weight", *(f"decoder.layers.{i}.mlp.linear_fc1.weight" for i in range(4)), "head"]
+
+
+def trained(**options):
+    parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in NAMES}
+    names, _ = freeze_parameters(parameters.items(), num_layers=4, **options)
+    assert names == {n for n, p in parameters.items() if p.requires_grad}
+    return sorted(NAMES.index(n) for n in names)
+
+
+def test_selections_combine():
+    assert trained() == [0, 1, 2, 3, 4, 5]
+    assert trained(trainable_layers="last:2") == [3, 4]
+    assert trained(frozen_layers="first:2") == [0, 3, 4, 5]
+    assert trained(trainable=["linear_fc1"], frozen_layers="0") == [2, 3, 4]
+    assert trained(freeze=[r"layers\.[12]\.", "head"]) == [0, 1, 4]
+
+
+def test_layers_of_a_later_stage_have_their_index_in_the_model():
+    assert global_name("decoder.layers.1.mlp.x", 6) == "decoder.layers.7.mlp.x"
+    assert trained(layer_offset=0, trainable_layers="first:1") == [1]
+
+
+def test_length_of_a_run():
+    assert train_iterations(TrainingConfig(train_iters=7), 8, 100) == 7
+    assert train_iterations(TrainingConfig(train_epochs=2), 8, 100) == 25
+    assert train_iterations(TrainingConfig(train_epochs=0.5), 8, 100) == 7
+    assert train_iterations(TrainingConfig(train_samples=33), 8, 100) == 4
+    assert train_iterations(TrainingConfig(), 8, 100) == 13
+    with pytest.raises(UserError, match="less than one global batch"):
+        train_iterations(TrainingConfig(train_samples=3), 8, 100)
+
+
+def test_warm_up():
+    assert warmup_iterations(OptimizerConfig(lr_warmup_fraction=0.01), 500) == 5
+    assert warmup_iterations(OptimizerConfig(lr_warmup_iters=4), 500) == 4
+    with pytest.raises(UserError, match="do not fit into 5 decay iterations; legal: at most 4"):
+        warmup_iterations(OptimizerConfig(lr_warmup_iters=5), 5)
+
+
+LOG = IterationLog(
+    iteration=5,
+    train_iters=100,
+    consumed_samples=40,
+    elapsed=0.8123,
+    tokens=1002.7,
+    samples=8,
+    learning_rate=1e-4,
+    global_batch_size=8,
+    loss=2.345678,
+    loss_scale=1.0,
+    grad_norm=0.912,
+    skipped_iterations=0,
+    flops=0.9e12 * 0.8123,
+    devices=1,
+    peak_flops=None,
+    log_throughput=True,
+)
+
+
+def test_the_log_line_is_megatrons():
+    line = format_log_line(LOG, now=0)
+    assert re.match(
+        r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration        5/     100 \| consumed samples:           40 ", line
+    )
+    for part in (
+        "elapsed time per iteration (ms): 812.3 | throughput per GPU (TFLOP/s/GPU): 0.9 | tokens per second: 1234.4 | ",
+        "learning rate: 1.000000E-04 | global batch size:     8 | lm loss: 2.345678E+00 | loss scale: 1.0 | ",
+        "grad norm: 0.912 | number of skipped iterations:   0 | number of nan iterations:   0 |",
+    ):
+        assert part in line
+    assert "MFU" not in line
+
+
+def test_flops_against_the_count_by_hand():
+    shape = ModelShape("llama", 2, 8, 16, 2, 1, 4, 32, 64)
+    # per token: qkv 8 x 16, proj 8 x 8, fc1 8 x 32, fc2 16 x 8, two layers; head 32 x 8
+    matmul = 2 * (8 * 16 + 8 * 8 + 8 * 32 + 16 * 8)
+    full = training_flops(shape, tokens=10, attention_pairs=55, output_tokens=4, frozen_base=False)
+    assert full == 6 * (matmul * 10 + 32 * 8 * 4) + 12 * 2 * 8 * 55
+    frozen = training_flops(shape, tokens=10, attention_pairs=55, output_tokens=4, frozen_base=True)
+    assert frozen == 4 * (matmul * 10 + 32 * 8 * 4) + 12 * 2 * 8 * 55
