@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""Fine-tuning of a ~110M Llama in bf16: real (unpadded) tokens/s here and in transformers with peft.
+
+    python benchmarks/train.py [--mode lora full] [--rounds 5] [--samples 64] [--threads 2] [--quick]
+
+All sides train the same samples (lengths drawn from lengths.csv) with the same batch sizes, threads and optimizer, and
+take turns; medians of the rounds. A round is all samples in optimizer steps of GLOBAL_BATCH. Padded sides and ours
+joined use micro-batches of MICRO_BATCH samples, packed sides rows of PACKED_ROW tokens. Prints one JSON line.
+
+    ours_joined                 micro-batches joined in one row without padding
+    ours_packed                 packed rows
+    peer_padded, peer_grouped   dynamic padding, in the order of the data or grouped by length
+    peer_packed_mask            packed rows, SDPA with the mask transformers makes from positions
+    peer_packed_documents       packed rows, SDPA document by document
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+from typing import Any
+
+from lengths import draw_samples
+from measure import interleaved, matmul_flops_per_second, median_ratio
+
+LLAMA_110M = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+}
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 1000}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+GLOBAL_BATCH, MICRO_BATCH, PACKED_ROW = 32, 8, 2048
+LORA_RANK, LEARNING_RATE = 16, 1e-4
+AIMS = {"packed": 1.3, "padded": 2.5}
+
+
+def groups(samples: list, size: int) -> list[list]:
+    """Consecutive groups of `size`."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def packed_rows(samples: list) -> list[list]:
+    """Samples of each row of PACKED_ROW tokens."""
+    from mindspeed_llm.data.packing import pack
+
+    return [[samples[i] for i in row] for row in pack([len(s["input_ids"]) for s in samples], PACKED_ROW)]
+
+
+def grouped_by_length(samples: list) -> list[list[list]]:
+    """Steps of micro-batches of about equally long samples, grouped over all samples as `group_by_length` does."""
+    ordered = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
+    micro = groups(ordered, MICRO_BATCH)
+    steps = -(-len(samples) // GLOBAL_BATCH)
+    return [micro[first::steps] for first in range(steps)]
+
+
+class Ours:
+    """Our training path: plan, model, optimizer and the loop's own step.
+
+    Args:
+        mode: "lora" or "full".
+    """
+
+    def __init__(self, directory: str, mode: str, threads: int) -> None:
+        from mindspeed_llm.config.parser import parse
+        from mindspeed_llm.plan.plan import resolve
+        from mindspeed_llm.training.run import make_optimizer
+        from mindspeed_llm.training.setup import build, start_processes
+
+        words = f"--load {directory} --data-path none --bf16 --lr {LEARNING_RATE} --lr-decay-style constant "
+        words += f"--weight-decay 0.01 --seq-length {PACKED_ROW} --global-batch-size {GLOBAL_BATCH} --eval-iters 0 "
+        words += f"--micro-batch-size {MICRO_BATCH} --num-threads {threads} --train-iters 1000000"
+        words += f" --lora-r {LORA_RANK} --lora-alpha {2 * LORA_RANK}" if mode == "lora" else ""
+        self.plan = resolve(parse("posttrain", words.split()).config, [])
+        start_processes(self.plan)
+        self.model = build(self.plan)
+        self.optimizer, self.scheduler = make_optimizer(self.plan, self.model, 1_000_000)
+
+    def loop(self, steps: list[list[list]]) -> Any:
+        """A training loop whose iterations are `steps` (micro-batches of samples), over and over."""
+        from mindspeed_llm.training.loop import Progress, TrainingLoop
+
+        data = Steps(steps)
+        args = (self.plan, self.model, self.optimizer, self.scheduler, data, None, Progress(), 1_000_000, None)
+        return TrainingLoop(*args)
+
+
+class Steps:
+    """What a TrainingLoop asks of its data, from samples in memory."""
+
+    valid, prefix = None, "samples in memory"
+
+    def __init__(self, steps: list[list[list]]) -> None:
+        self.steps = steps
+
+    def sample_indices(self, consumed_samples: int) -> list[int]:
+        """Numbers for messages."""
+        return [consumed_samples]
+
+    def micro_batches(self, consumed_samples: int, data_parallel_rank: int) -> list:
+        """Joined micro-batches of the next step."""
+        from mindspeed_llm.data.collate import collate_concatenated
+
+        joined = []
+        for samples in self.steps[consumed_samples // GLOBAL_BATCH % len(self.steps)]:
+            ids, labels = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
+            joined.append(collate_concatenated([{"input_ids": i, "labels": n} for i, n in zip(ids, labels)], 0))
+        return joined
+
+
+def linear_shapes(shape: Any) -> dict[tuple[int, int], int]:
+    """(in, out) of the products of one forward pass -> how often."""
+    h, d, layers = shape.hidden_size, shape.kv_channels, shape.num_layers
+    qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * d
+    sizes = {(h, qkv): layers, (shape.num_attention_heads * d, h): layers}
+    return {**sizes, (h, 2 * shape.ffn_hidden_size): layers, (shape.ffn_hidden_size, h): layers}
+
+
+def model_flops(shape: Any, samples: list, mode: str) -> float:
+    """Operations that training on `samples` takes, without padding."""
+    from mindspeed_llm.training.flops import training_flops
+
+    sizes = [len(sample["input_ids"]) for sample in samples]
+    return training_flops(
+        shape,
+        tokens=sum(sizes),
+        attention_pairs=sum(n * (n + 1) // 2 for n in sizes),
+        output_tokens=sum(int((sample["labels"] != -100).sum()) for sample in samples),
+        frozen_base=mode == "lora",
+    )
+
+
+def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) -> dict[str, Any]:
+    """All sides of one mode."""
+    from peer import MASKED, PER_DOCUMENT, Peer, document_batch, packed_batch, padded_batch
+
+    steps = groups(samples, GLOBAL_BATCH)
+    micro, rows, grouped = [groups(s, MICRO_BATCH) for s in steps], [packed_rows(s) for s in steps], grouped_by_length(samples)
+    ours = Ours(directory, mode, args.threads)
+    joined, packed = ours.loop(micro), ours.loop(rows)
+    peer = Peer(directory, LORA_RANK if mode == "lora" else None, LEARNING_RATE)
+    losses: dict[str, float] = {}
+
+    def run_ours(name: str, loop: Any) -> None:
+        results = [loop.step()[0] for _ in steps]
+        losses.setdefault(name, results[0].loss)
+
+    def run_peer(name: str, batches: list, attention: str) -> None:
+        results = [peer.step(step, attention) for step in batches]
+        losses.setdefault(name, results[0])
+
+    sides = {"ours_joined": lambda: run_ours("ours_joined", joined), "ours_packed": lambda: run_ours("ours_packed", packed)}
+    for name, steps_of_side, collate, attention in (
+        ("peer_padded", micro, padded_batch, MASKED),
+        ("peer_grouped", grouped, padded_batch, MASKED),
+        ("peer_packed_mask", rows, packed_batch, MASKED),
+        ("peer_packed_documents", rows, document_batch, PER_DOCUMENT),
+    ):
+        batches = [[collate(m) for m in step] for step in steps_of_side]
+        sides[name] = lambda name=name, b=batches, a=attention: run_peer(name, b, a)
+    sides = {name: run for name, run in sides.items() if not args.sides or name in args.sides}
+    shape, rates = ours.plan.shape, []
+    sides["matmul"] = lambda: rates.append(matmul_flops_per_second(PACKED_ROW, linear_shapes(shape)))
+    seconds = interleaved(sides, args.rounds)
+    del seconds["matmul"]
+    return summary(seconds, rates[1:], losses, samples, model_flops(shape, samples, mode))
+
+
+def summary(seconds: dict[str, list[float]], rates: list[float], losses: dict, samples: list, flops: float) -> dict:
+    """Medians, ratios and shares."""
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    packed = [name for name in seconds if name.startswith("peer_packed")]
+    fastest = min(packed, key=lambda name: statistics.median(seconds[name])) if packed else None
+    pairs = {
+        "packed_over_fastest_packed_peer": (fastest, "ours_packed"),
+        "joined_over_padded_peer": ("peer_padded", "ours_joined"),
+        "joined_over_grouped_peer": ("peer_grouped", "ours_joined"),
+        "packed_over_padded_peer": ("peer_padded", "ours_packed"),
+    }
+    return {
+        "tokens_per_second": {n: round(tokens / statistics.median(s), 1) for n, s in seconds.items()},
+        **{k: round(median_ratio(seconds[a], seconds[b]), 2) for k, (a, b) in pairs.items() if {a, b} <= set(seconds)},
+        "share_of_matmul_rate": {
+            n: round(statistics.median(flops / t / r for t, r in zip(s, rates)), 3) for n, s in seconds.items()
+        },
+        "matmul_gigaflops_per_second": round(statistics.median(rates) / 1e9, 1),
+        "fastest_packed_peer": fastest,
+        "first_loss": {name: round(loss, 3) for name, loss in losses.items()},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    parser.add_argument("--sides", nargs="+", help="only these")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=64, help=f"a multiple of {GLOBAL_BATCH}")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one round of one optimizer step of a tiny model")
+    args = parser.parse_args()
+    if args.samples % GLOBAL_BATCH:
+        parser.error(f"--samples: {args.samples} is no multiple of {GLOBAL_BATCH}")
+    if args.quick:
+        args.rounds, args.samples = 1, GLOBAL_BATCH
+    warnings.filterwarnings("ignore")
+    import torch
+
+    torch.set_num_threads(args.threads)
+    from mindspeed_llm.checkpoint.toy import make_toy
+
+    standard_output, sys.stdout = sys.stdout, sys.stderr
+    model = TINY if args.quick else LLAMA_110M
+    samples = draw_samples(args.samples, model["vocab_size"], args.seed)
+    result: dict[str, Any] = {"benchmark": "train", "dtype": "bf16", "threads": args.threads, "rounds": args.rounds}
+    result |= {"samples": len(samples), "tokens": sum(len(s["input_ids"]) for s in samples), "aims": AIMS}
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = str(make_toy("llama", scratch, dtype="bfloat16", **model))
+        for mode in args.mode:
+            result[mode] = measure(directory, mode, samples, args)
+            gc.collect()
+    result["load_average"] = round(os.getloadavg()[0], 2)
+    print(json.dumps(result), file=standard_output)
+
+
+if __name__ == "__main__":
+    main()
