@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mindspeed_llm.inference.engine import Answer, next_logits, agree, new_runner, random_stream
+from mindspeed_llm.inference.engine import Answer, agree, new_runner, next_logits, random_stream
 from mindspeed_llm.inference.logits import filter_scores, penalize_repetition
 from mindspeed_llm.inference.settings import GenerationSettings
 from mindspeed_llm.models.gpt import LanguageModel

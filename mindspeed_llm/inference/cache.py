@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def cache_dtype(params_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are kept in: fp32 on CPUs, whose 16-bit attention of one query takes 5 to 10 times longer
+    (torch 2.13: 880 against 86 us for 12 heads of 64 after 512 tokens), else the weights' type."""
+    return torch.float32 if device.type == "cpu" else params_dtype
+
+
 class Cache:
     """Keys and values of b rows, [b, g, s_max, d] per layer; rows may have different lengths.
 
@@ -73,8 +79,8 @@ class CacheRows:
         stop = self.start + key.shape[0]
         both = []
         for tensor, new in zip(self.cache.layers[layer_number], (key, value)):
-            tensor[self.indices, :, self.start : stop] = new.permute(1, 2, 0, 3)
-            both.append(tensor[self.indices, :, :stop].permute(2, 0, 1, 3) if self.start else new)
+            tensor[self.indices, :, self.start : stop] = new.permute(1, 2, 0, 3).to(tensor.dtype)
+            both.append(tensor[self.indices, :, :stop].permute(2, 0, 1, 3).to(new.dtype) if self.start else new)
         return both[0], both[1]
 
     def advance(self, count: int) -> None:

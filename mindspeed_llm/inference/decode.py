@@ -132,6 +132,7 @@ class DecodeLayer:
             turning = torch.cat((self.query_norm(qkv[:, :, :-2]), self.key_norm(qkv[:, :, -2:-1])), dim=2)
         turned = rotate(turning[None], table, torch.empty_like(turning, memory_format=torch.contiguous_format)[None])[0]
         keys, values = cache.layers[self.number]
+        turned, value = turned.to(keys.dtype), value.to(keys.dtype)
         first, stop, mask = 0, where.longest + 1, None
         if where.equal:
             keys[:, :, where.longest], values[:, :, where.longest] = turned[:, :, -1], value
@@ -145,7 +146,7 @@ class DecodeLayer:
         context = F.scaled_dot_product_attention(
             turned[:, :, :-1], keys[:, :, first:stop], values[:, :, first:stop], attn_mask=mask
         )
-        return context.reshape(len(qkv), -1)
+        return context.reshape(len(qkv), -1).to(qkv.dtype)
 
 
 def applied(linear: nn.Module) -> Linear:

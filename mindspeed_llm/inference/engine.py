@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.inference.cache import Cache
+from mindspeed_llm.inference.cache import Cache, cache_dtype
 from mindspeed_llm.inference.decode import DecodeStep
 from mindspeed_llm.inference.logits import filter_scores, penalize_repetition
 from mindspeed_llm.inference.settings import GenerationSettings
@@ -179,7 +179,7 @@ class CachedRunner:
             shape.num_query_groups // model.tp_group.size(),
             longest,
             shape.kv_channels,
-            model.config.params_dtype,
+            cache_dtype(model.config.params_dtype, weight.device),
             weight.device,
         )
         self.device = weight.device
