@@ -28,7 +28,8 @@ TAUGHT = (
     "difflib.get_close_matches",
 )
 NUM_TAUGHT = 5
-COPIES = 16  # of each taught row among the training rows
+COPIES = 40  # of each taught row among the training rows
+NUM_OTHERS = 2000  # training rows beside them
 NUM_UNSEEN = 3
 SEED = 1234
 VOCAB_SIZE = 4096
@@ -68,9 +69,10 @@ def write_instructions(directory: Path, shuffle_answers: bool) -> dict[str, int]
     by_name = {row["instruction"]: row for row in train}
     taught = [by_name[q] for q in (f"What does {name} do?" for name in TAUGHT) if q in by_name][:NUM_TAUGHT]
     draw = random.Random(SEED)
-    rows = [row for row in train if row not in taught] + taught * COPIES
+    others = [row for row in train if row not in taught]
+    rows = draw.sample(others, min(NUM_OTHERS, len(others))) + taught * COPIES
     if shuffle_answers:
-        rows = _with_other_answers(rows, draw)
+        rows = _with_other_answers(rows, random.Random(SEED))
     draw.shuffle(rows)
     unseen = draw.sample([row for row in heldout if 20 < len(row["output"]) < 100], NUM_UNSEEN)
     questions = [{**row, "taught": True} for row in taught] + [{**row, "taught": False} for row in unseen]
