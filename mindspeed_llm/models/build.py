@@ -37,6 +37,7 @@ class BuildOptions:
         calculate_per_token_loss: gradients are divided by the global number of labelled tokens (by megatron, which
             needs the count from the loss function); False averages micro-batches instead.
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
+        variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
         seed: of the initial weights.
         initialize: False leaves the weights undefined, for a checkpoint to fill.
     """
@@ -58,6 +59,7 @@ class BuildOptions:
     recompute_modules: Sequence[str] = field(default_factory=lambda: ("core_attn",))
     calculate_per_token_loss: bool = True
     loss_chunk_size: int | None = None
+    variable_seq_lengths: bool = False
     seed: int = 1234
     initialize: bool = True
 
@@ -119,6 +121,9 @@ def model_config(shape: ModelShape, options: BuildOptions):
         recompute_num_layers=options.recompute_num_layers,
         recompute_modules=list(options.recompute_modules),
         calculate_per_token_loss=options.calculate_per_token_loss,
+        variable_seq_lengths=options.variable_seq_lengths,
+        # TransformerConfig refuses the former together with this field's default, experts or not.
+        moe_token_dispatcher_type="alltoall",
         cuda_graph_scope=[],
         # The fused kernels behind these need Apex or Transformer Engine; ours are in ops.
         bias_activation_fusion=False,

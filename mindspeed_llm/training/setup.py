@@ -105,6 +105,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_method=c.training.recompute_method,
         recompute_num_layers=c.training.recompute_num_layers,
         loss_chunk_size=c.operators.loss_chunk_size,
+        variable_seq_lengths=plan.pipeline_parallel_size > 1,
         seed=c.data.seed,
         initialize=initialize,
     )
