@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from mindspeed_llm.checkpoint.detect import Found
+    from mindspeed_llm.models.shape import ModelShape
 
 WHAT = "Convert checkpoints between Hugging Face and Megatron, for any parallel layout; merge or export LoRA adapters."
 
@@ -27,25 +32,26 @@ def run(parsed: Parsed) -> None:
     if config.logging.dry_run:
         _show(config)
         return
-    if c.save_lora_to_hf:
-        _export_adapters(config)
-        return
     from mindspeed_llm.checkpoint.convert import convert
+    from mindspeed_llm.checkpoint.detect import detect
 
-    load_dir = _local(c.load_dir, config)
+    found = detect(_local(c.load_dir, config))
+    if c.save_lora_to_hf:
+        _export_adapters(config, found)
+        return
+    layout = _layout(config, found)
+    if c.save_model_type == "hf":
+        _check_repeats_source(config, found, layout)
+        layout = {}
     convert(
-        load_dir,
+        found.path,
         c.save_dir,
         c.load_model_type,
         c.save_model_type,
-        tp=c.target_tensor_parallel_size,
-        pp=c.target_pipeline_parallel_size,
-        vpp=_chunks(config, load_dir),
-        layer_list=_numbers(c.num_layer_list),
-        noop_layers=_numbers(c.noop_layers),
+        **layout,
         dtype=c.params_dtype,
         hf_cfg_dir=c.hf_cfg_dir,
-        transform=_merge(config, load_dir) if config.lora.lora_load else None,
+        transform=_merge(config, found) if config.lora.lora_load else None,
         ignore_fields=config.model.ignore_config_field or (),
     )
 
@@ -55,9 +61,6 @@ def _problems(config: RunConfig) -> list[str]:
     problems = [f"{flag} is missing" for flag, v in (("--load-dir", c.load_dir), ("--save-dir", c.save_dir)) if not v]
     if c.save_lora_to_hf and not lora.lora_load:
         problems.append("--save-lora-to-hf needs --lora-load with the adapters to export")
-    if c.save_model_type == "hf":
-        given = [n for n in ("num_layer_list", "noop_layers", "num_layers_per_virtual_pipeline_stage") if config.get(n)]
-        problems += [f"--{n.replace('_', '-')} has no meaning for --save-model-type hf" for n in given]
     for name in ("num_layer_list", "noop_layers"):
         try:
             _numbers(config.get(name))
@@ -78,33 +81,99 @@ def _local(name: str, config: RunConfig) -> Path:
     return resolve_model(name, config.checkpoint.hub)
 
 
-def _chunks(config: RunConfig, load_dir: Path) -> int | None:
-    """Model chunks per stage from layers per virtual stage.
+def _base_shape(config: RunConfig, found: Found) -> ModelShape:
+    """Architecture of --load-dir: its own record, else the config.json that the conversion will take."""
+    from mindspeed_llm.checkpoint.detect import shape_of
+    from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+
+    c, ignore = config.convert, config.model.ignore_config_field or ()
+    foreign = found.format != "hf" and not found.record.get("shape")
+    original = c.save_model_type == "hf" and not c.save_lora_to_hf and (Path(c.save_dir) / "config.json").is_file()
+    directory = c.hf_cfg_dir or (c.save_dir if original else None)
+    if foreign and directory is not None:
+        return shape_from_hf(read_hf_config(directory), ignore)
+    return shape_of(found, ignore)
+
+
+def _layout(config: RunConfig, found: Found) -> dict[str, Any]:
+    """The layout that the options describe, as `convert` takes it."""
+    c = config.convert
+    return {
+        "tp": c.target_tensor_parallel_size,
+        "pp": c.target_pipeline_parallel_size,
+        "vpp": _chunks(config, found),
+        "layer_list": _numbers(c.num_layer_list),
+        "noop_layers": _numbers(c.noop_layers),
+    }
+
+
+def _chunks(config: RunConfig, found: Found) -> int | None:
+    """Model chunks per stage from layers (no-op ones counted) per virtual stage.
 
     Raises:
         UserError: the layers do not divide.
     """
-    per_chunk = config.convert.num_layers_per_virtual_pipeline_stage
+    c = config.convert
+    per_chunk = c.num_layers_per_virtual_pipeline_stage
     if per_chunk is None:
         return None
-    from mindspeed_llm.checkpoint.detect import detect, shape_of
-
-    layers, pp = shape_of(detect(load_dir)).num_layers, config.convert.target_pipeline_parallel_size
+    pp, noops = c.target_pipeline_parallel_size, len(_numbers(c.noop_layers) or ())
+    layers = _base_shape(config, found).num_layers + noops
     if layers % (pp * per_chunk):
         legal = [str(n) for n in range(1, layers + 1) if layers % (pp * n) == 0]
+        counted = f"{layers} layers" + (f" ({noops} of them no-op)" if noops else "")
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage: {per_chunk} x {pp} stages does not divide {layers} layers; "
+            f"--num-layers-per-virtual-pipeline-stage: {per_chunk} x {pp} stages does not divide {counted}; "
             f"legal: {', '.join(legal) or 'none with these stages'}"
         )
     return layers // (pp * per_chunk)
 
 
-def _adapters(config: RunConfig, load_dir: Path):
-    """(tensors, settings, shape of the base) of --lora-load, checked against the options that repeat them."""
-    from mindspeed_llm.checkpoint.detect import detect, shape_of
+def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any]) -> None:
+    """A Hugging Face directory has no layout; upstream's options then repeat 1 x 1 or the layout that is read.
+
+    Raises:
+        UserError: they say something else.
+    """
+    from mindspeed_llm.checkpoint.megatron import MegatronSource
+    from mindspeed_llm.models.layouts import layer_index
+    from mindspeed_llm.parallel.layer_map import layer_map
+
+    sizes, shape = (layout["tp"], layout["pp"]), _base_shape(config, found)
+    split = any(layout[name] for name in ("vpp", "layer_list", "noop_layers"))
+    if sizes == (1, 1) and not split:
+        return
+    if found.format != "megatron":
+        raise UserError(
+            f"convert: a layout (tensor x pipeline = {sizes[0]} x {sizes[1]}{', split' if split else ''}) has no "
+            f"meaning from {found.format} to hf, because neither has one; legal: 1 x 1; try: leave it out"
+        )
+    files = MegatronSource(found.directory, shape).files
+    if sizes not in ((1, 1), (files.tp, files.pp)):
+        legal = " or ".join(dict.fromkeys(("1 x 1", f"{files.tp} x {files.pp}")))
+        raise UserError(
+            f"convert: tensor x pipeline = {sizes[0]} x {sizes[1]} is wrong, because {found.path} has "
+            f"{files.tp} x {files.pp} and a Hugging Face directory has no layout; legal: {legal}; try: leave it out"
+        )
+    chunks = layout["vpp"] or (None if layout["layer_list"] else len(files.model_keys(0, 0)))
+    layers = layer_map(shape.num_layers, files.pp, chunks, layout["layer_list"], layout["noop_layers"])
+    for layer in range(shape.num_layers):
+        p, v, slot = layers.place(layer)
+        name = f"decoder.layers.{layer}.mlp.linear_fc2.weight"
+        stage, key, stored = files.places[name]
+        if (stage, int(key.removeprefix("model") or 0), layer_index(stored)) != (p, v, slot):
+            raise UserError(
+                f"convert: the layer split is wrong, because {found.path} keeps layer {layer} in stage {stage} as "
+                f"{key}.{stored} and not as slot {slot} of chunk {v} of stage {p}; legal: the split of --load-dir; "
+                "try: leave it out"
+            )
+
+
+def _adapters(config: RunConfig, found: Found):
+    """(tensors, settings, shape of the base) of --lora-load, checked against its base and the options repeating it."""
     from mindspeed_llm.lora.peft_format import read_peft
     from mindspeed_llm.lora.tensors import read_adapters
-    from mindspeed_llm.plan.adapters import AdapterSettings
+    from mindspeed_llm.plan.base import check_base
     from mindspeed_llm.plan.plan import recorded_adapters
     from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 
@@ -115,32 +184,34 @@ def _adapters(config: RunConfig, load_dir: Path):
     settings = recorded_adapters(config, source, problems)
     if problems:
         raise UserError("\n".join(problems))
-    shape = shape_of(detect(load_dir), config.model.ignore_config_field or ())
+    shape = _base_shape(config, found)
+    check_base(source, found, shape)
     if source.format == "peft":
         tensors, settings = read_peft(source.directory, shape)
     else:
-        assert isinstance(settings, AdapterSettings)
         tensors = read_adapters(source.directory, shape, settings)
     return tensors, settings, shape
 
 
-def _merge(config: RunConfig, load_dir: Path):
-    from mindspeed_llm.lora.merge import merging_transform
+def _merge(config: RunConfig, found: Found):
+    from mindspeed_llm.lora.merge import count_linears, merging_transform
 
-    tensors, settings, shape = _adapters(config, load_dir)
-    changed = len({(layer, part) for layer, part in tensors})
-    print(f"merging adapters of {changed} linears (rank {settings.rank}, alpha {settings.alpha:g}) in fp32")
+    tensors, settings, shape = _adapters(config, found)
+    changed, linears = count_linears(tensors, shape)
+    print(
+        f"merging adapters into {changed} of {linears} linears (rank {settings.rank}, alpha {settings.alpha:g}) in fp32"
+    )
     return merging_transform(tensors, settings, shape)
 
 
-def _export_adapters(config: RunConfig) -> None:
+def _export_adapters(config: RunConfig, found: Found) -> None:
     from mindspeed_llm.lora.peft_format import write_peft
 
-    load_dir, target = _local(config.convert.load_dir, config), Path(config.convert.save_dir)
+    target = Path(config.convert.save_dir)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"convert: {target} is not empty; try: another --save-dir")
-    tensors, settings, shape = _adapters(config, load_dir)
-    write_peft(target, tensors, settings, shape, str(load_dir))
+    tensors, settings, shape = _adapters(config, found)
+    write_peft(target, tensors, settings, shape, str(found.path))
     print(f"wrote adapters of {len(tensors)} linears to {target} in PEFT's format")
 
 

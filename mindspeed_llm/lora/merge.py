@@ -38,3 +38,9 @@ def merging_transform(
         return (tensor.float() + delta).to(tensor.dtype)
 
     return transform
+
+
+def count_linears(adapters: AdapterTensors, shape: ModelShape) -> tuple[int, int]:
+    """(linears of megatron-core that adapters change, linears that could have one)."""
+    changed = {(layer, module_of_part(part)) for layer, part in adapters}
+    return len(changed), shape.num_layers * len(FUSED_PARTS)

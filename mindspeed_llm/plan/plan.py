@@ -15,6 +15,7 @@ from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
+from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.continuity import continue_run
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
 from mindspeed_llm.plan.peft_settings import read_peft_settings
@@ -114,6 +115,8 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if shape is None:
         raise UserError("\n".join(problems))
     stored_shape = shape
+    if adapter_source is not None and weights is not None:
+        _try(problems, lambda: check_base(adapter_source, weights, stored_shape), None)
     if config.model.truncate_layers is not None:
         shape = _try(problems, lambda: truncated_shape(stored_shape, config.model.truncate_layers), shape)
     plan = _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mindspeed_llm import __version__
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.base import base_record
 from mindspeed_llm.plan.continuity import is_allowed
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
@@ -125,6 +126,7 @@ class Saver:
     def __init__(self, plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> None:
         self.plan, self.model, self.optimizer, self.scheduler, self.data = plan, model, optimizer, scheduler, data
         self.last: Path | None = None
+        self.base = base_record(plan.weights, plan.stored_shape, plan.adapters is not None) if is_leader() else None
 
     def __call__(self, progress: Progress) -> None:
         """Save the state after `progress.iteration`."""
@@ -147,7 +149,6 @@ class Saver:
     def record(self, progress: Progress) -> dict[str, Any]:
         """What is written beside the tensors."""
         plan = self.plan
-        source = plan.weights
         return {
             "format": "torch_dist",
             "version": __version__,
@@ -156,7 +157,7 @@ class Saver:
             "resumable": not plan.config.checkpoint.no_save_optim,
             "shape": plan.shape.to_json(),
             "adapters": plan.adapters.to_json() if plan.adapters else None,
-            "base": {"path": str(source.path.resolve()), "kind": source.format} if source else None,
+            "base": self.base,
             "layout": {
                 "tensor_parallel": plan.tensor_parallel_size,
                 "pipeline_parallel": plan.pipeline_parallel_size,
