@@ -8,6 +8,7 @@ from mindspeed_llm.cli.door import say_notes
 from mindspeed_llm.cli.hub import download_models
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
+from mindspeed_llm.data.record import check_tokenizer, find_dataset
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan, resolve
@@ -72,6 +73,8 @@ def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> str:
     """The preprocessed prefix; raw data are preprocessed into the cache, once, before process groups exist."""
     path = plan.config.data.data_path[0]
     if is_preprocessed(path):
+        if tokenizer is not None and find_dataset(path) is not None:
+            check_tokenizer(path, tokenizer)
         return path
     if tokenizer is None:
         raise UserError(f"--tokenizer-name-or-path is missing: {path} is raw data and there is no tokenizer for it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,8 @@ def start_processes(plan: Plan) -> None:
     from mindspeed_llm import megatron_adaptor
     from mindspeed_llm.parallel.setup import initialize_distributed
 
+    # megatron-core 0.16 calls what torch 2.13 calls by a newer name; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
     megatron_adaptor.patch()
     r = plan.config.runtime
     if r.device != "auto":
@@ -119,6 +122,8 @@ def build(plan: Plan) -> TrainingModel:
     """
     from mindspeed_llm.models.build import build_model
 
+    if plan.weights is None and is_leader():
+        print(f" weights: random, drawn with seed {plan.config.data.seed}; nothing is loaded", flush=True)
     chunk = build_model(plan.shape, build_options(plan, initialize=plan.weights is None))
     # A resume restores the weights together with the optimizer (but a LoRA run's base comes from elsewhere).
     if plan.weights is not None and plan.resume is not plan.weights:
