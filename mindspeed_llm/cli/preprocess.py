@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mindspeed_llm.cli.door import open_door, say_notes
 from mindspeed_llm.config.parser import Parsed
+from mindspeed_llm.config.run import RunConfig
 
 WHAT = "Turn raw data into the .bin/.idx token streams that training reads."
 
@@ -26,6 +27,25 @@ def run(parsed: Parsed) -> None:
         missing.append("--tokenizer-name-or-path")
     parsed.raise_problems([f"{flag} is missing" for flag in missing])
     say_notes(parsed.notes)
+    if config.logging.dry_run:
+        _show(config)
+        return
     report = preprocess(config.data, config.tokenizer)
     if report is not None:
         report.print()
+
+
+def _show(config: RunConfig) -> None:
+    """What would be read and written."""
+    from mindspeed_llm.data.sources import find_files
+
+    data = config.data
+    files = find_files(data.input)
+    handler = data.handler_name or "found from the columns"
+    template = f", template {data.prompt_type}" if data.prompt_type else ""
+    packing = ", cut and packed" if data.neat_pack else ", packed" if data.pack else ""
+    print(f"read:      {data.input} ({'not a file here: a data set name' if files is None else f'{len(files)} files'})")
+    print(f"tokenizer: {config.tokenizer.tokenizer_name_or_path or config.tokenizer.tokenizer_model}")
+    print(f"handler:   {handler}{template}{packing}, at most {data.seq_length or 'any number of'} tokens a row")
+    print(f"write:     {data.output_prefix}_*.bin/.idx with {data.workers} processes")
+    print("nothing was written")

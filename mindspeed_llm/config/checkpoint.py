@@ -62,5 +62,5 @@ class LoggingConfig:
     loss_curve: str | None = option(help="write the loss curve to this PNG file", level="advanced")
     dry_run: bool = option(
         help="print the plan and exit: sizes, layout, batches, memory, legal values",
-        doors=(*TRAINING_DOORS, "convert", "inference"),
+        doors=("preprocess", "convert", *TRAINING_DOORS, "inference"),
     )
