@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mindspeed_llm.cli.door import open_door, say_notes
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
+from mindspeed_llm.errors import UserError
 
 WHAT = "Turn raw data into the .bin/.idx token streams that training reads."
 
@@ -40,11 +41,15 @@ def _show(config: RunConfig) -> None:
     from mindspeed_llm.data.sources import find_files
 
     data = config.data
-    files = find_files(data.input)
+    try:
+        files = find_files(data.input)
+        there = "not a file here: a data set name" if files is None else f"{len(files)} files"
+    except UserError:
+        there = "not there yet"
     handler = data.handler_name or "found from the columns"
     template = f", template {data.prompt_type}" if data.prompt_type else ""
     packing = ", cut and packed" if data.neat_pack else ", packed" if data.pack else ""
-    print(f"read:      {data.input} ({'not a file here: a data set name' if files is None else f'{len(files)} files'})")
+    print(f"read:      {data.input} ({there})")
     print(f"tokenizer: {config.tokenizer.tokenizer_name_or_path or config.tokenizer.tokenizer_model}")
     print(f"handler:   {handler}{template}{packing}, at most {data.seq_length or 'any number of'} tokens a row")
     print(f"write:     {data.output_prefix}_*.bin/.idx with {data.workers} processes")

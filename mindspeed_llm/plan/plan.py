@@ -107,7 +107,12 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     """
     problems = list(problems)
     problems += _check_combinations(config)
-    weights, adapter_source, resume = _try(problems, lambda: _sources(config, problems), (None, None, None))
+    sources = _try(problems, lambda: _sources(config, problems), None)
+    if sources is None:
+        # Without its checkpoint nothing more can be said about the model, only about what was asked of it.
+        _try(problems, lambda: adapters_asked_for(config), None)
+        raise UserError("\n".join(problems))
+    weights, adapter_source, resume = sources
     if resume is not None:
         problems += continue_run(config, resume.record)
     shape, hf_files = _try(problems, lambda: _shape(config, weights, problems, tokenizer_size), (None, None))
