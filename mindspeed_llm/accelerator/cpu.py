@@ -18,6 +18,7 @@ class HostEvent:
         self._seconds: float | None = None
 
     def record(self, stream: object = None) -> None:
+        """Remember the time; `stream` is the only one there is."""
         self._seconds = time.perf_counter()
 
     def wait(self, stream: object = None) -> None:
@@ -27,6 +28,7 @@ class HostEvent:
         """Nothing to wait for: CPU work is finished when submitted."""
 
     def query(self) -> bool:
+        """Whether the work is done: always."""
         return True
 
     def elapsed_time(self, end: HostEvent) -> float:
@@ -51,6 +53,7 @@ class HostStream:
         """Program order already orders the work."""
 
     def record_event(self, event: HostEvent | None = None) -> HostEvent:
+        """Record an event (a new one when none is given) and return it."""
         event = event or HostEvent()
         event.record(self)
         return event
@@ -59,6 +62,7 @@ class HostStream:
         """CPU work is finished when submitted."""
 
     def query(self) -> bool:
+        """Whether the work is done: always."""
         return True
 
     def __enter__(self) -> HostStream:

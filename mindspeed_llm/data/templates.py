@@ -64,6 +64,7 @@ class TemplateSpec:
 
     @property
     def assistant_slots(self) -> tuple[Slot, ...]:
+        """Slots of an answer: the template's own, else the content and, unless it ends the turn, eos."""
         if self.assistant is not None:
             return self.assistant
         return (CONTENT,) if self.efficient_eos else (CONTENT, {"special": "eos_token"})

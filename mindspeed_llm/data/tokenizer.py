@@ -47,19 +47,23 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text, None when there is none."""
         return self._special_id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
+        """Id of the token that ends a text, None when there is none."""
         return self._special_id("eos_token")
 
     @property
     def pad_token_id(self) -> int | None:
+        """Id that fills rows up; eos where there is none of its own."""
         pad = self._special_id("pad_token")
         return self.eos_token_id if pad is None else pad
 
     @property
     def vocab_size(self) -> int:
+        """One more than the largest id."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:

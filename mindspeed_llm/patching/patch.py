@@ -47,6 +47,7 @@ class Patch:
 
     @property
     def module_name(self) -> str:
+        """The dotted name of the module that holds the target."""
         return self.target.split(":")[0]
 
     @property

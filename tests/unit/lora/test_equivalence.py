@@ -1,11 +1,6 @@
 """One set of adapters is one function: beside the base, merged in memory, exported to PEFT, merged on disk."""
 
-import json
-import shutil
-
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-5
 CASES = [(family, targets) for family in ("toy_llama", "toy_qwen") for targets in ("fused", "parts")]
@@ -18,9 +13,7 @@ def distance(found, expected):
 
 
 @pytest.mark.parametrize("family, targets", CASES)
-def test_four_ways_to_apply_adapters_agree(
-    family, targets, tuned, our_logits, hf_logits, convert_door, tmp_path
-):
+def test_four_ways_to_apply_adapters_agree(family, targets, tuned, our_logits, hf_logits, convert_door, tmp_path):
     base, adapters = tuned(family, targets)
     convert_door(f"--load-dir {base} --lora-load {adapters} --save-lora-to-hf --save-dir {tmp_path / 'peft'}")
     convert_door(f"--load-dir {base} --lora-load {adapters} --save-model-type hf --save-dir {tmp_path / 'merged'}")
@@ -31,5 +24,5 @@ def test_four_ways_to_apply_adapters_agree(
         "merged on disk": hf_logits(tmp_path / "merged"),
         "read back from PEFT": our_logits(base, tmp_path / "peft"),
     }
-    assert {name: d for name, l in others.items() if (d := distance(l, beside)) > TOLERANCE} == {}
+    assert {name: d for name, logits in others.items() if (d := distance(logits, beside)) > TOLERANCE} == {}
     assert distance(our_logits(base), beside) > 1e-2, "the adapters do nothing, so nothing was compared"
