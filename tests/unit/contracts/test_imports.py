@@ -95,7 +95,8 @@ def test_help_loads_nothing_heavy(door, bare_interpreter):
 
 
 def test_help_of_the_small_tools_loads_nothing_heavy(bare_interpreter):
-    code = "from mindspeed_llm.__main__ import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
+    call = "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
+    code = f"from mindspeed_llm.__main__ import main\n{call}"
     packages, count = loaded_by(code)
     assert packages == "[]"
     assert count - bare_interpreter < 250
