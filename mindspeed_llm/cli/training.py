@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from mindspeed_llm.training.run import RunResult
 
 
+# Rows of a model whose tokenizer has no chat template and whose user names none.
+FALLBACK_TEMPLATE = "default"
+
+
 def run_door(parsed: Parsed) -> RunResult | None:
     """Do what the command line of a training door says; None after a dry run."""
     config = parsed.config
@@ -78,6 +82,10 @@ def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> str:
         return path
     if tokenizer is None:
         raise UserError(f"--tokenizer-name-or-path is missing: {path} is raw data and there is no tokenizer for it")
+    if plan.config.door == "posttrain" and plan.config.data.prompt_type is None:
+        plan.config.data.prompt_type = "hf" if tokenizer.chat_template else FALLBACK_TEMPLATE
+        whose = "the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none of its own"
+        say_notes([f"--prompt-type is not given: using {plan.config.data.prompt_type} ({whose})"])
     return preprocess_cached(plan.config.data, tokenizer)
 
 

@@ -29,7 +29,8 @@ class DataConfig:
         kind="continuity",
     )
     prompt_type: str | None = option(
-        help="chat template: empty, default, alpaca, llama2, llama3, chatml, qwen, or hf for the tokenizer's own",
+        help="chat template: empty, default, alpaca, llama2, llama3, chatml, qwen, ..., or hf for the tokenizer's own; "
+        "fine-tuning on raw data takes hf where there is one, else default",
         kind="continuity",
         doors=(*EVERY_DATA_DOOR, "inference"),
     )

@@ -230,3 +230,13 @@ def test_a_nan_stops_the_run_before_the_step(door, toy_llama, corpus, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"loss: nan at iteration 1, samples .*; no step was taken"):
         door("pretrain", TEXT, f"--load {broken} --data-path {corpus} --train-iters 1")
+
+
+def test_the_one_command_of_the_readme_needs_no_more_than_data_and_a_model(
+    door, toy_llama, instructions, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    result = door("posttrain", f"--stage sft --load {toy_llama} --data-path {instructions} --lora-r 16 --save {out}")
+    assert "--prompt-type is not given: using hf" in capsys.readouterr().out
+    assert result.progress.consumed_samples == result.progress.iteration > 40
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == str(result.progress.iteration)
