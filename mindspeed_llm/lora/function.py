@@ -63,6 +63,15 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor
     return out
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias: [..., k] and [n, k] -> [..., n].
+
+    As one product of matrices: torch.matmul makes a batch of one product per row, each with a copy of W, where x needs
+    no gradient and has unusual strides.
+    """
+    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     """a^T b summed over all rows: [..., m], [..., n] -> [m, n]."""
     return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
@@ -80,13 +89,13 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
         parallel = kind.world > 1
         source = x if dropped is None else dropped
-        narrow = torch.matmul(source, lora_a.t())
+        narrow = product(source, lora_a)
         if kind.column:
             gathers = parallel and kind.sequence_parallel
-            y = torch.nn.functional.linear(all_gather(x, kind) if gathers else x, weight, bias)
+            y = product(all_gather(x, kind) if gathers else x, weight, bias)
             narrow = all_gather(narrow, kind) if gathers else narrow
         else:
-            y = torch.matmul(x, weight.t())
+            y = product(x, weight)
             if parallel:
                 reduce = reduce_scatter if kind.sequence_parallel else all_reduce
                 y, narrow = reduce(y, kind), reduce(narrow, kind)
@@ -104,18 +113,18 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         grad_b = outer_sum(dy, narrow) * kind.scaling
         if not kind.column and parallel and kind.sequence_parallel:
             dy = all_gather(dy, kind)
-        grad_narrow = torch.matmul(dy, lora_b) * kind.scaling
+        grad_narrow = product(dy, lora_b.t()) * kind.scaling
         if kind.column and parallel:
             reduce = reduce_scatter if kind.sequence_parallel else all_reduce
             grad_narrow = reduce(grad_narrow, kind)
         grad_a = outer_sum(grad_narrow, source)
         grad_x = grad_dropped = None
         if wants_x:
-            grad_x = torch.matmul(dy, weight)
+            grad_x = product(dy, weight.t())
             if kind.column and parallel:
                 grad_x = (reduce_scatter if kind.sequence_parallel else all_reduce)(grad_x, kind)
             if not ctx.has_dropout:
                 add_product(grad_x, grad_narrow, lora_a)
         if wants_dropped:
-            grad_dropped = torch.matmul(grad_narrow, lora_a)
+            grad_dropped = product(grad_narrow, lora_a.t())
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None

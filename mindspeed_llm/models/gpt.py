@@ -129,6 +129,9 @@ class LanguageModel(GPTModel):
         elif not inside:
             raise ValueError(f"input_ids must be in [0, {self.config.shape.vocab_size})")
         hidden_states = self.embedding(input_ids=input_ids, position_ids=None)
+        # Megatron's transposition leaves the strides of [b, s, h]. With a batch of one that passes for contiguous, but
+        # torch.matmul then takes each token for a product of its own and copies the weight for it.
+        hidden_states = hidden_states.flatten(0, 1).unflatten(0, hidden_states.shape[:2])
         # Recomputation replays a layer only for inputs that need a gradient; with a frozen embedding (LoRA) the first
         # layers would silently not be trained.
         recomputes = self.config.recompute_granularity is not None and self.training and torch.is_grad_enabled()
