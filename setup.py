@@ -34,6 +34,7 @@ setup(
         "datasets>=3.0",
         "pyarrow>=15",
         "numpy>=1.26",
+        "psutil",  # megatron-core's checkpoint writer imports it without declaring it
         "regex",
         "pyyaml>=6",
         "rich>=13",
