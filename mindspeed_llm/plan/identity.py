@@ -91,6 +91,9 @@ def shape_from_options(config: RunConfig, family: str, vocab_size: int) -> tuple
         return None, [f"--num-query-groups: {m.num_query_groups} does not divide {m.num_attention_heads} heads"]
     if not m.kv_channels and m.hidden_size % m.num_attention_heads:
         return None, [f"--kv-channels is missing: {m.num_attention_heads} heads do not divide {m.hidden_size}"]
+    stretching = [all_options()[o].flags[0] for o in RopeKeys if config.get(o) is not None]
+    if stretching and not m.rope_scaling_type:
+        return None, [f"--rope-scaling-type is missing: {', '.join(stretching)} have no meaning without it"]
     rope = None
     if m.rope_scaling_type:
         rope = {"rope_type": m.rope_scaling_type}

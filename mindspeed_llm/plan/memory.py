@@ -66,11 +66,14 @@ def estimate(
     else:
         held = layers * layer
     logits = min(loss_chunk, tokens_per_microbatch) * (padded_vocab // tp) * 4 * 2
+    # Embedding output, final norm, and what the loss computes in advance: the gradient of its input and of the head.
+    ends = 4 * shape.hidden_size * dtype_bytes // (tp if sequence_parallel else 1)
+    head_gradient = padded_vocab * shape.hidden_size * 4 // tp if trainable_share == 1.0 else 0
     return MemoryEstimate(
         weights=parameters * dtype_bytes,
         gradients=trained * 4,
         optimizer=optimizer,
-        activations=held * tokens_per_microbatch * in_flight + logits,
+        activations=(held * in_flight + ends) * tokens_per_microbatch + logits + head_gradient,
     )
 
 

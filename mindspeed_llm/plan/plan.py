@@ -173,6 +173,11 @@ def _check_combinations(config: RunConfig) -> list[str]:
         t.pad_to_seq_length and t.padding_free,
         "--pad-to-seq-length has a meaning with --no-padding-free only: joined samples have no padding",
     )
+    k = config.tokenizer
+    refuse(
+        k.tokenizer_name_or_path is not None and k.tokenizer_model is not None,
+        "--tokenizer-name-or-path and --tokenizer-model exclude each other; give one",
+    )
     lora = config.lora
     asked = lora.lora_r is not None or lora.lora_target_modules is not None
     refuse(
@@ -298,6 +303,22 @@ def recorded_adapters(config: RunConfig, source: Found, problems: list[str]) -> 
     return recorded
 
 
+def _notes(config: RunConfig) -> list[str]:
+    """Options that are accepted without effect, each with the reason."""
+    p, t = config.parallel, config.training
+    notes = []
+    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+        notes.append("--sequence-parallel has no effect with tensor parallel 1: there is nothing to split")
+    if config.door == "posttrain" and t.reset_attention_mask:
+        notes.append("--reset-attention-mask has no effect in SFT: documents of one row never see each other")
+    if config.door == "pretrain" and t.pad_to_multiple_of and not t.reset_attention_mask:
+        notes.append(
+            "--pad-to-multiple-of has no effect in pre-training without --reset-attention-mask: every row has "
+            "--seq-length tokens"
+        )
+    return notes
+
+
 def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:
     p, t = config.parallel, config.training
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
@@ -315,9 +336,6 @@ def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adap
             sequence_parallel=p.sequence_parallel,
             padded=config.door == "pretrain" or t.pad_to_seq_length,
         )
-    notes = []
-    if p.sequence_parallel and tp == 1:
-        notes.append("--sequence-parallel has no effect with tensor parallel 1: there is nothing to split")
     padded = padded_vocab_size(shape.vocab_size, tp, config.model.make_vocab_size_divisible_by)
     return Plan(
         config=config,
@@ -337,5 +355,5 @@ def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adap
         seq_length=seq_length,
         padded_vocab_size=padded,
         rules=rules,
-        notes=notes,
+        notes=_notes(config),
     )

@@ -1,0 +1,100 @@
+"""Options that act only while something runs: resuming, saving, what is printed."""
+
+import json
+import re
+
+import pytest
+
+FLAGS = (
+    "--seq-length 64 --lr 1e-2 --lr-decay-style constant --global-batch-size 2 --split 1 --hidden-dropout 0.1 "
+    "--num-threads 1"
+)
+
+
+def losses(result):
+    return [loss for _, loss in result.history.train]
+
+
+@pytest.fixture(scope="module")
+def door(toy_llama, texts, tmp_path_factory):
+    """door("--flag value ...", ...) pre-trains the toy with a progress of lines."""
+    from mindspeed_llm.cli.training import run_door
+    from mindspeed_llm.config.parser import parse
+
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*words):
+        flat = [piece for word in (FLAGS, f"--data-path {texts} --cache-dir {cache}", *words) for piece in word.split()]
+        return run_door(parse("pretrain", flat))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(door, toy_llama, tmp_path_factory):
+    """(checkpoint after 2 of 4 iterations, losses of iterations 3 and 4)."""
+    out = tmp_path_factory.mktemp("saved") / "out"
+    whole = door(f"--load {toy_llama} --train-iters 4 --save {out} --save-interval 2 --progress lines")
+    return out, losses(whole)[2:]
+
+
+def test_a_plain_resume_goes_on(door, saved):
+    out, expected = saved
+    assert losses(door(f"--load {out} --ckpt-step 2 --train-iters 4 --progress lines")) == expected
+
+
+def test_no_load_optim_forgets_the_moments(door, saved):
+    out, expected = saved
+    found = losses(door(f"--load {out} --ckpt-step 2 --train-iters 4 --no-load-optim --progress lines"))
+    # the same weights and dropout at first; the second step starts from moments that were begun again
+    assert found[0] == expected[0]
+    assert found[1] != expected[1]
+
+
+def test_no_load_rng_draws_other_dropout(door, saved):
+    out, expected = saved
+    found = losses(door(f"--load {out} --ckpt-step 2 --train-iters 4 --no-load-rng --progress lines"))
+    assert found[0] != expected[0]
+
+
+def test_no_save_optim_cannot_be_resumed(door, toy_llama, tmp_path):
+    out = tmp_path / "out"
+    door(f"--load {toy_llama} --train-iters 1 --save {out} --no-save-optim --progress lines")
+    assert json.loads((out / "iter_0000001" / "mindspeed_llm.json").read_text())["resumable"] is False
+    again = door(f"--load {out} --train-iters 1 --progress lines")
+    assert again.progress.consumed_samples == 2
+
+
+def test_save_hf_writes_what_was_trained(door, toy_llama, tmp_path):
+    import torch
+
+    from mindspeed_llm.checkpoint.detect import open_source
+
+    out = tmp_path / "out"
+    door(f"--load {toy_llama} --train-iters 1 --save {out} --save-hf --progress lines")
+    assert (out / "hf" / "model.safetensors").is_file()
+    exported, trained = open_source(out / "hf"), open_source(out)
+    assert all(torch.equal(exported.read(name), trained.read(name)) for name in trained.names())
+
+
+def test_show_samples_prints_rows(door, toy_llama, capsys):
+    said = []
+    for count in (1, 3):
+        door(f"--load {toy_llama} --train-iters 1 --show-samples {count} --progress lines")
+        # the documents of the corpus repeat a number each
+        said.append(len(set(re.findall(r"\b(\d+)(?: \1\b){5}", capsys.readouterr().out))))
+    assert said == [1, 3]
+
+
+def test_progress_is_a_bar_or_lines(door, toy_llama, capsys):
+    door(f"--load {toy_llama} --train-iters 1 --progress lines")
+    assert "elapsed time per iteration (ms)" in capsys.readouterr().out
+    door(f"--load {toy_llama} --train-iters 1 --progress bar")
+    assert "elapsed time per iteration (ms)" not in capsys.readouterr().out
+
+
+def test_log_throughput_adds_to_the_line(door, toy_llama, capsys):
+    door(f"--load {toy_llama} --train-iters 1 --log-throughput --progress lines")
+    assert "throughput per GPU (TFLOP/s/GPU)" in capsys.readouterr().out
+    door(f"--load {toy_llama} --train-iters 1 --progress lines")
+    assert "throughput per GPU (TFLOP/s/GPU)" not in capsys.readouterr().out
