@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-OPERATORS = ("attention", "cross_entropy", "norm", "rotary", "swiglu")
+OPERATORS = ("attention", "attention_blocks", "cross_entropy", "norm", "rotary", "swiglu")
 
 
 def load_all() -> None:
