@@ -170,9 +170,13 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
 
 
 def _adapters(config: RunConfig, found: Found):
-    """(tensors, settings, shape of the base) of --lora-load, checked against its base and the options repeating it."""
+    """--lora-load, checked against its base and the options repeating it.
+
+    Returns:
+        (adapters, settings, shape of the base, base tensors trained beside the adapters by name)
+    """
     from mindspeed_llm.lora.peft_format import read_peft
-    from mindspeed_llm.lora.tensors import read_adapters
+    from mindspeed_llm.lora.tensors import read_adapters, read_trained_base
     from mindspeed_llm.plan.base import check_base
     from mindspeed_llm.plan.plan import recorded_adapters
     from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
@@ -187,21 +191,21 @@ def _adapters(config: RunConfig, found: Found):
     shape = _base_shape(config, found)
     check_base(source, found, shape)
     if source.format == "peft":
-        tensors, settings = read_peft(source.directory, shape)
-    else:
-        tensors = read_adapters(source.directory, shape, settings)
-    return tensors, settings, shape
+        return *read_peft(source.directory, shape), shape, {}
+    tensors = read_adapters(source.directory, shape, settings)
+    return tensors, settings, shape, read_trained_base(source.directory, shape)
 
 
 def _merge(config: RunConfig, found: Found):
     from mindspeed_llm.lora.merge import count_linears, merging_transform
 
-    tensors, settings, shape = _adapters(config, found)
+    tensors, settings, shape, trained = _adapters(config, found)
     changed, linears = count_linears(tensors, shape)
     print(
         f"merging adapters into {changed} of {linears} linears (rank {settings.rank}, alpha {settings.alpha:g}) in fp32"
+        + (f", and {len(trained)} tensors trained beside them" if trained else "")
     )
-    return merging_transform(tensors, settings, shape)
+    return merging_transform(tensors, settings, shape, trained)
 
 
 def _export_adapters(config: RunConfig, found: Found) -> None:
@@ -210,7 +214,13 @@ def _export_adapters(config: RunConfig, found: Found) -> None:
     target = Path(config.convert.save_dir)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"convert: {target} is not empty; try: another --save-dir")
-    tensors, settings, shape = _adapters(config, found)
+    tensors, settings, shape, trained = _adapters(config, found)
+    if trained:
+        raise UserError(
+            f"convert: --save-lora-to-hf: {config.lora.lora_load} holds {len(trained)} tensors of the base too "
+            f"({next(iter(trained))}, ...), because --trainable trained them, and PEFT's format holds adapters alone; "
+            "try: merge with --save-model-type hf"
+        )
     write_peft(target, tensors, settings, shape, str(found.path))
     print(f"wrote adapters of {len(tensors)} linears to {target} in PEFT's format")
 

@@ -19,7 +19,7 @@ def save_final_as_hf(plan: Plan) -> Path | None:
 
     from mindspeed_llm.checkpoint.convert import convert
     from mindspeed_llm.lora.merge import merging_transform
-    from mindspeed_llm.lora.tensors import read_adapters
+    from mindspeed_llm.lora.tensors import read_adapters, read_trained_base
 
     target = Path(plan.config.checkpoint.save) / "hf"
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -30,5 +30,8 @@ def save_final_as_hf(plan: Plan) -> Path | None:
         if plan.weights is None:
             raise UserError("--save-hf: the base of the adapters is random and nowhere on disk; give --load")
         adapters = read_adapters(final.directory, plan.shape, plan.adapters)
-        transform, source = merging_transform(adapters, plan.adapters, plan.shape), plan.weights.path
+        transform, source = (
+            merging_transform(adapters, plan.adapters, plan.shape, read_trained_base(final.directory, plan.shape)),
+            plan.weights.path,
+        )
     return convert(source, target, save_type="hf", hf_cfg_dir=plan.hf_files, transform=transform)

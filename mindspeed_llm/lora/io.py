@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.inject import adapted_modules
 from mindspeed_llm.lora.layers import LoraMixin
 from mindspeed_llm.lora.peft_format import read_peft
-from mindspeed_llm.lora.tensors import AdapterTensors, read_adapters
+from mindspeed_llm.lora.tensors import AdapterTensors, read_adapters, read_trained_base
 from mindspeed_llm.models.initialize import global_name
 from mindspeed_llm.models.layouts import layer_index
 from mindspeed_llm.plan.adapters import AdapterSettings
@@ -27,13 +28,19 @@ def load_adapters(model: nn.Module, directory: Path, kind: str, settings: Adapte
         Number of tensors filled.
 
     Raises:
-        UserError: they are not for this model.
+        UserError: they are not for this model, or base tensors were trained beside them.
     """
     shape = model.config.shape
     if kind == "peft":
         tensors, _ = read_peft(directory, shape)
     else:
         tensors = read_adapters(directory, shape, settings)
+        if trained := read_trained_base(directory, shape):
+            raise UserError(
+                f"lora: {directory} holds {len(trained)} tensors of the base too ({next(iter(trained))}, ...), because "
+                "--trainable trained them beside the adapters; legal: resuming that run, or a merged model; try: "
+                "convert_ckpt.py --lora-load to merge both"
+            )
     filled = 0
     for path, module in adapted_modules(model).items():
         layer = layer_index(global_name(path + ".weight", model.config, model.vp_stage, model.pp_group.rank()))

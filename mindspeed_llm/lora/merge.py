@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,17 +14,22 @@ from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_siz
 
 
 def merging_transform(
-    adapters: AdapterTensors, settings: AdapterSettings, shape: ModelShape
+    adapters: AdapterTensors, settings: AdapterSettings, shape: ModelShape, trained: Mapping[str, Tensor]
 ) -> Callable[[str, Tensor], Tensor]:
-    """A function (mcore name, unsharded tensor) -> tensor with the adapter added in fp32 and rounded once."""
+    """A function (mcore name, unsharded tensor) -> tensor with the adapter added in fp32 and rounded once.
+
+    Args:
+        trained: base tensors that were trained beside the adapters and take the place of the base's.
+    """
     by_linear = {(layer, module_of_part(part)) for layer, part in adapters}
     sizes = linear_sizes(shape)
 
     def transform(name: str, tensor: Tensor) -> Tensor:
         module = name.rsplit(".", 2)[-2] if name.count(".") > 2 else ""
-        layer = layer_index(name)
+        layer, dtype = layer_index(name), tensor.dtype
+        tensor = trained.get(name, tensor)
         if not name.endswith(".weight") or (layer, module) not in by_linear:
-            return tensor
+            return tensor.to(dtype)
         deltas = []
         for part in FUSED_PARTS[module]:
             adapter = adapters.get((layer, part))
@@ -35,7 +40,7 @@ def merging_transform(
                 else settings.scaling * (adapter.b.float() @ adapter.a.float())
             )
         delta = deltas[0] if len(deltas) == 1 else pack(deltas, layout_of(name).packing, shape)
-        return (tensor.float() + delta).to(tensor.dtype)
+        return (tensor.float() + delta).to(dtype)
 
     return transform
 

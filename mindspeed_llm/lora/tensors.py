@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mindspeed_llm.checkpoint.names import plain_name
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.layouts import layout_of
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_sizes
 
@@ -20,6 +22,10 @@ BLOCKS = {
     "linear_fc1": "mlp",
     "linear_fc2": "mlp",
 }
+
+
+# What a model's own tensors begin with; optimizer, schedule and random states have other names.
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 
 
 @dataclass
@@ -52,15 +58,7 @@ def read_adapters(directory: Path, shape: ModelShape, settings: AdapterSettings)
     Raises:
         UserError: tensors are missing or of other sizes.
     """
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    metadata = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-    stored = {k: v for k, v in metadata.items() if ".lora_" in k and isinstance(v, TensorStorageMetadata)}
-    wanted = {k: v for k, v in stored.items() if not k.startswith("optimizer.")}
-    state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in wanted.items()}
-    load(state, storage_reader=FileSystemReader(str(directory)), no_dist=True)
-    whole = _unstack(state, shape.num_layers)
+    whole = _read_model_tensors(directory, shape.num_layers, lambda key: ".lora_" in key)
     adapters: AdapterTensors = {}
     for layer in range(shape.num_layers):
         for module, part in adapted_parts(settings):
@@ -78,11 +76,39 @@ def read_adapters(directory: Path, shape: ModelShape, settings: AdapterSettings)
     return adapters
 
 
+def read_trained_base(directory: Path, shape: ModelShape) -> dict[str, Tensor]:
+    """Base tensors that a LoRA run trained beside its adapters (`--trainable`), by mcore name, unsharded and unpadded.
+
+    They are worth as much as the adapters: whoever uses one must use the other.
+    """
+    whole = _read_model_tensors(directory, shape.num_layers, lambda key: ".lora_" not in key)
+    trained = {plain_name(key): tensor for key, tensor in whole.items()}
+    return {
+        name: tensor[: shape.vocab_size] if layout_of(name).packing == "vocab" else tensor
+        for name, tensor in trained.items()
+    }
+
+
+def _read_model_tensors(directory: Path, num_layers: int, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The model's tensors (no optimizer state) in a torch_dist checkpoint, each layer's under its own name."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in metadata.items()
+        if key.startswith(MODEL_PREFIXES) and isinstance(stored, TensorStorageMetadata) and wanted(key)
+    }
+    load(state, storage_reader=FileSystemReader(str(directory)), no_dist=True)
+    return _unstack(state, num_layers)
+
+
 def _unstack(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """megatron-core stores equal layers as one tensor with a leading layer axis; give each layer its own name."""
     whole = {}
     for key, tensor in state.items():
-        if re.match(r"decoder\.layers\.\d+\.", key):
+        if not re.match(r"decoder\.layers\.\D", key):
             whole[key] = tensor
             continue
         for layer in range(num_layers):
