@@ -27,7 +27,9 @@ BIN = 8
 def read_histogram(path: str | Path = LENGTHS_CSV) -> tuple[np.ndarray, np.ndarray]:
     """([bins, 2] prompt and answer tokens, [bins] number of samples)."""
     with open(path, newline="") as stream:
-        rows = [[int(row[name]) for name in ("prompt_tokens", "answer_tokens", "samples")] for row in csv.DictReader(stream)]
+        rows = [
+            [int(row[name]) for name in ("prompt_tokens", "answer_tokens", "samples")] for row in csv.DictReader(stream)
+        ]
     table = np.array(rows)
     return table[:, :2], table[:, 2]
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 MASKED, PER_DOCUMENT = "sdpa", "sdpa_per_document"
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def attention_per_document(
@@ -22,7 +21,10 @@ def attention_per_document(
 ):
     """SDPA of each packed document by itself: [1, heads, t, d] -> [1, t, heads, d]."""
     parts = (tensor.split(document_lengths, dim=2) for tensor in (query, key, value))
-    outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in zip(*parts)]
+    outs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in zip(*parts)
+    ]
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
@@ -63,17 +65,17 @@ class Peer:
 
     Args:
         directory: HF model.
-        lora_rank: None trains everything.
+        lora_targets, lora_rank: linears with adapters; () trains everything.
         learning_rate: of AdamW.
     """
 
-    def __init__(self, directory: str, lora_rank: int | None, learning_rate: float) -> None:
+    def __init__(self, directory: str, lora_targets: Sequence[str], lora_rank: int, learning_rate: float) -> None:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation=MASKED)
         self.base = model
-        if lora_rank:
+        if lora_targets:
             from peft import LoraConfig, get_peft_model
 
-            config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
+            config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=list(lora_targets))
             model = get_peft_model(model, config, autocast_adapter_dtype=False)
         self.model = model.train()
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

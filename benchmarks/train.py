@@ -44,6 +44,7 @@ TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "he
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 GLOBAL_BATCH, MICRO_BATCH, PACKED_ROW = 32, 8, 2048
 LORA_RANK, LEARNING_RATE = 16, 1e-4
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AIMS = {"packed": 1.3, "padded": 2.5}
 
 
@@ -83,7 +84,10 @@ class Ours:
         words = f"--load {directory} --data-path none --bf16 --lr {LEARNING_RATE} --lr-decay-style constant "
         words += f"--weight-decay 0.01 --seq-length {PACKED_ROW} --global-batch-size {GLOBAL_BATCH} --eval-iters 0 "
         words += f"--micro-batch-size {MICRO_BATCH} --num-threads {threads} --train-iters 1000000"
-        words += f" --lora-r {LORA_RANK} --lora-alpha {2 * LORA_RANK}" if mode == "lora" else ""
+        if mode == "lora":
+            words += (
+                f" --lora-r {LORA_RANK} --lora-alpha {2 * LORA_RANK} --lora-target-modules {' '.join(LORA_TARGETS)}"
+            )
         self.plan = resolve(parse("posttrain", words.split()).config, [])
         start_processes(self.plan)
         self.model = build(self.plan)
@@ -148,10 +152,14 @@ def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) 
     from peer import MASKED, PER_DOCUMENT, Peer, document_batch, packed_batch, padded_batch
 
     steps = groups(samples, GLOBAL_BATCH)
-    micro, rows, grouped = [groups(s, MICRO_BATCH) for s in steps], [packed_rows(s) for s in steps], grouped_by_length(samples)
+    micro, rows, grouped = (
+        [groups(s, MICRO_BATCH) for s in steps],
+        [packed_rows(s) for s in steps],
+        grouped_by_length(samples),
+    )
     ours = Ours(directory, mode, args.threads)
     joined, packed = ours.loop(micro), ours.loop(rows)
-    peer = Peer(directory, LORA_RANK if mode == "lora" else None, LEARNING_RATE)
+    peer = Peer(directory, LORA_TARGETS if mode == "lora" else (), LORA_RANK, LEARNING_RATE)
     losses: dict[str, float] = {}
 
     def run_ours(name: str, loop: Any) -> None:
@@ -162,7 +170,10 @@ def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) 
         results = [peer.step(step, attention) for step in batches]
         losses.setdefault(name, results[0])
 
-    sides = {"ours_joined": lambda: run_ours("ours_joined", joined), "ours_packed": lambda: run_ours("ours_packed", packed)}
+    sides = {
+        "ours_joined": lambda: run_ours("ours_joined", joined),
+        "ours_packed": lambda: run_ours("ours_packed", packed),
+    }
     for name, steps_of_side, collate, attention in (
         ("peer_padded", micro, padded_batch, MASKED),
         ("peer_grouped", grouped, padded_batch, MASKED),

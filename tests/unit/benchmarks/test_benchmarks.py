@@ -1,0 +1,96 @@
+"""The benchmark scripts run, train the same thing on all sides, and print one JSON line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """run("train", "--quick", ...) -> what the script prints, read as JSON."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        [line] = capsys.readouterr().out.strip().splitlines()
+        return json.loads(line)
+
+    return run
+
+
+def test_all_sides_of_training_train_the_same(script):
+    result = script("train", "--quick", "--threads", "1", "--mode", "lora")["lora"]
+    losses = result["first_loss"]
+    assert set(losses) == set(result["tokens_per_second"])
+    assert len(losses) == 6
+    # bf16, and the sides take their first steps one after another on two models.
+    assert list(losses.values()) == pytest.approx([losses["ours_joined"]] * 6, rel=1e-2)
+    assert result["packed_over_fastest_packed_peer"] > 0
+    assert all(share > 0 for share in result["share_of_matmul_rate"].values())
+
+
+def test_preprocessing(script):
+    result = script("preprocess", "--quick", "--threads", "1")
+    assert len(result["megabytes_per_second"]) == 6
+    assert all(rate > 0 for rate in result["megabytes_per_second"].values())
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import lengths
+    import measure
+    import peer
+
+    return lengths, measure, peer
+
+
+def test_samples_follow_the_histogram(modules):
+    lengths, _, _ = modules
+    table, counts = lengths.read_histogram()
+    samples = lengths.draw_samples(2000, 1000, seed=0)
+    mean = np.average(table.sum(1), weights=counts)
+    assert np.mean([len(s["input_ids"]) for s in samples]) == pytest.approx(mean, rel=0.1)
+    sample = samples[0]
+    trained = np.flatnonzero(sample["labels"] != -100)
+    assert np.array_equal(sample["labels"][trained], sample["input_ids"][trained + 1])
+    assert trained[-1] == len(sample["input_ids"]) - 2
+
+
+def test_the_peers_packed_batches_keep_documents_apart(modules, toy_llama):
+    """Otherwise it would be compared with something that is quicker because it is wrong."""
+    lengths, _, peer = modules
+    samples = lengths.draw_samples(6, 997, seed=1)
+    model = peer.Peer(str(toy_llama), (), 0, learning_rate=0.0).base.float().eval()
+
+    @torch.no_grad()
+    def logits(batch, attention=peer.MASKED):
+        model.set_attn_implementation(attention)
+        return model(**{name: value for name, value in batch.items() if name != "shift_labels"}, use_cache=False).logits
+
+    padded = peer.padded_batch(samples)
+    apart = logits(padded)[padded["attention_mask"].bool()]
+    documents = peer.document_batch(samples)
+    assert torch.allclose(logits(peer.packed_batch(samples))[0], apart, atol=1e-4)
+    assert torch.allclose(logits(documents, peer.PER_DOCUMENT)[0], apart, atol=1e-4)
+    documents["document_lengths"] = [sum(documents["document_lengths"])]
+    assert not torch.allclose(logits(documents, peer.PER_DOCUMENT)[0], apart, atol=1e-2)
+
+
+def test_sides_take_turns(modules):
+    _, measure, _ = modules
+    order = []
+    seconds = measure.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 2)
+    assert "".join(order) == "abc" + "abc" + "bca"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert measure.median_ratio([2, 6, 9], [1, 2, 3]) == 3

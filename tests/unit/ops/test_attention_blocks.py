@@ -1,0 +1,91 @@
+"""Attention in blocks equals the formula, falls back where it must, and keeps documents apart."""
+
+import pytest
+import torch
+
+from mindspeed_llm.ops import attention_blocks
+from mindspeed_llm.ops.attention import attention, reference, sdpa
+from mindspeed_llm.ops.attention_blocks import BLOCK_ROWS, LONGEST_KEPT, block_attention
+
+
+def inputs(s, b=1, n=4, g=2, d=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(s)
+    shapes = ((s, b, n, d), (s, b, g, d), (s, b, g, d))
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    grad = torch.randn(s, b, n * d, generator=generator, dtype=torch.float64).to(dtype)
+    return [x.requires_grad_() for x in (q, k, v)], grad
+
+
+def with_gradients(function, tensors, grad):
+    out = function(*tensors)
+    return [out, *torch.autograd.grad(out, tensors, grad)]
+
+
+def blocks(q, k, v):
+    return block_attention(q, k, v, None, 0.0, None)
+
+
+def error(found, exact):
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, exact))
+
+
+@pytest.mark.parametrize("s", [1, 2, BLOCK_ROWS, BLOCK_ROWS + 1, 3 * BLOCK_ROWS + 7])
+@pytest.mark.parametrize("b, n, g", [(1, 6, 2), (2, 4, 4), (3, 4, 1)])
+def test_equals_the_formula(s, b, n, g):
+    tensors, grad = inputs(s, b, n, g)
+    exact = with_gradients(reference, tensors, grad)
+    assert all(
+        torch.allclose(f, e, rtol=1e-12, atol=1e-12) for f, e in zip(with_gradients(blocks, tensors, grad), exact)
+    )
+
+
+def test_a_mask_that_is_off_by_one_is_noticed(monkeypatch):
+    tensors, grad = inputs(2 * BLOCK_ROWS)
+    exact = with_gradients(reference, tensors, grad)
+    assert error(with_gradients(blocks, tensors, grad), exact) < 1e-12
+    monkeypatch.setattr(attention_blocks, "_later", lambda rows: torch.ones(rows, rows, dtype=torch.bool).triu_(2))
+    assert error(with_gradients(blocks, tensors, grad), exact) > 1e-3
+
+
+def test_bf16_is_as_exact_as_torchs_flash_kernel():
+    tensors, grad = inputs(200, n=12, g=4, d=64, dtype=torch.bfloat16)
+    exact = with_gradients(reference, [x.detach().double().requires_grad_() for x in tensors], grad.double())
+    flash = with_gradients(lambda q, k, v: sdpa(q, k, v, None, 0.0, None), tensors, grad)
+    assert error(with_gradients(blocks, tensors, grad), exact) < 1.2 * error(flash, exact)
+
+
+def test_inputs_are_not_written_to():
+    for dtype in (torch.float32, torch.float64):
+        tensors, grad = inputs(100, dtype=dtype)
+        before = [x.detach().clone() for x in (*tensors, grad)]
+        with_gradients(blocks, tensors, grad)
+        assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, grad)))
+
+
+@pytest.mark.parametrize(
+    "s, window, dropout, differentiated",
+    [(LONGEST_KEPT + 1, None, 0.0, True), (9, 4, 0.0, True), (9, None, 0.5, True), (9, None, 0.0, False)],
+)
+def test_what_it_has_no_form_for_is_torchs(s, window, dropout, differentiated):
+    tensors, _ = inputs(s, n=2, g=2, dtype=torch.float32)
+    with torch.set_grad_enabled(differentiated):
+        torch.manual_seed(0)
+        found = block_attention(*tensors, window, dropout, None)
+        torch.manual_seed(0)
+        assert torch.equal(found, sdpa(*tensors, window, dropout, None))
+
+
+def test_documents_do_not_see_each_other_and_do_not_depend_on_their_neighbours():
+    tensors, grad = inputs(150)
+    bounds = torch.tensor([0, 70, 150])
+    packed = with_gradients(lambda q, k, v: attention(q, k, v, cu_seqlens=bounds), tensors, grad)
+    alone = with_gradients(blocks, [x[:70].detach().requires_grad_() for x in tensors], grad[:70])
+    assert all(torch.equal(p[:70], a) for p, a in zip(packed, alone))
+    spoilt = [x.detach().clone() for x in tensors]
+    for x in spoilt:
+        x[70:] = float("nan")
+    spoilt_grad = torch.cat((grad[:70], torch.full_like(grad[70:], float("nan"))))
+    found = with_gradients(
+        lambda q, k, v: attention(q, k, v, cu_seqlens=bounds), [x.requires_grad_() for x in spoilt], spoilt_grad
+    )
+    assert all(torch.equal(f[:70], a) for f, a in zip(found, alone))
