@@ -68,6 +68,7 @@ def register(
 def implementation(operator: str) -> Callable[..., Any]:
     """The function that computes `operator` on this process's device; the choice is made at the first call."""
     if operator not in _chosen:
+        ops.load_all()  # the choice must not depend on what happens to be imported
         device_type = accelerator.current().device_type
         usable = [entry for entry in _known(operator) if entry.missing(device_type) is None]
         _chosen[operator] = max(usable, key=lambda entry: entry.priority)
