@@ -32,12 +32,14 @@ PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, window_size: int | None, dropout: float, scale: float | None
 ) -> Tensor:
-    """As `ops.attention.sdpa`, which it calls where nothing is differentiated or where it has no form of its own."""
+    """As `ops.attention.sdpa`, which it calls where it has no form of its own.
+
+    The same form with and without gradients: recomputation must repeat the forward pass bit by bit.
+    """
     s = query.shape[0]
-    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     windowed = window_size is not None and window_size < s
     square = key.shape[0] == s <= LONGEST_KEPT and query.dtype in PRODUCT_DTYPES
-    if not differentiated or windowed or dropout or not square:
+    if windowed or dropout or not square:
         return sdpa(query, key, value, window_size, dropout, scale)
     return _BlockAttention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
 
