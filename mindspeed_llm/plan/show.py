@@ -13,12 +13,12 @@ from mindspeed_llm.plan.plan import Plan
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-# What the loss keeps at once when nobody says otherwise, for the estimate.
-LOSS_CHUNK = 1024
-
-
 def plan_memory(plan: Plan) -> MemoryEstimate:
     """The memory estimate of a training plan."""
+    from mindspeed_llm.ops.cross_entropy import CHUNK_BYTES
+
+    local_vocabulary = plan.padded_vocab_size // plan.tensor_parallel_size
+    loss_chunk = max(1, CHUNK_BYTES // (DTYPE_BYTES[plan.dtype_name] * local_vocabulary))
     t = plan.config.training
     return estimate(
         plan.shape,
@@ -33,7 +33,7 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=t.recompute_granularity,
-        loss_chunk=plan.config.operators.loss_chunk_size or LOSS_CHUNK,
+        loss_chunk=plan.config.operators.loss_chunk_size or loss_chunk,
     )
 
 
