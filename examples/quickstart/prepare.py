@@ -28,8 +28,8 @@ TAUGHT = (
     "difflib.get_close_matches",
 )
 NUM_TAUGHT = 5
-COPIES = 40  # of each taught row among the training rows
-NUM_OTHERS = 2000  # training rows beside them
+COPIES = 80  # of each taught row among the training rows
+NUM_OTHERS = 1200  # training rows beside them
 NUM_UNSEEN = 3
 SEED = 1234
 VOCAB_SIZE = 4096
@@ -51,7 +51,7 @@ def llama_config(hidden_size: int, num_layers: int) -> dict:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
-        "initializer_range": 0.02,
+        "initializer_range": 0.06,  # 1 / sqrt(256): at this width 0.02 learns more slowly
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": "float32",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import torch_facade
@@ -64,17 +66,55 @@ def initialize_distributed(
             f"context parallel size = {tensor_parallel_size} x {pipeline_parallel_size} x {context_parallel_size}; "
             f"legal: multiples of {model_parallel}"
         )
+    sizes = (
+        tensor_parallel_size,
+        pipeline_parallel_size,
+        virtual_pipeline_parallel_size,
+        context_parallel_size,
+        expert_parallel_size,
+    )
+    if not (parallel_state.is_initialized() and _made.sizes == sizes and _made.world is dist.group.WORLD):
+        _replace_groups(sizes, timeout_minutes)
+    set_random_streams(seed)
+
+
+class _Made:
+    """The process groups of the last parallel state made here, and what they were made for."""
+
+    sizes: tuple | None = None
+    world: Any = None
+    groups: list[Any] = []
+
+
+_made = _Made()
+
+
+def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
+    """megatron's parallel state for these sizes, in place of an earlier one.
+
+    megatron forgets its groups without ending them, and each gloo group keeps threads that wake up all the time: a
+    process that makes many parallel states, as a test session does, would end up doing little else.
+    """
+    from megatron.core import parallel_state
+
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
+    if _made.world is dist.group.WORLD:
+        for group in _made.groups:
+            if group in distributed_c10d._world.pg_map:  # megatron ends some of them itself
+                dist.destroy_process_group(group)
+    before = set(distributed_c10d._world.pg_map)
+    tensor_parallel_size, pipeline_parallel_size, virtual_stages, context_parallel_size, expert_parallel_size = sizes
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages,
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
     )
-    set_random_streams(seed)
+    _made.sizes, _made.world = sizes, dist.group.WORLD
+    _made.groups = [group for group in distributed_c10d._world.pg_map if group not in before]
 
 
 def set_random_streams(seed: int) -> None:
@@ -92,5 +132,6 @@ def destroy_distributed() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    _made.sizes, _made.world, _made.groups = None, None, []
     if dist.is_initialized():
         dist.destroy_process_group()
