@@ -21,7 +21,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["mindspeed_llm", "mindspeed_llm.*"]),
-    package_data={"mindspeed_llm": ["data/*.yaml", "data/**/*.yaml", "config/*.csv", "config/*.yaml", "testing/*.txt"]},
+    package_data={"mindspeed_llm": ["data/*.yaml", "config/*.csv"]},
     entry_points={"console_scripts": ["mindspeed-llm=mindspeed_llm.__main__:main"]},
     install_requires=[
         "torch>=2.6",

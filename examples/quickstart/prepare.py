@@ -91,6 +91,7 @@ def _with_other_answers(rows: list[dict], draw: random.Random) -> list[dict]:
 
 
 def main() -> None:
+    """Write everything below the given directory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--hidden-size", type=int, default=256)

@@ -42,6 +42,7 @@ def side_by_side(questions: list[dict], base: list[str], tuned: list[str]) -> Ta
 
 
 def main() -> int:
+    """Print the report; 1 when the tuned model is not clearly better."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     out = parser.parse_args().directory

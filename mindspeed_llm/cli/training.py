@@ -45,11 +45,9 @@ def run_door(parsed: Parsed) -> RunResult | None:
     prefix = prepare_data(plan, tokenizer)
     if config.logging.show_samples:
         _show_samples(plan, prefix, tokenizer)
-    from mindspeed_llm.posttrain.sft import run_sft
     from mindspeed_llm.training.run import run_training
 
-    run = run_sft if config.door == "posttrain" else run_training
-    result = run(plan, prefix, _padding_token(tokenizer))
+    result = run_training(plan, prefix, _padding_token(tokenizer))
     if config.checkpoint.save_hf:
         from mindspeed_llm.cli.save_hf import save_final_as_hf
 
@@ -77,7 +75,9 @@ def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> str:
     """The preprocessed prefix; raw data are preprocessed into the cache, once, before process groups exist."""
     path = plan.config.data.data_path[0]
     if is_preprocessed(path):
-        if tokenizer is not None and find_dataset(path) is not None:
+        if find_dataset(path) is None:
+            say_notes([f"{path} has no record: taken as another program's files, their tokenizer is not checked"])
+        elif tokenizer is not None:
             check_tokenizer(path, tokenizer)
         return path
     if tokenizer is None:

@@ -51,7 +51,7 @@ def parse(door: str, argv: Sequence[str]) -> Parsed:
         flag, equals, inline = word.partition("=")
         values = [inline] if equals else _take_values(words)
         if flag == "--config":
-            _read_yaml(parsed, values, said)
+            _read_yaml(parsed, values)
         elif flag in flags:
             o, on = flags[flag]
             _give_back_extra(o, values, words)
@@ -60,7 +60,7 @@ def parse(door: str, argv: Sequence[str]) -> Parsed:
             said[o.name] = word
             _set_from_words(parsed, o, flag, on, values)
         elif flag in upstream_flags():
-            _note_upstream(parsed, flag, door)
+            _note_upstream(parsed, flag)
         else:
             parsed.problems.append(_unknown(flag, flags))
     return parsed
@@ -133,7 +133,7 @@ def _scalar(o: Option, text: str) -> Any:
     return text
 
 
-def _read_yaml(parsed: Parsed, values: list[str], said: dict[str, str]) -> None:
+def _read_yaml(parsed: Parsed, values: list[str]) -> None:
     if len(values) != 1:
         parsed.problems.append("--config takes one YAML file")
         return
@@ -171,7 +171,7 @@ def _wrong_type(o: Option, value: Any) -> str | None:
     return None
 
 
-def _note_upstream(parsed: Parsed, flag: str, door: str) -> None:
+def _note_upstream(parsed: Parsed, flag: str) -> None:
     row = upstream_flags()[flag]
     if row.status == "refused":
         parsed.problems.append(f"{flag} is not supported: {row.reason}")

@@ -326,7 +326,7 @@ def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adap
     data_parallel = max(world_size // (tp * pp), 1)
     global_batch = t.global_batch_size or t.micro_batch_size * data_parallel
     seq_length = config.data.seq_length or min(shape.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
-    rules = layout_rules(shape, tp=tp, pp=pp, world_size=world_size, sequence_parallel=p.sequence_parallel)
+    rules = layout_rules(shape, tp=tp, pp=pp, world_size=world_size)
     if config.door != "inference":
         rules += batch_rules(t.micro_batch_size, global_batch, data_parallel)
         rules += sequence_rules(

@@ -31,7 +31,7 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def layout_rules(shape: ModelShape, *, tp: int, pp: int, world_size: int, sequence_parallel: bool) -> list[Rule]:
+def layout_rules(shape: ModelShape, *, tp: int, pp: int, world_size: int) -> list[Rule]:
     """Conditions on tensor and pipeline parallelism for a model on `world_size` processes."""
     legal_tp = [d for d in divisors(shape.num_query_groups) if shape.ffn_hidden_size % d == 0]
     tp_text = ", ".join(map(str, legal_tp)) + " for --tensor-model-parallel-size"

@@ -1,1 +1,1 @@
-"""What a post-training stage adds to training."""
+"""What a post-training stage adds to training. SFT adds nothing: its rows bring their own labels."""

@@ -66,6 +66,7 @@ def format_log_line(log: IterationLog, now: float | None = None) -> str:
         f"loss scale: {log.loss_scale:.1f}",
         f"grad norm: {log.grad_norm:.3f}",
         f"number of skipped iterations: {log.skipped_iterations:3d}",
+        # Always 0: a loss or gradient that is not finite ends the run before this line.
         f"number of nan iterations: {0:3d}",
     ]
     return " | ".join(parts) + " |"

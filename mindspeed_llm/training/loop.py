@@ -116,7 +116,7 @@ class TrainingLoop:
         succeeded, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
         if succeeded:
-            self.check_gradient(result, grad_norm)
+            self.check_gradient(grad_norm)
             self.scheduler.step(increment=self.plan.global_batch_size)
         else:
             self.progress.skipped_iterations += 1
@@ -137,7 +137,7 @@ class TrainingLoop:
         if not math.isfinite(result.loss):
             raise RuntimeError(f"loss: {result.loss} at {self.where()}; no step was taken, weights are unchanged")
 
-    def check_gradient(self, result: BatchResult, grad_norm: float) -> None:
+    def check_gradient(self, grad_norm: float) -> None:
         """Refuse to go on after a step that trained nothing or ruined the weights."""
         if not math.isfinite(grad_norm):
             raise RuntimeError(f"gradient: norm is {grad_norm} at {self.where()}; go on from the last checkpoint")

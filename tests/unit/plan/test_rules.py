@@ -30,18 +30,18 @@ def test_divisors():
     (3, 1, 3, ["parallel", "parallel", "parallel"]),
 ])  # fmt: skip
 def test_layouts(tp, pp, world, areas):
-    found = broken(layout_rules(SHAPE, tp=tp, pp=pp, world_size=world, sequence_parallel=False))
+    found = broken(layout_rules(SHAPE, tp=tp, pp=pp, world_size=world))
     assert [rule.area for rule in found] == areas
 
 
 def test_suggested_layouts_are_legal():
-    by_area = {rule.area: rule for rule in layout_rules(SHAPE, tp=7, pp=7, world_size=5, sequence_parallel=False)}
+    by_area = {rule.area: rule for rule in layout_rules(SHAPE, tp=7, pp=7, world_size=5)}
     for tp in numbers(by_area["parallel"].legal):
-        assert broken(layout_rules(SHAPE, tp=tp, pp=1, world_size=tp, sequence_parallel=False)) == []
+        assert broken(layout_rules(SHAPE, tp=tp, pp=1, world_size=tp)) == []
     for pp in numbers(by_area["pipeline"].legal):
-        assert broken(layout_rules(SHAPE, tp=1, pp=pp, world_size=pp, sequence_parallel=False)) == []
+        assert broken(layout_rules(SHAPE, tp=1, pp=pp, world_size=pp)) == []
     narrow = dataclasses.replace(SHAPE, ffn_hidden_size=162)
-    (rule,) = broken(layout_rules(narrow, tp=4, pp=1, world_size=4, sequence_parallel=False))
+    (rule,) = broken(layout_rules(narrow, tp=4, pp=1, world_size=4))
     assert numbers(rule.legal) == [1, 2]
     assert rule.problem().startswith("parallel: ffn_hidden_size 162 % tensor parallel 4 = 0 does not hold; legal: 1, 2")
 
