@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+_INDEX_TUPLES = ("window_layers", "moe_layers")
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Everything that decides which function the network computes, apart from its weights.
@@ -23,6 +26,23 @@ class ModelShape:
         window_layers: indices of the layers that use the window; None means all of them.
         vocab_size: the tokenizer-independent size in config.json; padding for tensor parallelism is a layout matter.
         add_qkv_bias, add_attention_output_bias, add_mlp_bias: biases of the three groups of linears.
+        num_moe_experts: routed experts of a mixture-of-experts layer; None for a dense model. The fields below are
+            read only with it.
+        moe_layers: indices of the layers with experts; None means all of them. The others have a dense MLP of
+            `ffn_hidden_size`.
+        moe_ffn_hidden_size: intermediate size of one routed expert.
+        moe_shared_expert_intermediate_size: intermediate size of all shared experts together; None for none.
+        moe_shared_expert_gate: a sigmoid gate on the shared experts' output.
+        moe_router_topk: experts per token.
+        moe_router_score_function: "softmax" or "sigmoid".
+        moe_router_pre_softmax: softmax over all experts before the choice; False takes it over the chosen ones.
+        norm_topk_prob: divide the chosen scores by their sum (no effect on a softmax over the chosen ones).
+        moe_router_num_groups, moe_router_group_topk: the experts are chosen from the best `group_topk` of `num_groups`
+            equal groups; None for no groups.
+        moe_router_group_score_topk: how many of a group's best scores add up to the group's score; None is
+            megatron-core's rule, topk / group_topk.
+        moe_router_topk_scaling_factor: factor on the chosen scores; None for 1.
+        moe_router_enable_expert_bias: a bias that takes part in the choice of experts but not in their weights.
     """
 
     family: str
@@ -50,12 +70,27 @@ class ModelShape:
     window_layers: tuple[int, ...] | None = None
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
+    num_moe_experts: int | None = None
+    moe_layers: tuple[int, ...] | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    moe_router_topk: int = 2
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = False
+    norm_topk_prob: bool = False
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_router_group_score_topk: int | None = None
+    moe_router_topk_scaling_factor: float | None = None
+    moe_router_enable_expert_bias: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A json-serialisable record, read back by `from_json`."""
         record = dataclasses.asdict(self)
-        record["window_layers"] = None if self.window_layers is None else list(self.window_layers)
+        for name in _INDEX_TUPLES:
+            record[name] = None if record[name] is None else list(record[name])
         record["rope_scaling"] = None if self.rope_scaling is None else dict(self.rope_scaling)
         record["extra"] = dict(self.extra)
         return record
@@ -71,17 +106,49 @@ class ModelShape:
         if unknown := sorted(set(record) - known):
             raise ValueError(f"model shape: unknown fields {unknown} in the record; legal: {sorted(known)}")
         values = dict(record)
-        if values.get("window_layers") is not None:
-            values["window_layers"] = tuple(values["window_layers"])
+        for name in _INDEX_TUPLES:
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return cls(**values)
 
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer of that index (from 0) has experts instead of a dense MLP."""
+        return self.num_moe_experts is not None and (self.moe_layers is None or layer in self.moe_layers)
+
     def num_parameters(self) -> int:
-        """Parameters of the unpadded model, tied embeddings counted once."""
-        h, f, v, d = self.hidden_size, self.ffn_hidden_size, self.vocab_size, self.kv_channels
-        q, kv = self.num_attention_heads * d, self.num_query_groups * d
-        attention = h * (q + 2 * kv) + q * h
-        attention += (q + 2 * kv) * self.add_qkv_bias + h * self.add_attention_output_bias + 2 * d * self.qk_layernorm
-        fc1 = 2 * f if self.gated_linear_unit else f
-        mlp = h * fc1 + f * h + (fc1 + h) * self.add_mlp_bias
+        """Parameters of the unpadded model, tied embeddings counted once; score biases, which are buffers, not."""
+        h, v = self.hidden_size, self.vocab_size
         norm = h * (2 if self.normalization == "LayerNorm" else 1)
-        return self.num_layers * (attention + mlp + 2 * norm) + norm + v * h * (1 if self.tie_word_embeddings else 2)
+        mlps = sum(
+            self.moe_parameters() if self.is_moe_layer(layer) else self.mlp_parameters()
+            for layer in range(self.num_layers)
+        )
+        layers = mlps + self.num_layers * (self.attention_parameters() + 2 * norm)
+        return layers + norm + v * h * (1 if self.tie_word_embeddings else 2)
+
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention."""
+        h, d = self.hidden_size, self.kv_channels
+        q, kv = self.num_attention_heads * d, self.num_query_groups * d
+        weights = h * (q + 2 * kv) + q * h
+        return (
+            weights + (q + 2 * kv) * self.add_qkv_bias + h * self.add_attention_output_bias + 2 * d * self.qk_layernorm
+        )
+
+    def mlp_parameters(self, ffn_hidden_size: int | None = None) -> int:
+        """Parameters of one dense MLP (or of one expert, whose intermediate size is given)."""
+        h, f = self.hidden_size, ffn_hidden_size or self.ffn_hidden_size
+        fc1 = 2 * f if self.gated_linear_unit else f
+        return h * fc1 + f * h + (fc1 + h) * self.add_mlp_bias
+
+    def shared_expert_parameters(self) -> int:
+        """Parameters of the shared experts of one layer and of their gate, 0 without."""
+        if self.moe_shared_expert_intermediate_size is None:
+            return 0
+        gate = self.hidden_size * self.moe_shared_expert_gate
+        return self.mlp_parameters(self.moe_shared_expert_intermediate_size) + gate
+
+    def moe_parameters(self, experts: int | None = None) -> int:
+        """Parameters of one mixture-of-experts layer: router, shared experts and `experts` routed ones (None: all)."""
+        routed = (self.num_moe_experts if experts is None else experts) * self.mlp_parameters(self.moe_ffn_hidden_size)
+        return self.num_moe_experts * self.hidden_size + routed + self.shared_expert_parameters()
