@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
+from mindspeed_llm.config.parallel import numbers
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
@@ -61,18 +62,9 @@ def _problems(config: RunConfig) -> list[str]:
     problems = [f"{flag} is missing" for flag, v in (("--load-dir", c.load_dir), ("--save-dir", c.save_dir)) if not v]
     if c.save_lora_to_hf and not lora.lora_load:
         problems.append("--save-lora-to-hf needs --lora-load with the adapters to export")
-    for name in ("num_layer_list", "noop_layers"):
-        try:
-            _numbers(config.get(name))
-        except ValueError:
-            problems.append(f"--{name.replace('_', '-')}: {config.get(name)!r} is wrong; legal: numbers like 8,8,7,7")
     if not lora.lora_load and any(n in config.given for n in ("lora_r", "lora_alpha", "lora_target_modules")):
         problems.append("--lora-r, --lora-alpha and --lora-target-modules have no meaning without --lora-load")
     return problems
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    return None if text is None else [int(item) for item in text.split(",")]
 
 
 def _local(name: str, config: RunConfig) -> Path:
@@ -102,31 +94,24 @@ def _layout(config: RunConfig, found: Found) -> dict[str, Any]:
         "tp": c.target_tensor_parallel_size,
         "pp": c.target_pipeline_parallel_size,
         "vpp": _chunks(config, found),
-        "layer_list": _numbers(c.num_layer_list),
-        "noop_layers": _numbers(c.noop_layers),
+        "layer_list": numbers(config.parallel.num_layer_list),
+        "noop_layers": numbers(config.parallel.noop_layers),
     }
 
 
 def _chunks(config: RunConfig, found: Found) -> int | None:
-    """Model chunks per stage from layers (no-op ones counted) per virtual stage.
+    """Model chunks per stage."""
+    from mindspeed_llm.parallel.layer_map import chunks_per_stage
 
-    Raises:
-        UserError: the layers do not divide.
-    """
-    c = config.convert
-    per_chunk = c.num_layers_per_virtual_pipeline_stage
-    if per_chunk is None:
+    p = config.parallel
+    if p.num_layers_per_virtual_pipeline_stage is None:
         return None
-    pp, noops = c.target_pipeline_parallel_size, len(_numbers(c.noop_layers) or ())
-    layers = _base_shape(config, found).num_layers + noops
-    if layers % (pp * per_chunk):
-        legal = [str(n) for n in range(1, layers + 1) if layers % (pp * n) == 0]
-        counted = f"{layers} layers" + (f" ({noops} of them no-op)" if noops else "")
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage: {per_chunk} x {pp} stages does not divide {counted}; "
-            f"legal: {', '.join(legal) or 'none with these stages'}"
-        )
-    return layers // (pp * per_chunk)
+    return chunks_per_stage(
+        _base_shape(config, found).num_layers,
+        config.convert.target_pipeline_parallel_size,
+        p.num_layers_per_virtual_pipeline_stage,
+        len(numbers(p.noop_layers) or ()),
+    )
 
 
 def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any]) -> None:

@@ -17,11 +17,6 @@ class ConvertConfig:
     save_model_type: str = option("mg", help="format to write", choices=("hf", "mg"))
     target_tensor_parallel_size: int = option(1, help="tensor-parallel size of what is written", check=at_least(1))
     target_pipeline_parallel_size: int = option(1, help="pipeline stages of what is written", check=at_least(1))
-    num_layers_per_virtual_pipeline_stage: int | None = option(
-        help="layers per virtual stage of what is written", check=at_least(1), level="advanced"
-    )
-    num_layer_list: str | None = option(help="layers per stage, e.g. 8,8,7,7", level="advanced")
-    noop_layers: str | None = option(help="indices of identity layers, e.g. 30,31", level="advanced")
     hf_cfg_dir: str | None = option(help="mg to hf: where config.json and the tokenizer come from")
     params_dtype: str | None = option(
         help="type of the written tensors; default: as read", choices=("fp32", "bf16", "fp16")

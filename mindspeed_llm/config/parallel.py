@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option, section
 
+CUTTING_DOORS = (*TRAINING_DOORS, "convert")
+CP_ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo")
+
+
+def numbers(text: str | None) -> list[int] | None:
+    """The whole numbers in text like "8,8,7,7"; None for None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    return None if text is None else [int(item) for item in text.split(",")]
+
+
+def _are_numbers(text: str) -> str | None:
+    try:
+        numbers(text)
+    except ValueError:
+        return "legal: numbers like 8,8,7,7"
+    return None
+
 
 @section
 class ParallelConfig:
@@ -28,6 +48,49 @@ class ParallelConfig:
     overlap_param_gather: bool = option(
         help="gather updated parameters while the next forward pass runs (needs the distributed optimizer)",
         doors=TRAINING_DOORS,
+        level="advanced",
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        help="layers of each model chunk; a stage then holds several chunks and idles less",
+        check=at_least(1),
+        level="advanced",
+        doors=CUTTING_DOORS,
+    )
+    num_layer_list: str | None = option(
+        help="layers per stage, e.g. 8,8,7,7", check=_are_numbers, level="advanced", doors=CUTTING_DOORS
+    )
+    noop_layers: str | None = option(
+        help="positions of identity layers, e.g. 30,31, so that an awkward number of layers divides",
+        check=_are_numbers,
+        level="advanced",
+        doors=CUTTING_DOORS,
+    )
+    context_parallel_size: int = option(
+        1, help="processes that share each sequence", check=at_least(1), doors=TRAINING_DOORS
+    )
+    context_parallel_algo: str = option(
+        "megatron_cp_algo",
+        help="how they do: ring of keys and values, all-to-all over heads, or both",
+        choices=CP_ALGORITHMS,
+        doors=TRAINING_DOORS,
+        level="advanced",
+    )
+    cp_window_size: int = option(
+        1, help="ranks of an inner ring (double ring)", check=at_least(1), doors=TRAINING_DOORS, level="expert"
+    )
+    ulysses_degree_in_cp: int | None = option(
+        help="hybrid_cp_algo: ranks that exchange heads; the rest of the context-parallel size is a ring",
+        check=at_least(1),
+        doors=TRAINING_DOORS,
+        level="advanced",
+    )
+    expert_model_parallel_size: int = option(
+        1, help="processes that share the experts of a layer", check=at_least(1), doors=TRAINING_DOORS
+    )
+    expert_tensor_parallel_size: int | None = option(
+        help="processes that share each matrix of an expert; default: as the other matrices",
+        check=at_least(1),
+        doors=CUTTING_DOORS,
         level="advanced",
     )
 

@@ -25,8 +25,8 @@ class BuildOptions:
     """How a model of a given shape is cut up, stored and recomputed; nothing here changes the function it computes.
 
     Args:
-        tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size, context_parallel_size: of the
-            parallel state that is already initialised.
+        tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size, context_parallel_size,
+            expert_parallel_size, expert_tensor_parallel_size: of the parallel state that is already initialised.
         num_layers_per_stage: layers of each (virtual) stage; None splits evenly.
         sequence_parallel: keep the residual stream cut along the sequence between the tensor-parallel regions.
         params_dtype: of all parameters.
@@ -46,6 +46,8 @@ class BuildOptions:
     pipeline_parallel_size: int = 1
     virtual_pipeline_parallel_size: int | None = None
     context_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     num_layers_per_stage: Sequence[int] | None = None
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
@@ -114,6 +116,8 @@ def model_config(shape: ModelShape, options: BuildOptions):
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=options.virtual_pipeline_parallel_size,
         context_parallel_size=options.context_parallel_size,
+        expert_model_parallel_size=options.expert_parallel_size,
+        expert_tensor_parallel_size=options.expert_tensor_parallel_size,
         pipeline_model_parallel_layout=_pipeline_layout(options),
         sequence_parallel=options.sequence_parallel and tp > 1,
         recompute_granularity=options.recompute_granularity,

@@ -110,6 +110,23 @@ def layer_map(
     return LayerMap(num_layers, stages)
 
 
+def chunks_per_stage(num_layers: int, pp: int, layers_per_chunk: int, num_noops: int = 0) -> int:
+    """Model chunks per stage from `--num-layers-per-virtual-pipeline-stage`, no-op layers counted.
+
+    Raises:
+        UserError: the layers do not divide.
+    """
+    layers = num_layers + num_noops
+    if layers % (pp * layers_per_chunk):
+        legal = [str(n) for n in range(1, layers + 1) if layers % (pp * n) == 0]
+        counted = f"{layers} layers" + (f" ({num_noops} of them no-op)" if num_noops else "")
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage: {layers_per_chunk} x {pp} stages does not divide {counted}; "
+            f"legal: {', '.join(legal) or 'none with these stages'}"
+        )
+    return layers // (pp * layers_per_chunk)
+
+
 def even_split(num_layers: int, pp: int) -> tuple[int, ...]:
     """The most balanced legal `--num-layer-list`: longer stages first (the last stage also holds the output layer)."""
     base, rest = divmod(num_layers, pp)

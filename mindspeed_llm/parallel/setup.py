@@ -46,6 +46,7 @@ def initialize_distributed(
     virtual_pipeline_parallel_size: int | None = None,
     context_parallel_size: int = 1,
     expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
     timeout_minutes: float = 10.0,
 ) -> None:
@@ -72,6 +73,7 @@ def initialize_distributed(
         virtual_pipeline_parallel_size,
         context_parallel_size,
         expert_parallel_size,
+        expert_tensor_parallel_size,
     )
     if not (parallel_state.is_initialized() and _made.sizes == sizes and _made.world is dist.group.WORLD):
         _replace_groups(sizes, timeout_minutes)
@@ -104,13 +106,14 @@ def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
             if group in distributed_c10d._world.pg_map:  # megatron ends some of them itself
                 dist.destroy_process_group(group)
     before = set(distributed_c10d._world.pg_map)
-    tensor_parallel_size, pipeline_parallel_size, virtual_stages, context_parallel_size, expert_parallel_size = sizes
+    tensor_size, pipeline_size, virtual_stages, context_size, expert_size, expert_tensor_size = sizes
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel_size,
-        pipeline_model_parallel_size=pipeline_parallel_size,
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
         virtual_pipeline_model_parallel_size=virtual_stages,
-        context_parallel_size=context_parallel_size,
-        expert_model_parallel_size=expert_parallel_size,
+        context_parallel_size=context_size,
+        expert_model_parallel_size=expert_size,
+        expert_tensor_parallel_size=expert_tensor_size,
         distributed_timeout_minutes=timeout_minutes,
     )
     _made.sizes, _made.world = sizes, dist.group.WORLD

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from mindspeed_llm.checkpoint.detect import Found
 from mindspeed_llm.checkpoint.load import truncated_shape
+from mindspeed_llm.config.parallel import numbers
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layer_map import chunks_per_stage, layer_map
+from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.continuity import continue_run
@@ -42,6 +45,7 @@ class Plan:
         resume: continue iteration, optimizer and data position of `weights` (or of the adapters).
         hf_files: directory with config.json and tokenizer files that checkpoints carry along; None for flags alone.
         tokenizer: directory or file, None when no tokenizer is known.
+        layout: sizes of all kinds of parallelism and which layers live where.
         rules: every divisibility rule with its legal values, for `--dry-run`.
         notes: things worth saying that are not problems.
     """
@@ -55,8 +59,7 @@ class Plan:
     resume: Found | None
     hf_files: Path | None
     tokenizer: str | None
-    world_size: int
-    data_parallel_size: int
+    layout: ParallelLayout
     global_batch_size: int
     seq_length: int
     padded_vocab_size: int
@@ -64,14 +67,24 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.layout.world_size
+
+    @property
     def tensor_parallel_size(self) -> int:
         """Processes that share each matrix."""
-        return self.config.parallel.tensor_model_parallel_size
+        return self.layout.tp
 
     @property
     def pipeline_parallel_size(self) -> int:
         """Pipeline stages."""
-        return self.config.parallel.pipeline_model_parallel_size
+        return self.layout.pp
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas that see different samples."""
+        return self.layout.dp
 
     @property
     def sequence_parallel(self) -> bool:
@@ -124,7 +137,10 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         _try(problems, lambda: check_base(adapter_source, weights, stored_shape), None)
     if config.model.truncate_layers is not None:
         shape = _try(problems, lambda: truncated_shape(stored_shape, config.model.truncate_layers), shape)
-    plan = _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
+    layout = _try(problems, lambda: _layout(config, shape), None)
+    if layout is None:
+        raise UserError("\n".join(problems))
+    plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
         raise UserError("\n".join(problems))
@@ -319,14 +335,33 @@ def _notes(config: RunConfig) -> list[str]:
     return notes
 
 
-def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:
+def _layout(config: RunConfig, shape: ModelShape) -> ParallelLayout:
+    """The layout that the options describe for a model of this shape.
+
+    Raises:
+        UserError: the layers do not divide.
+    """
+    p = config.parallel
+    noops, pp = numbers(p.noop_layers), p.pipeline_model_parallel_size
+    chunks = None
+    if p.num_layers_per_virtual_pipeline_stage is not None:
+        chunks = chunks_per_stage(shape.num_layers, pp, p.num_layers_per_virtual_pipeline_stage, len(noops or ()))
+    return ParallelLayout(
+        layers=layer_map(shape.num_layers, pp, chunks, numbers(p.num_layer_list), noops),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        tp=p.tensor_model_parallel_size,
+        cp=p.context_parallel_size,
+        ep=p.expert_model_parallel_size,
+        etp=p.expert_tensor_parallel_size,
+    )
+
+
+def _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files) -> Plan:
     p, t = config.parallel, config.training
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    data_parallel = max(world_size // (tp * pp), 1)
+    tp, data_parallel = layout.tp, layout.dp
     global_batch = t.global_batch_size or t.micro_batch_size * data_parallel
     seq_length = config.data.seq_length or min(shape.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
-    rules = layout_rules(shape, tp=tp, pp=pp, world_size=world_size)
+    rules = layout_rules(shape, layout)
     if config.door != "inference":
         rules += batch_rules(t.micro_batch_size, global_batch, data_parallel)
         rules += sequence_rules(
@@ -349,8 +384,7 @@ def _assemble(config, shape, stored_shape, weights, adapter_source, resume, adap
         tokenizer=config.tokenizer.tokenizer_name_or_path
         or config.tokenizer.tokenizer_model
         or (str(hf_files) if hf_files else None),
-        world_size=world_size,
-        data_parallel_size=data_parallel,
+        layout=layout,
         global_batch_size=global_batch,
         seq_length=seq_length,
         padded_vocab_size=padded,

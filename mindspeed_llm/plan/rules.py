@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def layout_rules(shape: ModelShape, *, tp: int, pp: int, world_size: int) -> list[Rule]:
-    """Conditions on tensor and pipeline parallelism for a model on `world_size` processes."""
+def layout_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
+    """Conditions on a layout for a model; that the layers divide is the layer map's."""
+    tp = layout.tp
     legal_tp = [d for d in divisors(shape.num_query_groups) if shape.ffn_hidden_size % d == 0]
     tp_text = ", ".join(map(str, legal_tp)) + " for --tensor-model-parallel-size"
     rules = [
@@ -43,16 +45,13 @@ def layout_rules(shape: ModelShape, *, tp: int, pp: int, world_size: int) -> lis
             ("ffn_hidden_size", shape.ffn_hidden_size),
         )
     ]
-    pps = ", ".join(map(str, divisors(shape.num_layers))) + " for --pipeline-model-parallel-size"
-    rules.append(
-        Rule("pipeline", f"num_layers {shape.num_layers} % pipeline parallel {pp} = 0", shape.num_layers % pp == 0, pps)
-    )
-    size = tp * pp
+    size = tp * layout.pp * layout.cp
     rules.append(
         Rule(
             "launch",
-            f"world size {world_size} % (tensor parallel {tp} x pipeline parallel {pp}) = 0",
-            world_size % size == 0,
+            f"world size {layout.world_size} % (tensor parallel {tp} x pipeline parallel {layout.pp} x context "
+            f"parallel {layout.cp}) = 0",
+            layout.world_size % size == 0,
             f"{size}, {2 * size}, {3 * size}, ... processes (torchrun --nproc-per-node x --nnodes)",
         )
     )

@@ -54,6 +54,10 @@ def start_processes(plan: Plan) -> None:
     initialize_distributed(
         tensor_parallel_size=plan.tensor_parallel_size,
         pipeline_parallel_size=plan.pipeline_parallel_size,
+        virtual_pipeline_parallel_size=plan.layout.vpp,
+        context_parallel_size=plan.layout.cp,
+        expert_parallel_size=plan.layout.ep,
+        expert_tensor_parallel_size=plan.layout.etp,
         seed=plan.config.data.seed,
         timeout_minutes=r.distributed_timeout_minutes,
     )
@@ -99,6 +103,10 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
     return BuildOptions(
         tensor_parallel_size=plan.tensor_parallel_size,
         pipeline_parallel_size=plan.pipeline_parallel_size,
+        virtual_pipeline_parallel_size=plan.layout.vpp,
+        context_parallel_size=plan.layout.cp,
+        expert_parallel_size=plan.layout.ep,
+        expert_tensor_parallel_size=plan.layout.etp,
         sequence_parallel=plan.sequence_parallel,
         params_dtype=DTYPES[plan.dtype_name],
         padded_vocab_size=plan.padded_vocab_size,
@@ -146,13 +154,12 @@ def load_weights(plan: Plan, chunk: torch.nn.Module) -> None:
 
     from mindspeed_llm.checkpoint.detect import open_source
     from mindspeed_llm.checkpoint.load import Placement, load_into, truncated
-    from mindspeed_llm.parallel.layer_map import layer_map
 
     source = open_source(plan.weights, plan.stored_shape)
     if plan.shape.num_layers != plan.stored_shape.num_layers:
         source = truncated(source, plan.shape.num_layers)
     placement = Placement(
-        layer_map(plan.shape.num_layers, plan.pipeline_parallel_size),
+        plan.layout.layers,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp=plan.tensor_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

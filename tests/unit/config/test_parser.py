@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[3]
 def test_values_of_every_type_are_read():
     parsed = parse(
         "posttrain",
-        ["--lr", "1e-4", "--train-iters=5", "--bf16", "--no-use-flash-attn", "--lora-target-modules", "q_proj", "v_proj"]
-        + ["--map-keys", '{"prompt": "question"}', "--train-epochs", "2"],
+        ["--lr", "1e-4", "--train-iters=5", "--bf16", "--no-use-flash-attn"]
+        + ["--lora-target-modules", "q_proj", "v_proj", "--map-keys", '{"prompt": "question"}', "--train-epochs", "2"],
     )
     config = parsed.config
     assert parsed.problems == []
@@ -31,7 +31,7 @@ def test_values_of_every_type_are_read():
 
 def test_all_problems_are_reported_together():
     words = ["--lroa-r", "4", "--lr", "fast", "--micro-batch-size", "0", "stray", "--stage", "dpo", "--seed"]
-    words += ["--context-parallel-size", "2", "--bf16", "--bf16"]
+    words += ["--no-shared-storage", "--bf16", "--bf16"]
     problems = "\n".join(parse("posttrain", words).problems)
     for part in (
         "--lroa-r is unknown; did you mean --lora-r?",
@@ -40,7 +40,7 @@ def test_all_problems_are_reported_together():
         "'stray' does not belong to any flag",
         "--stage: 'dpo' is not a choice; legal: sft",
         "--seed needs a value",
-        "--context-parallel-size is not supported",
+        "--no-shared-storage is not supported",
         "--bf16 is given twice",
     ):
         assert part in problems

@@ -6,9 +6,15 @@ import re
 import pytest
 
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layer_map import LayerMap
+from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.rules import batch_rules, divisors, layout_rules, sequence_rules
 
 SHAPE = ModelShape("llama", 12, 96, 160, 8, 4, 16, 997, 256)
+
+
+def layout(tp=1, pp=1, world=1, **sizes):
+    return ParallelLayout(LayerMap(pp, tuple(((stage,),) for stage in range(pp))), world, tp, **sizes)
 
 
 def broken(rules):
@@ -25,23 +31,21 @@ def test_divisors():
 
 
 @pytest.mark.parametrize("tp, pp, world, areas", [
-    (1, 1, 1, []), (2, 1, 2, []), (4, 3, 24, []), (8, 1, 8, ["parallel"]), (1, 5, 5, ["pipeline"]),
+    (1, 1, 1, []), (2, 1, 2, []), (4, 3, 24, []), (8, 1, 8, ["parallel"]),
     (2, 2, 6, ["launch"]),
     (3, 1, 3, ["parallel", "parallel", "parallel"]),
 ])  # fmt: skip
 def test_layouts(tp, pp, world, areas):
-    found = broken(layout_rules(SHAPE, tp=tp, pp=pp, world_size=world))
+    found = broken(layout_rules(SHAPE, layout(tp, pp, world)))
     assert [rule.area for rule in found] == areas
 
 
 def test_suggested_layouts_are_legal():
-    by_area = {rule.area: rule for rule in layout_rules(SHAPE, tp=7, pp=7, world_size=5)}
+    by_area = {rule.area: rule for rule in layout_rules(SHAPE, layout(7, 7, 5))}
     for tp in numbers(by_area["parallel"].legal):
-        assert broken(layout_rules(SHAPE, tp=tp, pp=1, world_size=tp)) == []
-    for pp in numbers(by_area["pipeline"].legal):
-        assert broken(layout_rules(SHAPE, tp=1, pp=pp, world_size=pp)) == []
+        assert broken(layout_rules(SHAPE, layout(tp, 1, tp))) == []
     narrow = dataclasses.replace(SHAPE, ffn_hidden_size=162)
-    (rule,) = broken(layout_rules(narrow, tp=4, pp=1, world_size=4))
+    (rule,) = broken(layout_rules(narrow, layout(4, 1, 4)))
     assert numbers(rule.legal) == [1, 2]
     assert rule.problem().startswith("parallel: ffn_hidden_size 162 % tensor parallel 4 = 0 does not hold; legal: 1, 2")
 
