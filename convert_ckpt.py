@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checkpoints between Hugging Face and Megatron formats, tensor by tensor: `convert_ckpt.py --help` lists the options."""
+"""Checkpoints between Hugging Face and Megatron formats, tensor by tensor; `convert_ckpt.py --help` lists options."""
 
 import sys
 
