@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.norm import RMSNorm
+from mindspeed_llm.models.rope import softmax_scale
 from mindspeed_llm.ops.attention import attention
 from mindspeed_llm.ops.rotary import apply_rotary, split_qkv_rotary
 
@@ -21,7 +22,7 @@ class KeyValueCache(Protocol):
     """What generation passes as `inference_context`: it stores keys and values of earlier positions."""
 
     def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's rotated key and value [s, b, g, d]; return all of them [s_all, b, g, d], oldest first.
+        """Append this call's rotated key [s, b, g, d] and value [s, b, g, d_v]; return all s_all of each, oldest first.
 
         The queries of the call are the last s of the s_all positions. Layers are numbered from 1, over the whole model.
         """
@@ -33,34 +34,42 @@ class CoreAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer_number: int):
         super().__init__()
         self.window_size = config.window_of_layer(layer_number)
+        self.scale = softmax_scale(config.shape)
         self.dropout = config.attention_dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """q [s, b, n, d], k and v [s_k, b, g, d] -> [s, b, n * d]; see ops.attention."""
+        """q [s, b, n, d], k [s_k, b, g, d], v [s_k, b, g, d_v] -> [s, b, n * d_v]; see ops.attention."""
         dropout = self.dropout if self.training else 0.0
         if dropout == 0.0:
-            return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size)
+            return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size, scale=self.scale)
         # Heads differ between tensor-parallel ranks, so their masks come from the stream that differs too.
         with tensor_parallel.get_cuda_rng_tracker().fork():
-            return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size, dropout=dropout)
+            return attention(
+                query,
+                key,
+                value,
+                cu_seqlens=cu_seqlens,
+                window_size=self.window_size,
+                dropout=dropout,
+                scale=self.scale,
+            )
 
 
-class SelfAttention(MegatronModule):
-    """[s, b, h] -> [s, b, h]: linear_qkv, q_layernorm and k_layernorm if any, rotation, core_attention, linear_proj.
+class CausalSelfAttention(MegatronModule):
+    """[s, b, h] -> [s, b, h]: query_key_value of a kind of attention, then core_attention and linear_proj.
 
     Hooks for other rooms:
-      - LoRA replaces linear_qkv and linear_proj by modules called the same way, `(x) -> (out, bias)`.
+      - LoRA replaces the linears by modules called the same way, `(x) -> (out, bias)`.
       - Context parallelism replaces core_attention.
       - Generation passes a `KeyValueCache` as `inference_context`; positions come from `position_ids` through the
         rotary table, so decoding one token at position p needs nothing else.
+
+    Args:
+        value_channels: width of a head's value, all heads of which linear_proj takes.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        **_attention_kind: Any,
+        self, config: ModelConfig, layer_number: int, pg_collection: ProcessGroupCollection, value_channels: int
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -70,17 +79,8 @@ class SelfAttention(MegatronModule):
         self.head_dim = shape.kv_channels
         self.num_attention_heads_per_partition = shape.num_attention_heads // tp
         self.num_query_groups_per_partition = shape.num_query_groups // tp
-        self.linear_qkv = ColumnParallelLinear(
-            shape.hidden_size,
-            (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels,
-            config=config,
-            init_method=config.init_method,
-            bias=shape.add_qkv_bias,
-            gather_output=False,
-            tp_group=pg_collection.tp,
-        )
         self.linear_proj = RowParallelLinear(
-            shape.num_attention_heads * shape.kv_channels,
+            shape.num_attention_heads * value_channels,
             shape.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
@@ -89,8 +89,6 @@ class SelfAttention(MegatronModule):
             skip_bias_add=True,
             tp_group=pg_collection.tp,
         )
-        self.q_layernorm = RMSNorm(config, shape.kv_channels, shape.norm_epsilon) if shape.qk_layernorm else None
-        self.k_layernorm = RMSNorm(config, shape.kv_channels, shape.norm_epsilon) if shape.qk_layernorm else None
         self.core_attention = CoreAttention(config, layer_number)
         self.checkpoint_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
@@ -132,6 +130,35 @@ class SelfAttention(MegatronModule):
         else:
             context = self.core_attention(query, key, value, cu_seqlens)
         return self.linear_proj(context)
+
+    def query_key_value(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> query [s, b, n, d], key [s, b, g, d] and value [s, b, g, d_v] of this rank, rotated."""
+        raise NotImplementedError
+
+
+class SelfAttention(CausalSelfAttention):
+    """Attention with query groups: linear_qkv, q_layernorm and k_layernorm if any, rotation."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_attention_kind: Any,
+    ):
+        shape = config.shape
+        super().__init__(config, layer_number, pg_collection, shape.kv_channels)
+        self.linear_qkv = ColumnParallelLinear(
+            shape.hidden_size,
+            (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels,
+            config=config,
+            init_method=config.init_method,
+            bias=shape.add_qkv_bias,
+            gather_output=False,
+            tp_group=pg_collection.tp,
+        )
+        self.q_layernorm = RMSNorm(config, shape.kv_channels, shape.norm_epsilon) if shape.qk_layernorm else None
+        self.k_layernorm = RMSNorm(config, shape.kv_channels, shape.norm_epsilon) if shape.qk_layernorm else None
 
     def query_key_value(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, h] -> query [s, b, n, d], key and value [s, b, g, d] of this rank, normalised and rotated."""

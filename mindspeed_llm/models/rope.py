@@ -34,7 +34,7 @@ def rope_frequencies(shape: ModelShape, seq_len: int | None = None) -> tuple[Ten
     Source: transformers `ROPE_INIT_FUNCTIONS`; linear and dynamic NTK after kaiokendev, bloc97 and emozilla; YaRN
     arXiv 2309.00071; LongRoPE arXiv 2402.13753; llama3 from Llama 3.1's reference code.
     """
-    rotary_dim = int(shape.kv_channels * shape.rotary_percent)
+    rotary_dim = shape.rotary_dim
     scaling = shape.rope_scaling or {"rope_type": "default"}
     compute = _ROPE_TYPES[scaling["rope_type"]]
     return compute(shape, rotary_dim, scaling, seq_len)
@@ -104,12 +104,25 @@ def _yarn_attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
 
-    def temperature(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return temperature(scaling["mscale"]) / temperature(scaling["mscale_all_dim"])
-    return temperature(1.0)
+        return _temperature(factor, scaling["mscale"]) / _temperature(factor, scaling["mscale_all_dim"])
+    return _temperature(factor, 1.0)
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(shape: ModelShape) -> float | None:
+    """What multiplies the attention scores; None for the usual 1 / sqrt(kv_channels).
+
+    DeepSeek's multi-head latent attention moves YaRN's temperature from the rotated channels, which are not all of a
+    head there, to the scores: (0.1 mscale_all_dim ln factor + 1)^2. Source: transformers' `yarn_apply_mscale`.
+    """
+    scaling = shape.rope_scaling or {}
+    if not (shape.multi_latent_attention and scaling.get("mscale_all_dim")):
+        return None
+    return _temperature(_extension(shape, scaling), scaling["mscale_all_dim"]) ** 2 / math.sqrt(shape.kv_channels)
 
 
 def _longrope(

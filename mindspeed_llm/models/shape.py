@@ -43,6 +43,16 @@ class ModelShape:
             megatron-core's rule, topk / group_topk.
         moe_router_topk_scaling_factor: factor on the chosen scores; None for 1.
         moe_router_enable_expert_bias: a bias that takes part in the choice of experts but not in their weights.
+        multi_latent_attention: keys and values come from a compressed latent. Then `kv_channels` is the width of a
+            query or key head, qk_head_dim + qk_pos_emb_head_dim, and the five fields below are read.
+        q_lora_rank: width of the queries' latent; None for queries straight from the hidden states.
+        kv_lora_rank: width of the latent of keys and values.
+        qk_head_dim: channels of a query or key head that are not rotated.
+        qk_pos_emb_head_dim: rotated channels of a query head; the key's are shared by all heads.
+        v_head_dim: width of a value head.
+        latent_norm_epsilon: epsilon of the latents' norms; None for `norm_epsilon`.
+        rotary_interleaved: neighbouring channels form the pairs that turn (multi-latent attention only).
+        mtp_num_layers: multi-token prediction layers behind the last layer, each predicting one token further.
     """
 
     family: str
@@ -84,6 +94,15 @@ class ModelShape:
     moe_router_group_score_topk: int | None = None
     moe_router_topk_scaling_factor: float | None = None
     moe_router_enable_expert_bias: bool = False
+    multi_latent_attention: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_head_dim: int | None = None
+    qk_pos_emb_head_dim: int | None = None
+    v_head_dim: int | None = None
+    latent_norm_epsilon: float | None = None
+    rotary_interleaved: bool = False
+    mtp_num_layers: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,8 +131,24 @@ class ModelShape:
         return cls(**values)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether the layer of that index (from 0) has experts instead of a dense MLP."""
-        return self.num_moe_experts is not None and (self.moe_layers is None or layer in self.moe_layers)
+        """Whether the layer of that index (from 0) has experts instead of a dense MLP.
+
+        Multi-token prediction layers, which count on behind the last layer, have experts if the model has any.
+        """
+        listed = self.moe_layers is None or layer in self.moe_layers or layer >= self.num_layers
+        return self.num_moe_experts is not None and listed
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        if self.multi_latent_attention:
+            return self.qk_pos_emb_head_dim
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def value_channels(self) -> int:
+        """Width of a value head."""
+        return self.v_head_dim if self.multi_latent_attention else self.kv_channels
 
     def num_parameters(self) -> int:
         """Parameters of the unpadded model, tied embeddings counted once; score biases, which are buffers, not."""
@@ -121,19 +156,31 @@ class ModelShape:
         norm = h * (2 if self.normalization == "LayerNorm" else 1)
         mlps = sum(
             self.moe_parameters() if self.is_moe_layer(layer) else self.mlp_parameters()
-            for layer in range(self.num_layers)
+            for layer in range(self.num_layers + self.mtp_num_layers)
         )
-        layers = mlps + self.num_layers * (self.attention_parameters() + 2 * norm)
+        layers = mlps + (self.num_layers + self.mtp_num_layers) * (self.attention_parameters() + 2 * norm)
+        # eh_proj, enorm, hnorm, final_layernorm; embedding and output layer are the model's own.
+        layers += self.mtp_num_layers * (2 * h * h + 3 * norm)
         return layers + norm + v * h * (1 if self.tie_word_embeddings else 2)
 
     def attention_parameters(self) -> int:
         """Parameters of one layer's attention."""
+        if self.multi_latent_attention:
+            return self._latent_attention_parameters()
         h, d = self.hidden_size, self.kv_channels
         q, kv = self.num_attention_heads * d, self.num_query_groups * d
         weights = h * (q + 2 * kv) + q * h
         return (
             weights + (q + 2 * kv) * self.add_qkv_bias + h * self.add_attention_output_bias + 2 * d * self.qk_layernorm
         )
+
+    def _latent_attention_parameters(self) -> int:
+        h, n = self.hidden_size, self.num_attention_heads
+        queries = n * self.kv_channels
+        query = h * queries if self.q_lora_rank is None else self.q_lora_rank * (h + queries + 1)
+        down = h * (self.kv_lora_rank + self.qk_pos_emb_head_dim) + self.kv_lora_rank
+        up = self.kv_lora_rank * n * (self.qk_head_dim + self.v_head_dim)
+        return query + down + up + n * self.v_head_dim * h
 
     def mlp_parameters(self, ffn_hidden_size: int | None = None) -> int:
         """Parameters of one dense MLP (or of one expert, whose intermediate size is given)."""
