@@ -43,12 +43,14 @@ class ConfigField:
         default: value when the field is absent: a literal, SameAs, Quotient, or Required.
         null: value when the field is null; None keeps null itself (only for fields that may be None).
         legal: HF value -> shape value when only some values are implemented; any other is refused.
+        aliases: other names of the field, which some versions of transformers write.
     """
 
     to: tuple[str, ...]
     default: Any = Required
     null: Any = Required
     legal: Mapping[Any, Any] | None = None
+    aliases: tuple[str, ...] = ()
 
 
 TRANSFORMS = ("copy", "parts", "concatenated")
@@ -56,7 +58,7 @@ TRANSFORMS = ("copy", "parts", "concatenated")
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One megatron-core tensor and the HF tensors it is made of; `{i}` is the layer index in both.
+    """One megatron-core tensor and the HF tensors it is made of; `{i}` is the layer index and `{e}` the expert in both.
 
     Args:
         mcore: megatron-core name with the global layer index.
@@ -64,13 +66,15 @@ class TensorRule:
         transform: "copy": the HF tensor is the mcore tensor. "parts": one HF tensor for each logical part of the mcore
             tensor (q, k, v; gate, up), which megatron-core interleaves or concatenates. "concatenated": one HF tensor
             that holds those parts one after another. All are invertible.
-        when: the shape's boolean field that says whether the tensor exists; "not x" for its negation.
+        when: the shape's field that says whether the tensor exists (true, or not None); "not x" for its negation.
+        layers: "all", "moe" or "dense": the kind of layers that have the tensor.
     """
 
     mcore: str
     hf: tuple[str, ...]
     transform: str = "copy"
     when: str | None = None
+    layers: str = "all"
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,12 @@ class Variant:
         constants: shape values that this architecture hard-codes.
         rope_theta: base when config.json names none.
         partial_rotary_factor: default of that field where the architecture honours it; None where it does not.
-        sliding_window: "none" (no such fields), "every_layer" (`sliding_window` alone decides), or "by_layer"
-            (`use_sliding_window`, `max_window_layers`, `layer_types`).
+        sliding_window: "none" (no such fields), "every_layer" (`sliding_window` alone decides), "by_layer"
+            (`use_sliding_window`, `max_window_layers`, `layer_types`), or "refused" (those fields, but no window).
         sliding_window_default, max_window_layers_default: values when config.json names none.
+        experts: which layers have experts: "none", "every_layer", "sparse_step" (`decoder_sparse_step`,
+            `mlp_only_layers`), or "first_dense" (`first_k_dense_replace`, `moe_layer_freq`, and `n_shared_experts`
+            as a multiple of the experts' size).
     """
 
     model_type: str
@@ -97,6 +104,7 @@ class Variant:
     sliding_window: str = "none"
     sliding_window_default: int | None = None
     max_window_layers_default: int = 0
+    experts: str = "none"
 
 
 @dataclass(frozen=True)

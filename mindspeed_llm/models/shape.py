@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 _INDEX_TUPLES = ("window_layers", "moe_layers")
 
 
