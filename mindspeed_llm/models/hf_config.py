@@ -13,6 +13,7 @@ from typing import Any
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.family import ConfigField, Family, Quotient, Required, SameAs, Variant, family_of_model_type
+from mindspeed_llm.models.hf_experts import read_experts
 from mindspeed_llm.models.hf_rope import read_rope
 from mindspeed_llm.models.shape import ModelShape
 
@@ -84,9 +85,10 @@ def shape_from_hf(config: Mapping[str, Any], ignore_fields: Collection[str] = ()
             _assign(values, extra, name, rule, value)
     for name, rule, value in later:
         _assign(values, extra, name, rule, _derive(name, value, values))
-    understood = set(variant.fields)
+    understood = set(variant.fields) | {alias for rule in variant.fields.values() for alias in rule.aliases}
     understood |= read_rope(config, variant, values)
     understood |= _read_window(config, variant, values)
+    understood |= read_experts(config, variant, values)
     _refuse_unknown(config, family, understood, ignore_fields)
     shape = ModelShape(**values, extra=extra)
     _check_shape(shape)
@@ -107,6 +109,7 @@ def _recognise(config: Mapping[str, Any]) -> tuple[Family, Variant]:
 
 
 def _field_value(config: Mapping[str, Any], name: str, rule: ConfigField) -> Any:
+    name = next((known for known in (name, *rule.aliases) if known in config), name)
     if name not in config:
         if rule.default is Required:
             raise UserError(f"config: {name!r} is missing in config.json and has no safe default; try: add it")
@@ -159,6 +162,8 @@ def _read_window(config: Mapping[str, Any], variant: Variant, values: dict[str, 
     """Sets window_size and window_layers; returns the names of the fields it understood."""
     if variant.sliding_window == "none":
         return set()
+    if variant.sliding_window == "refused":
+        return _refuse_window(config)
     window = config.get("sliding_window", variant.sliding_window_default)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise UserError(f"config: sliding_window={window!r} in config.json is wrong; legal: a positive number or null")
@@ -172,6 +177,15 @@ def _read_window(config: Mapping[str, Any], variant: Variant, values: dict[str, 
     if layers:
         values["window_size"] = window
         values["window_layers"] = None if len(layers) == num_layers else layers
+    return {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+
+
+def _refuse_window(config: Mapping[str, Any]) -> set[str]:
+    types = config.get("layer_types") or ()
+    if config.get("use_sliding_window") or set(types) - {"full_attention"}:
+        raise UserError(
+            "config: use_sliding_window=true in config.json is not implemented for this model_type; legal: false"
+        )
     return {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
 

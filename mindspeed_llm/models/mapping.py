@@ -42,13 +42,25 @@ def tensor_pairs(shape: ModelShape) -> list[TensorPair]:
     per_layer = [rule for rule in rules if "{i}" in rule.mcore]
     single = [(i, rule) for i, rule in enumerate(rules) if "{i}" not in rule.mcore]
     ordered: list[tuple[TensorRule, int]] = [(rule, 0) for i, rule in single if i < first_layer_rule]
-    ordered += [(rule, layer) for layer in range(shape.num_layers) for rule in per_layer]
+    ordered += [
+        (rule, layer) for layer in range(shape.num_layers) for rule in per_layer if _is_in_layer(rule, layer, shape)
+    ]
     ordered += [(rule, 0) for i, rule in single if i > first_layer_rule]
-    return [_pair(rule, layer, shape) for rule, layer in ordered]
+    return [
+        _pair(rule, layer, expert, shape)
+        for rule, layer in ordered
+        for expert in (range(shape.num_moe_experts) if "{e}" in rule.mcore else (0,))
+    ]
+
+
+def _is_in_layer(rule: TensorRule, layer: int, shape: ModelShape) -> bool:
+    return rule.layers == "all" or (rule.layers == "moe") == shape.is_moe_layer(layer)
 
 
 def exists(rule: TensorRule, shape: ModelShape) -> bool:
-    """Whether the shape has this rule's tensor."""
+    """Whether the shape has this rule's tensor, in some layer at least."""
+    if not any(_is_in_layer(rule, layer, shape) for layer in range(shape.num_layers)):
+        return False
     if rule.when is None:
         return True
     negated, name = rule.when.startswith("not "), rule.when.removeprefix("not ")
@@ -60,19 +72,20 @@ def absent_rules(shape: ModelShape) -> Iterator[tuple[TensorRule, str]]:
     for rule in get_family(shape.family).tensors:
         if not exists(rule, shape):
             for name in rule.hf:
-                yield rule, name.replace("{i}", "0")
+                yield rule, name.replace("{i}", "0").replace("{e}", "0")
 
 
-def _pair(rule: TensorRule, layer: int, shape: ModelShape) -> TensorPair:
-    mcore = rule.mcore.replace("{i}", str(layer))
+def _pair(rule: TensorRule, layer: int, expert: int, shape: ModelShape) -> TensorPair:
+    def named(name: str) -> str:
+        return name.replace("{i}", str(layer)).replace("{e}", str(expert))
+
+    mcore = named(rule.mcore)
     layout, dims = layouts.layout_of(mcore), layouts.full_shape(mcore, shape)
     hf_dims: tuple[tuple[int, ...], ...] = (dims,)
     if rule.transform == "parts":
         hf_dims = tuple((rows, *dims[1:]) for rows in layouts.part_rows(layout.packing, shape))
     assert len(hf_dims) == len(rule.hf), f"{rule.mcore}: {len(rule.hf)} HF names for {len(hf_dims)} parts"
-    return TensorPair(
-        mcore, tuple(n.replace("{i}", str(layer)) for n in rule.hf), rule.transform, layout, dims, hf_dims
-    )
+    return TensorPair(mcore, tuple(map(named, rule.hf)), rule.transform, layout, dims, hf_dims)
 
 
 def to_hf(pair: TensorPair, tensor: Array, shape: ModelShape) -> list[tuple[str, Array]]:
