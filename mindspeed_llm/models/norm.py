@@ -10,7 +10,8 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.ops.norm import layer_norm, rms_norm
 
 
-def _parameter(size: int, config: TransformerConfig) -> nn.Parameter:
+def new_parameter(size: tuple[int, ...], config: TransformerConfig) -> nn.Parameter:
+    """An undefined parameter that every tensor-parallel rank holds as a whole."""
     device = "cpu" if config.use_cpu_initialization else accelerator.current().current_device()
     parameter = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
     # Megatron sums the gradient of such a parameter over the tensor-parallel ranks, each of which saw part of the rows.
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(hidden_size, config)
+        self.weight = new_parameter((hidden_size,), config)
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ class LayerNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(hidden_size, config)
-        self.bias = _parameter(hidden_size, config)
+        self.weight = new_parameter((hidden_size,), config)
+        self.bias = new_parameter((hidden_size,), config)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 

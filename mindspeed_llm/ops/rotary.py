@@ -36,6 +36,15 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     return implementation("rotary")(x, table)
 
 
+def apply_interleaved_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """The rotation for x [s, b, n, r] whose neighbouring channels (0, 1), (2, 3), ... turn together (DeepSeek).
+
+    The result is in the half layout: the same permutation of queries and keys leaves their products as they are.
+    """
+    pairs = x.unflatten(-1, (-1, 2)).transpose(-1, -2)
+    return apply_rotary(pairs.flatten(-2), table)
+
+
 @register("rotary", "fused")
 def fused_rotary(x: Tensor, table: Tensor) -> Tensor:
     """One pass each way; nothing but the table is saved."""
