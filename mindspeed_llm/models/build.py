@@ -118,7 +118,9 @@ def model_config(shape: ModelShape, options: BuildOptions):
         context_parallel_size=options.context_parallel_size,
         expert_model_parallel_size=options.expert_parallel_size,
         expert_tensor_parallel_size=options.expert_tensor_parallel_size,
-        pipeline_model_parallel_layout=_pipeline_layout(options),
+        pipeline_model_parallel_layout=_pipeline_layout(options, shape.mtp_num_layers),
+        multi_latent_attention=shape.multi_latent_attention,
+        mtp_num_layers=shape.mtp_num_layers or None,
         sequence_parallel=options.sequence_parallel and tp > 1,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
@@ -139,11 +141,12 @@ def model_config(shape: ModelShape, options: BuildOptions):
     )
 
 
-def _pipeline_layout(options: BuildOptions) -> list[list[str]] | None:
-    if options.num_layers_per_stage is None:
+def _pipeline_layout(options: BuildOptions, prediction_layers: int) -> list[list[str]] | None:
+    if options.num_layers_per_stage is None or len(options.num_layers_per_stage) == 1:
         return None
     stages = [["decoder"] * count for count in options.num_layers_per_stage]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
+    last = [*stages[-1], *["mtp"] * prediction_layers, "loss"]
+    return [["embedding", *stages[0]], *stages[1:-1], last]
 
 
 def build_model(

@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from mindspeed_llm.models.attention import KeyValueCache, SelfAttention
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.latent_attention import LatentAttention
 from mindspeed_llm.models.mlp import MLP
+from mindspeed_llm.models.multi_token import further_targets, prediction_layers
 from mindspeed_llm.models.norm import LayerNorm, RMSNorm
 from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
 from mindspeed_llm.ops.cross_entropy import linear_cross_entropy_sum
 from mindspeed_llm.ops.rotary import rotary_table
 
 
-def layer_specification(config: ModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The modules of this stage's layers, for megatron's TransformerBlock."""
-    norm = RMSNorm if config.shape.normalization == "RMSNorm" else LayerNorm
-    layer = ModuleSpec(
+def norm_class(config: ModelConfig) -> type:
+    """The kind of norm around attention and MLP."""
+    return RMSNorm if config.shape.normalization == "RMSNorm" else LayerNorm
+
+
+def layer_specification(config: ModelConfig, layer: int) -> ModuleSpec:
+    """The modules of one layer, by its index from 0 in the whole model."""
+    norm = norm_class(config)
+    attention = LatentAttention if config.shape.multi_latent_attention else SelfAttention
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(module=SelfAttention),
+            self_attention=ModuleSpec(module=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=MLP,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def stage_specification(config: ModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The modules of this stage's layers, for megatron's TransformerBlock."""
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_specification(config, layer) for layer in layers], layer_norm=norm_class(config)
+    )
+
+
+def prediction_specification(config: ModelConfig) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token prediction layers, which the last stage holds; None for a model without."""
+    shape = config.shape
+    layers = range(shape.num_layers, shape.num_layers + shape.mtp_num_layers)
+    if not layers:
+        return None
+    return prediction_layers(config, norm_class(config), [layer_specification(config, layer) for layer in layers])
 
 
 class LanguageModel(GPTModel):
@@ -49,15 +80,19 @@ class LanguageModel(GPTModel):
         shape = config.shape
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_specification(config, vp_stage),
+            transformer_layer_spec=stage_specification(config, vp_stage),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
             position_embedding_type="none",
+            mtp_block_spec=prediction_specification(config) if post_process else None,
             vp_stage=vp_stage,
         )
+        if self.mtp_process and shape.tie_word_embeddings:
+            # The embedding that the prediction layers need here is the output layer's weight too.
+            self.output_layer.weight = None
         self._frequencies: tuple[Tensor, float] | None = None
 
     def forward(
@@ -70,6 +105,7 @@ class LanguageModel(GPTModel):
         inference_context: KeyValueCache | None = None,
         last_position_only: bool = False,
         gather_logits: bool | None = None,
+        further: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """One stage's forward pass.
 
@@ -82,11 +118,14 @@ class LanguageModel(GPTModel):
             inference_context: a KeyValueCache (models.attention); the queries are the newest positions.
             last_position_only: logits of the last position alone, [b, 1, v].
             gather_logits: collect the logits of all tensor-parallel ranks; default: when a cache is given.
+            further: with multi-token prediction (token ids, labels) of each prediction layer, as
+                `multi_token.further_targets` makes them of whole rows; None makes them here, where rows are whole.
 
         Returns:
             Before the last stage: hidden states [s, b, h]. Last stage with labels: the SUM of the labelled tokens'
-            losses, a scalar (fp32). Without labels: logits [b, s, v] of the true vocabulary when gathered, else
-            [b, s, v_local] with -inf in the padded columns.
+            losses, a scalar (fp32); with multi-token prediction [1 + prediction layers] sums, the model's own first, of
+            which `multi_token.objective` is what is minimised. Without labels: logits [b, s, v] of the true vocabulary
+            when gathered, else [b, s, v_local] with -inf in the padded columns.
 
         Raises:
             ValueError: an attention mask, ids outside the vocabulary, or shapes that do not fit together.
@@ -98,15 +137,20 @@ class LanguageModel(GPTModel):
         if inference_context is not None:
             self._check_cache_is_used(packed_seq_params)
         decoder_input = self._embed(input_ids) if self.pre_process else None
+        table = self._rotary_table(input_ids, position_ids, packed_seq_params)
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
             inference_context=inference_context,
-            rotary_pos_emb=self._rotary_table(input_ids, position_ids, packed_seq_params),
+            rotary_pos_emb=table,
             packed_seq_params=packed_seq_params,
         )
         if not self.post_process:
             return hidden_states
+        if labels is not None and self.mtp_process:
+            if further is None:
+                further = self._further_targets(input_ids, labels, packed_seq_params)
+            return self._losses(hidden_states, labels, further, table, packed_seq_params)
         if labels is not None:
             return self._loss_sum(hidden_states, labels)
         gather = inference_context is not None if gather_logits is None else gather_logits
@@ -174,6 +218,29 @@ class LanguageModel(GPTModel):
         training = config.hidden_dropout or config.attention_dropout or config.recompute_granularity
         if packed_seq_params is not None or (self.training and training):
             raise ValueError("a cache is for evaluation (model.eval()) of rows that are not packed")
+
+    def _further_targets(
+        self, input_ids: Tensor, labels: Tensor, packed: PackedSeqParams | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if self.config.context_parallel_size > 1:
+            raise ValueError("further must be given under context parallelism: a rank has only a part of each row")
+        bounds = None if packed is None else packed.cu_seqlens_q
+        return further_targets(input_ids, labels, bounds, self.config.shape.mtp_num_layers)
+
+    def _losses(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        further: Sequence[tuple[Tensor, Tensor]],
+        table: Tensor,
+        packed: PackedSeqParams | None,
+    ) -> Tensor:
+        """[1 + prediction layers] loss sums."""
+        losses = [self._loss_sum(hidden_states, labels)]
+        for layer, (ids, targets) in zip(self.mtp.layers, further, strict=True):
+            hidden_states = layer(self._embed(ids), hidden_states, table, packed)
+            losses.append(self._loss_sum(hidden_states, targets))
+        return torch.stack(losses)
 
     def _loss_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         if self.config.sequence_parallel:
