@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +13,14 @@ from mindspeed_llm.accelerator import torch_facade
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.layouts import padded_vocab_size
+from mindspeed_llm.models.moe.options import ExpertOptions, expert_fields
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layer_map import LayerMap, layer_map
 
-__all__ = ["BuildOptions", "build_model", "model_config", "padded_vocab_size"]
+if TYPE_CHECKING:
+    from mindspeed_llm.models.config import ModelConfig
+
+__all__ = ["BuildOptions", "build_chunks", "build_model", "model_config", "padded_vocab_size"]
 
 # Before megatron is loaded, which the functions below do.
 torch_facade.install(accelerator.current())
@@ -27,7 +33,9 @@ class BuildOptions:
     Args:
         tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size, context_parallel_size,
             expert_parallel_size, expert_tensor_parallel_size: of the parallel state that is already initialised.
-        num_layers_per_stage: layers of each (virtual) stage; None splits evenly.
+        ulysses_size: context-parallel ranks that exchange heads (`parallel.context_split`); the others form a ring.
+        ring_window: ranks of an inner ring of that ring; 1 for a single ring.
+        layers: which layers live on which stage and chunk; None splits evenly over the two pipeline sizes.
         sequence_parallel: keep the residual stream cut along the sequence between the tensor-parallel regions.
         params_dtype: of all parameters.
         vocab_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
@@ -36,7 +44,9 @@ class BuildOptions:
         recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: as in megatron-core.
         calculate_per_token_loss: gradients are divided by the global number of labelled tokens (by megatron, which
             needs the count from the loss function); False averages micro-batches instead.
+        mtp_loss_scaling_factor: weight of the mean loss of the multi-token prediction layers beside the model's own.
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
+        experts: how routed experts are computed and balanced.
         variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
         seed: of the initial weights.
         initialize: False leaves the weights undefined, for a checkpoint to fill.
@@ -46,9 +56,11 @@ class BuildOptions:
     pipeline_parallel_size: int = 1
     virtual_pipeline_parallel_size: int | None = None
     context_parallel_size: int = 1
+    ulysses_size: int = 1
+    ring_window: int = 1
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
-    num_layers_per_stage: Sequence[int] | None = None
+    layers: LayerMap | None = None
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
     vocab_divisible_by: int = layouts.VOCAB_MULTIPLE
@@ -60,7 +72,9 @@ class BuildOptions:
     recompute_num_layers: int | None = None
     recompute_modules: Sequence[str] = field(default_factory=lambda: ("core_attn",))
     calculate_per_token_loss: bool = True
+    mtp_loss_scaling_factor: float = 0.1
     loss_chunk_size: int | None = None
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
     variable_seq_lengths: bool = False
     seed: int = 1234
     initialize: bool = True
@@ -75,13 +89,15 @@ def model_config(shape: ModelShape, options: BuildOptions):
     from mindspeed_llm.models.config import ModelConfig
     from mindspeed_llm.models.mlp import activation_function
 
-    if options.context_parallel_size != 1:
-        raise UserError(
-            f"context-parallel-size: {options.context_parallel_size} is wrong, because attention sees the tokens of "
-            "one rank alone; legal: 1"
-        )
     tp = options.tensor_parallel_size
     layouts.check_tensor_parallel(shape, tp)
+    layouts.check_expert_parallel(shape, options.expert_parallel_size, options.expert_tensor_parallel_size or tp)
+    attention_dropout = shape.attention_dropout if options.attention_dropout is None else options.attention_dropout
+    if options.context_parallel_size > 1 and attention_dropout:
+        raise UserError(
+            f"attention_dropout: {attention_dropout} is wrong, because context-parallel ranks do not draw weights to "
+            "drop; legal: 0"
+        )
     padded = options.padded_vocab_size or padded_vocab_size(shape.vocab_size, tp, options.vocab_divisible_by)
     layouts.vocab_range(shape.vocab_size, padded, 0, tp)
     return ModelConfig(
@@ -105,7 +121,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         padded_vocab_size=padded,
         loss_chunk_size=options.loss_chunk_size,
         hidden_dropout=options.hidden_dropout,
-        attention_dropout=shape.attention_dropout if options.attention_dropout is None else options.attention_dropout,
+        attention_dropout=attention_dropout,
         params_dtype=options.params_dtype,
         pipeline_dtype=options.params_dtype,
         bf16=options.params_dtype == torch.bfloat16,
@@ -116,11 +132,18 @@ def model_config(shape: ModelShape, options: BuildOptions):
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=options.virtual_pipeline_parallel_size,
         context_parallel_size=options.context_parallel_size,
+        ulysses_size=options.ulysses_size,
+        ring_window=options.ring_window,
         expert_model_parallel_size=options.expert_parallel_size,
         expert_tensor_parallel_size=options.expert_tensor_parallel_size,
-        pipeline_model_parallel_layout=_pipeline_layout(options, shape.mtp_num_layers),
+        pipeline_model_parallel_layout=_pipeline_layout(shape, options),
+        # Between two stages the batched form cannot tell what goes to the next stage from what goes to the previous
+        # one, which is the same rank; an interleaved schedule sends both.
+        overlap_p2p_comm=options.virtual_pipeline_parallel_size is not None,
+        batch_p2p_comm=options.virtual_pipeline_parallel_size is None,
         multi_latent_attention=shape.multi_latent_attention,
         mtp_num_layers=shape.mtp_num_layers or None,
+        mtp_loss_scaling_factor=options.mtp_loss_scaling_factor,
         sequence_parallel=options.sequence_parallel and tp > 1,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
@@ -128,8 +151,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         recompute_modules=list(options.recompute_modules),
         calculate_per_token_loss=options.calculate_per_token_loss,
         variable_seq_lengths=options.variable_seq_lengths,
-        # TransformerConfig refuses the former together with this field's default, experts or not.
-        moe_token_dispatcher_type="alltoall",
+        **expert_fields(shape, options.experts),
         cuda_graph_scope=[],
         # The fused kernels behind these need Apex or Transformer Engine; ours are in ops.
         bias_activation_fusion=False,
@@ -141,12 +163,26 @@ def model_config(shape: ModelShape, options: BuildOptions):
     )
 
 
-def _pipeline_layout(options: BuildOptions, prediction_layers: int) -> list[list[str]] | None:
-    if options.num_layers_per_stage is None or len(options.num_layers_per_stage) == 1:
+def _pipeline_layout(shape: ModelShape, options: BuildOptions) -> list[list[str]] | None:
+    """The layer map as megatron-core takes it: what each chunk holds, in forward order; None for a single stage."""
+    pp, vpp = options.pipeline_parallel_size, options.virtual_pipeline_parallel_size
+    if pp == 1:
         return None
-    stages = [["decoder"] * count for count in options.num_layers_per_stage]
-    last = [*stages[-1], *["mtp"] * prediction_layers, "loss"]
-    return [["embedding", *stages[0]], *stages[1:-1], last]
+    layers = options.layers or layer_map(shape.num_layers, pp, vpp)
+    first, *middle, last = [["decoder"] * size for size in layers.built_sizes]
+    return [["embedding", *first], *middle, [*last, *["mtp"] * shape.mtp_num_layers, "loss"]]
+
+
+def build_chunks(shape: ModelShape, options: BuildOptions) -> list:
+    """This rank's model chunks in forward order, one without virtual pipeline; they share one configuration.
+
+    Raises:
+        UserError: the shape cannot be cut that way.
+    """
+    config = model_config(shape, options)
+    virtual = options.virtual_pipeline_parallel_size
+    stages = [None] if virtual is None else range(virtual)
+    return [build_model(shape, options, vp_stage=stage, config=config) for stage in stages]
 
 
 def build_model(
@@ -156,6 +192,7 @@ def build_model(
     pre_process: bool | None = None,
     post_process: bool | None = None,
     vp_stage: int | None = None,
+    config: ModelConfig | None = None,
 ):
     """This rank's part of a model, on the current device.
 
@@ -167,6 +204,7 @@ def build_model(
         pre_process, post_process: whether this part holds the embedding and the output layer; None asks the parallel
             state.
         vp_stage: number of the virtual stage, None without virtual pipeline stages.
+        config: of these shape and options, where the caller made it already.
 
     Returns:
         A `models.gpt.LanguageModel` (a megatron GPTModel).
@@ -180,7 +218,7 @@ def build_model(
     from mindspeed_llm.models.initialize import initialize_weights, mark_tensor_parallel
 
     options = options or BuildOptions()
-    config = model_config(shape, options)
+    config = config or model_config(shape, options)
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     if post_process is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,8 +23,10 @@ from mindspeed_llm.models.attention import KeyValueCache, SelfAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.latent_attention import LatentAttention
 from mindspeed_llm.models.mlp import MLP
-from mindspeed_llm.models.multi_token import further_targets, prediction_layers
+from mindspeed_llm.models.moe.layer import moe_specification
+from mindspeed_llm.models.multi_token import prediction_layers
 from mindspeed_llm.models.norm import LayerNorm, RMSNorm
+from mindspeed_llm.models.prediction_targets import further_targets
 from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
 from mindspeed_llm.ops.cross_entropy import linear_cross_entropy_sum
 from mindspeed_llm.ops.rotary import rotary_table
@@ -46,7 +48,7 @@ def layer_specification(config: ModelConfig, layer: int) -> ModuleSpec:
             self_attention=ModuleSpec(module=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=MLP,
+            mlp=moe_specification(config) if config.shape.is_moe_layer(layer) else MLP,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -111,7 +113,8 @@ class LanguageModel(GPTModel):
 
         Args:
             input_ids: [b, s] (packed: [1, t]); read by the first stage.
-            position_ids: [b, s] or [1, s]; None counts from 0, in each document when packed.
+            position_ids: [b, s] or [1, s]; None counts from 0, in each document when packed. Under context parallelism
+                a rank gets the tokens, labels and positions of its `context_split.SequenceSplit.ranges`.
             attention_mask: must be None: attention is causal, so right padding needs no mask.
             labels: [b, s], labels[i] being the target at position i; -100 is ignored.
             packed_seq_params: documents of a packed row, qkv_format 'thd', cu_seqlens_q ending at t.
@@ -119,12 +122,12 @@ class LanguageModel(GPTModel):
             last_position_only: logits of the last position alone, [b, 1, v].
             gather_logits: collect the logits of all tensor-parallel ranks; default: when a cache is given.
             further: with multi-token prediction (token ids, labels) of each prediction layer, as
-                `multi_token.further_targets` makes them of whole rows; None makes them here, where rows are whole.
+                `prediction_targets.further_targets` makes them of whole rows; None makes them here, where rows are whole.
 
         Returns:
             Before the last stage: hidden states [s, b, h]. Last stage with labels: the SUM of the labelled tokens'
             losses, a scalar (fp32); with multi-token prediction [1 + prediction layers] sums, the model's own first, of
-            which `multi_token.objective` is what is minimised. Without labels: logits [b, s, v] of the true vocabulary
+            which `prediction_targets.objective` is what is minimised. Without labels: logits [b, s, v] of the true vocabulary
             when gathered, else [b, s, v_local] with -inf in the padded columns.
 
         Raises:
@@ -190,7 +193,7 @@ class LanguageModel(GPTModel):
             position_ids = self._default_positions(input_ids, packed)
         shape = self.config.shape
         if (shape.rope_scaling or {}).get("rope_type") in LENGTH_DEPENDENT:
-            frequencies = rope_frequencies(shape, int(position_ids.max()) + 1)
+            frequencies = rope_frequencies(shape, self._sequence_length(position_ids))
         else:
             if self._frequencies is None:
                 self._frequencies = rope_frequencies(shape)
@@ -199,7 +202,20 @@ class LanguageModel(GPTModel):
         dtype = torch.float32 if self.config.fp32_residual_connection else self.config.params_dtype
         return rotary_table(position_ids, inv_freq.to(position_ids.device), attention_factor, dtype)
 
+    def _sequence_length(self, position_ids: Tensor) -> int:
+        """Largest position + 1, of all tokens that context-parallel ranks hold."""
+        largest = position_ids.max()
+        if self.config.context_parallel_size > 1:
+            torch.distributed.all_reduce(
+                largest, torch.distributed.ReduceOp.MAX, group=parallel_state.get_context_parallel_group()
+            )
+        return int(largest) + 1
+
     def _default_positions(self, input_ids: Tensor | None, packed: PackedSeqParams | None) -> Tensor:
+        if self.config.context_parallel_size > 1:
+            raise ValueError(
+                "position_ids must be given under context parallelism: a rank's tokens are not consecutive"
+            )
         if input_ids is not None:
             length, device = input_ids.shape[1], input_ids.device
         else:
@@ -216,8 +232,10 @@ class LanguageModel(GPTModel):
         config = self.config
         # Dropout would spoil what is stored, and megatron's recomputation calls the layers without a cache.
         training = config.hidden_dropout or config.attention_dropout or config.recompute_granularity
-        if packed_seq_params is not None or (self.training and training):
-            raise ValueError("a cache is for evaluation (model.eval()) of rows that are not packed")
+        if packed_seq_params is not None or (self.training and training) or config.context_parallel_size > 1:
+            raise ValueError(
+                "a cache is for evaluation (model.eval()) of rows that are not packed and not shared by ranks"
+            )
 
     def _further_targets(
         self, input_ids: Tensor, labels: Tensor, packed: PackedSeqParams | None

@@ -28,14 +28,13 @@ def read_experts(config: Mapping[str, Any], variant: Variant, values: dict[str, 
     if variant.experts == "none":
         return set()
     rules = {"every_layer": _every_layer, "sparse_step": _sparse_step, "first_dense": _first_dense}
-    layers, understood = rules[variant.experts](config, values)
+    layers, understood = rules[variant.experts]({**variant.expert_defaults, **config}, values)
     if len(layers) == 0 or values.get("num_moe_experts") is None:
-        for name in [
-            name for name in values if name.startswith("moe_") or name in ("num_moe_experts", "norm_topk_prob")
-        ]:
-            del values[name]
+        for name in [*values]:
+            if name.startswith("moe_") or name in ("num_moe_experts", "norm_topk_prob"):
+                del values[name]
         return understood
-    values["moe_layers"] = None if len(layers) == values["num_layers"] else layers
+    values["moe_layers"] = None if set(layers) >= set(range(values["num_layers"])) else layers
     _check(values)
     return understood
 
@@ -53,13 +52,17 @@ def _sparse_step(config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[
 
 
 def _first_dense(config: Mapping[str, Any], values: dict[str, Any]) -> tuple[tuple[int, ...], set[str]]:
-    """DeepSeek: from layer `first_k_dense_replace` on, every `moe_layer_freq`-th."""
+    """DeepSeek: from layer `first_k_dense_replace` on, every `moe_layer_freq`-th; "greedy" looks at no groups."""
     first = _whole(config, "first_k_dense_replace", 0, least=0)
     step = _whole(config, "moe_layer_freq", 1, least=1)
     shared = _whole(config, "n_shared_experts", 0, least=0)
     if shared:
         values["moe_shared_expert_intermediate_size"] = shared * values["moe_ffn_hidden_size"]
-    layers = tuple(i for i in range(values["num_layers"]) if i >= first and i % step == 0)
+    # Multi-token prediction layers are numbered after the others.
+    last = values["num_layers"] + values.get("mtp_num_layers", 0)
+    layers = tuple(i for i in range(last) if i >= first and i % step == 0)
+    if config.get("topk_method") == "greedy" or values.get("moe_router_num_groups") == 1:
+        values["moe_router_num_groups"] = values["moe_router_group_topk"] = None
     return layers, {"first_k_dense_replace", "moe_layer_freq", "n_shared_experts"}
 
 

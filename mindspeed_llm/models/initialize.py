@@ -6,12 +6,22 @@ import hashlib
 import math
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.layouts import full_shape, layer_index, layout_of, pack, part_rows, shard, with_layer
+from mindspeed_llm.models.layouts import (
+    full_shape,
+    held_experts,
+    is_stacked_experts,
+    layer_index,
+    layout_of,
+    pack,
+    part_rows,
+    shard,
+    with_layer,
+)
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
@@ -39,7 +49,7 @@ def initial_tensor(name: str, config: ModelConfig, seed: int) -> Tensor:
     size = full_shape(name, shape)
     if name.endswith(".bias"):
         return torch.zeros(size)
-    if "layernorm" in name:
+    if "norm" in name.rsplit(".", 2)[-2]:
         return torch.ones(size)
     std = shape.init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -69,8 +79,28 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
         whole = global_name(name, config, model.vp_stage, model.pp_group.rank())
         if whole == "output_layer.weight" and config.shape.tie_word_embeddings:
             whole = "embedding.word_embeddings.weight"
+        experts = _experts_of(whole, config)
+        if experts is not None:
+            parameter.copy_(_initial_experts(experts, is_stacked_experts(name), config, seed))
+            continue
         full = initial_tensor(whole, config, seed)
         parameter.copy_(shard(full, whole, config.shape, rank, tp, config.padded_vocab_size))
+
+
+def _experts_of(name: str, config: ModelConfig) -> tuple[str, ...] | None:
+    """Names in the whole model of the experts' tensors that a parameter holds on this rank; None for other tensors."""
+    if config.num_moe_experts is None:
+        return None
+    ep_rank, ep = parallel_state.get_expert_model_parallel_rank(), config.expert_model_parallel_size
+    return held_experts(name, config.num_moe_experts // ep, ep_rank)
+
+
+def _initial_experts(names: tuple[str, ...], stacked: bool, config: ModelConfig, seed: int) -> Tensor:
+    """This rank's shards of the experts' tensors, stacked or (one name) as it is."""
+    rank = parallel_state.get_expert_tensor_parallel_rank()
+    size = parallel_state.get_expert_tensor_parallel_world_size()
+    shards = [shard(initial_tensor(name, config, seed), name, config.shape, rank, size) for name in names]
+    return torch.stack(shards) if stacked else shards[0]
 
 
 def mark_tensor_parallel(model: nn.Module) -> None:
@@ -79,7 +109,8 @@ def mark_tensor_parallel(model: nn.Module) -> None:
     megatron's layers do so while initialising, which they do not do here.
     """
     for name, parameter in model.named_parameters():
-        layout = layout_of(name)
+        layout = layout_of((held_experts(name, 1, 0) or (name,))[0])
         if layout.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
-            stride = 2 if layout.packing == "gate_up" else 1
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, layout.tp_dim, stride)
+            stride = 2 if layout.packing.endswith("gate_up") else 1
+            dim = layout.tp_dim + is_stacked_experts(name)
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, stride)

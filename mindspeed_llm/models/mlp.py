@@ -42,9 +42,10 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
 class MLP(MegatronModule):
     """[s, b, h] -> [s, b, h]. LoRA replaces linear_fc1 and linear_fc2 by modules called alike, `(x) -> (out, bias)`."""
 
-    def __init__(self, config: ModelConfig, tp_group=None):
+    def __init__(self, config: ModelConfig, tp_group=None, ffn_hidden_size: int | None = None):
         super().__init__(config=config)
         shape = config.shape
+        ffn_hidden_size = ffn_hidden_size or shape.ffn_hidden_size
         self.tp_group = ProcessGroupCollection.use_mpu_process_groups(["tp"]).tp if tp_group is None else tp_group
         self.gated = shape.gated_linear_unit
         self.activation = activation_function(shape.activation)
@@ -52,7 +53,7 @@ class MLP(MegatronModule):
         # stride 2: a rank holds its gate rows, then its up rows.
         self.linear_fc1 = ColumnParallelLinear(
             shape.hidden_size,
-            shape.ffn_hidden_size * (2 if self.gated else 1),
+            ffn_hidden_size * (2 if self.gated else 1),
             config=config,
             init_method=config.init_method,
             bias=shape.add_mlp_bias,
@@ -61,7 +62,7 @@ class MLP(MegatronModule):
             tp_group=self.tp_group,
         )
         self.linear_fc2 = RowParallelLinear(
-            shape.ffn_hidden_size,
+            ffn_hidden_size,
             shape.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,

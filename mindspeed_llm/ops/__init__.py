@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import importlib
 
-OPERATORS = ("attention", "attention_blocks", "cross_entropy", "norm", "rotary", "swiglu")
+OPERATORS = (
+    "attention",
+    "attention_blocks",
+    "attention_part",
+    "cross_entropy",
+    "grouped_matmul",
+    "norm",
+    "rotary",
+    "swiglu",
+)
 
 
 def load_all() -> None:

@@ -1,0 +1,128 @@
+"""Routed experts of one rank: gated MLPs one after another, or all at once by grouped matrix products.
+
+megatron-core's dispatcher hands them tokens sorted by local expert and adds up the outputs of a token's experts (and of
+the ranks that share an expert), so nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from mindspeed_llm import accelerator
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.mlp import activation_function
+from mindspeed_llm.models.moe.sharding import expert_sharded_state
+from mindspeed_llm.ops.grouped_matmul import grouped_matmul
+from mindspeed_llm.ops.swiglu import swiglu
+
+
+def expert_weight(config: ModelConfig, *size: int) -> nn.Parameter:
+    """An uninitialised weight of routed experts, marked as reduced over the expert data-parallel group alone."""
+    device = "cpu" if config.use_cpu_initialization else accelerator.current().current_device()
+    weight = nn.Parameter(torch.empty(*size, dtype=config.params_dtype, device=device))
+    # megatron marks experts so only with expert parallelism, but with expert tensor parallel size 1 and tensor
+    # parallelism their replicas are other ranks than those of dense layers without it as well.
+    weight.allreduce = False
+    return weight
+
+
+def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """[t, 2f] or [t, f] -> [t, f]: what stands between an expert's two linears."""
+    shape = config.shape
+    if shape.gated_linear_unit and shape.activation == "silu":
+        return swiglu
+    function = activation_function(shape.activation)
+    if not shape.gated_linear_unit:
+        return function
+
+    def gated(intermediate: Tensor) -> Tensor:
+        gate, up = intermediate.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return gated
+
+
+def weighted(hidden: Tensor, probs: Tensor) -> Tensor:
+    """Rows [t, f] times their routing weights [t], computed in the weights' type."""
+    return (hidden * probs.unsqueeze(-1)).to(hidden.dtype)
+
+
+class Experts(MegatronModule):
+    """What both kinds of experts share: sizes on this rank, activation, the sharded state of a checkpoint."""
+
+    def __init__(self, num_local_experts: int, config: ModelConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(config=config)
+        shape = config.shape
+        self.num_local_experts = num_local_experts
+        self.groups = pg_collection
+        self.local_ffn_size = shape.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        self.fc1_rows = self.local_ffn_size * (2 if shape.gated_linear_unit else 1)
+        self.activation = activation_of(config)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """All experts of the model as one tensor [experts, out, in] per linear, under megatron's keys."""
+        return expert_sharded_state(self, prefix, sharded_offsets)
+
+
+class ExpertLinear(nn.Module):
+    """A linear of one expert, called like megatron's: `(x) -> (out, bias)`."""
+
+    def __init__(self, config: ModelConfig, out_features: int, in_features: int):
+        super().__init__()
+        self.weight = expert_weight(config, out_features, in_features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class Expert(nn.Module):
+    """One expert's share on this rank."""
+
+    def __init__(self, config: ModelConfig, fc1_rows: int, ffn_size: int):
+        super().__init__()
+        self.linear_fc1 = ExpertLinear(config, fc1_rows, config.shape.hidden_size)
+        self.linear_fc2 = ExpertLinear(config, config.shape.hidden_size, ffn_size)
+
+
+class SequentialExperts(Experts):
+    """`local_experts.{i}.linear_fc1`, `.linear_fc2`: one expert after another."""
+
+    def __init__(self, num_local_experts: int, config: ModelConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(num_local_experts, config, pg_collection)
+        self.local_experts = nn.ModuleList(
+            Expert(config, self.fc1_rows, self.local_ffn_size) for _ in range(num_local_experts)
+        )
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Tokens [t, h] sorted by local expert, their numbers [local experts], routing weights [t] -> [t, h]."""
+        sizes = tokens_per_expert.tolist()
+        outputs = []
+        for expert, rows, weights in zip(self.local_experts, tokens.split(sizes), probs.split(sizes)):
+            hidden = weighted(self.activation(expert.linear_fc1(rows)[0]), weights)
+            outputs.append(expert.linear_fc2(hidden)[0])
+        return torch.cat(outputs), None
+
+
+class GroupedExperts(Experts):
+    """`weight1` [local experts, 2f, h] and `weight2` [local experts, h, f]: one grouped product for each linear."""
+
+    def __init__(self, num_local_experts: int, config: ModelConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(num_local_experts, config, pg_collection)
+        hidden_size = config.shape.hidden_size
+        self.weight1 = expert_weight(config, num_local_experts, self.fc1_rows, hidden_size)
+        self.weight2 = expert_weight(config, num_local_experts, hidden_size, self.local_ffn_size)
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Tokens [t, h] sorted by local expert, their numbers [local experts], routing weights [t] -> [t, h]."""
+        sizes = tokens_per_expert.cpu()
+        hidden = weighted(self.activation(grouped_matmul(tokens, self.weight1, sizes)), probs)
+        return grouped_matmul(hidden, self.weight2, sizes), None
