@@ -26,6 +26,8 @@ class Placement:
         layers: the pipeline's layer map.
         tp_rank, tp: tensor-parallel rank and size.
         pp_rank, vpp_rank: pipeline stage, and model chunk within it.
+        ep_rank, ep: expert-parallel rank and size.
+        etp_rank, etp: rank and size of tensor parallelism within an expert.
     """
 
     layers: LayerMap
@@ -33,23 +35,45 @@ class Placement:
     tp: int = 1
     pp_rank: int = 0
     vpp_rank: int = 0
+    ep_rank: int = 0
+    ep: int = 1
+    etp_rank: int = 0
+    etp: int = 1
 
     def global_name(self, local: str) -> str:
-        """The checkpoint's name of a parameter of this part: the layer's global index for its local one.
+        """The checkpoint's name of a built model's parameter: the layer's global index for its local one.
 
         Raises:
             UserError: this part has no such layer.
         """
-        slot = layouts.layer_index(local)
-        if slot is None:
+        index = layouts.layer_index(local)
+        if index is None:
             return local
-        here = self.layers.layers(self.pp_rank, self.vpp_rank)
-        if slot not in here:
+        here = self.layers.built_layers(self.pp_rank, self.vpp_rank)
+        if index >= len(here):
             raise UserError(
                 f"checkpoint: {local} is not in the layer map of pipeline stage {self.pp_rank}, chunk {self.vpp_rank}, "
-                f"which has local layers {sorted(here)}"
+                f"which has {len(here)} layers"
             )
-        return layouts.with_layer(local, here[slot])
+        return layouts.with_layer(local, here[index])
+
+    def stored_name(self, local: str, shape: ModelShape) -> str:
+        """As `global_name`, with an expert's number in the whole model, and one name for all copies of tied embeddings."""
+        name = self.global_name(local)
+        if layouts.expert_index(name) is not None:
+            return layouts.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)[0]
+        return EMBEDDING if name == OUTPUT_LAYER and shape.tie_word_embeddings else name
+
+    def stored_names(self, local: str, shape: ModelShape) -> tuple[str, ...]:
+        """The checkpoint's names of what a parameter holds: one, or those of all the experts that it stacks."""
+        name = self.stored_name(local, shape)
+        if not layouts.is_stacked_experts(name):
+            return (name,)
+        return layouts.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)
+
+    def cut(self, name: str) -> tuple[int, int]:
+        """(rank, size) of the tensor parallelism that cuts a tensor: an expert's, or the dense layers'."""
+        return (self.etp_rank, self.etp) if layouts.layout_of(name).expert else (self.tp_rank, self.tp)
 
 
 @dataclass(frozen=True)
@@ -91,16 +115,21 @@ def load_into(
     """
     placement = placement or Placement(layer_map(source.shape.num_layers))
     targets = _targets(model)
-    wanted = {local: _stored_name(placement.global_name(plain_name(local)), source.shape) for local in targets}
+    wanted = {local: placement.stored_names(plain_name(local), source.shape) for local in targets}
     expected = {name for name in source.names() if _belongs(name, placement, source.shape)}
-    check_names(sorted(expected), sorted(set(wanted.values())), f"the model for {source.origin}")
-    for local, name in wanted.items():
-        check_dims(local, _local_dims(name, targets[local], source, placement), targets[local].shape, "the model")
+    found = {name for names in wanted.values() for name in names}
+    check_names(sorted(expected), sorted(found), f"the model for {source.origin}")
+    for local, names in wanted.items():
+        dims = _local_dims(names[0], targets[local], source, placement)
+        stacked = (len(names),) if layouts.is_stacked_experts(local) else ()
+        check_dims(local, (*stacked, *dims), targets[local].shape, "the model")
     with torch.no_grad():
-        for local, name in wanted.items():
-            target = targets[local]
-            padded = target.shape[0] * placement.tp if source.pairs[name].layout.packing == "vocab" else None
-            target.copy_(source.read_shard(name, placement.tp_rank, placement.tp, padded))
+        for local, names in wanted.items():
+            slices = targets[local] if layouts.is_stacked_experts(local) else (targets[local],)
+            for target, name in zip(slices, names):
+                rank, size = placement.cut(name)
+                padded = target.shape[0] * size if source.pairs[name].layout.packing == "vocab" else None
+                target.copy_(source.read_shard(name, rank, size, padded))
     count = sum(target.numel() for target in targets.values())
     report = LoadReport(len(wanted), len(targets), count, source.origin)
     if not quiet:
@@ -135,7 +164,7 @@ def load_hf_into(
 
 
 class _FirstLayers(TensorSource):
-    """A source seen through a shape with fewer layers."""
+    """A source seen through a shape with fewer layers, or fewer multi-token prediction layers."""
 
     def __init__(self, inner: TensorSource, shape: ModelShape) -> None:
         super().__init__(shape, f"the first {shape.num_layers} layers of {inner.origin}")
@@ -154,7 +183,26 @@ def truncated(source: TensorSource, num_layers: int) -> TensorSource:
     Raises:
         UserError: it has no more than num_layers.
     """
-    return _FirstLayers(source, truncated_shape(source.shape, num_layers))
+    return part_of(source, truncated_shape(source.shape, num_layers))
+
+
+def part_of(source: TensorSource, shape: ModelShape) -> TensorSource:
+    """The source of a model that has fewer layers or multi-token prediction layers than the stored one."""
+    return _FirstLayers(source, shape)
+
+
+def fewer_predictions(shape: ModelShape, count: int, origin: str) -> ModelShape:
+    """The shape with its first `count` multi-token prediction layers.
+
+    Raises:
+        UserError: the model has fewer.
+    """
+    if count > shape.mtp_num_layers:
+        raise UserError(
+            f"--mtp-num-layers: {count} contradicts {origin}, which has {shape.mtp_num_layers}; legal: 0 to "
+            f"{shape.mtp_num_layers} (fewer leaves the others out), or leave the flag out"
+        )
+    return dataclasses.replace(shape, mtp_num_layers=count)
 
 
 def truncated_shape(shape: ModelShape, num_layers: int) -> ModelShape:
@@ -165,6 +213,8 @@ def truncated_shape(shape: ModelShape, num_layers: int) -> ModelShape:
     """
     if not 1 <= num_layers <= shape.num_layers:
         raise UserError(f"model: --truncate-layers {num_layers} is wrong; legal: 1..{shape.num_layers}")
+    if shape.moe_layers is not None:
+        shape = dataclasses.replace(shape, moe_layers=tuple(n for n in shape.moe_layers if n < num_layers))
     windows = shape.window_layers
     if windows is not None:
         windows = tuple(layer for layer in windows if layer < num_layers)
@@ -178,18 +228,17 @@ def _targets(model: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: tensor for name, tensor in tensors.items() if not is_extra_state(name)}
 
 
-def _stored_name(name: str, shape: ModelShape) -> str:
-    """A later pipeline stage keeps its own copy of tied embeddings as output layer."""
-    return EMBEDDING if name == OUTPUT_LAYER and shape.tie_word_embeddings else name
-
-
 def _belongs(name: str, placement: Placement, shape: ModelShape) -> bool:
     layers, p, v = placement.layers, placement.pp_rank, placement.vpp_rank
+    expert = layouts.expert_index(name)
+    if expert is not None and expert // (shape.num_moe_experts // placement.ep) != placement.ep_rank:
+        return False
     layer = layouts.layer_index(name)
     if layer is not None:
         return layers.place(layer)[:2] == (p, v)
     if name == EMBEDDING:
-        return layers.is_first(p, v) or (shape.tie_word_embeddings and layers.is_last(p, v))
+        again = shape.tie_word_embeddings or shape.mtp_num_layers > 0
+        return layers.is_first(p, v) or (again and layers.is_last(p, v))
     return layers.is_last(p, v)
 
 
@@ -199,4 +248,4 @@ def _local_dims(name: str, target: Tensor, source: TensorSource, placement: Plac
     if source.pairs[name].layout.packing == "vocab":
         padded = target.shape[0] * placement.tp
         layouts.vocab_range(source.shape.vocab_size, padded, placement.tp_rank, placement.tp)
-    return layouts.local_shape(name, source.shape, placement.tp, padded)
+    return layouts.local_shape(name, source.shape, placement.cut(name)[1], padded)

@@ -72,7 +72,8 @@ class TensorSource(ABC):
             padded_vocab = padded_vocab or layouts.padded_vocab_size(self.shape.vocab_size, tp)
             start, stop, padding = layouts.vocab_range(self.shape.vocab_size, padded_vocab, rank, tp)
             return layouts.with_zero_rows(self.read_part(name, 0, start, stop), padding)
-        layouts.check_tensor_parallel(self.shape, tp)
+        if not layout.expert:
+            layouts.check_tensor_parallel(self.shape, tp)
         parts = [self.read_part(name, i, *layouts.shard_range(size, rank, tp)) for i, size in enumerate(sizes)]
         return layouts.pack(parts, layout.packing, self.shape, tp)
 
@@ -140,7 +141,10 @@ def check_one_dtype(name: str, dtypes: Sequence[torch.dtype], origin: str) -> No
         raise UserError(f"checkpoint: the parts of {name} in {origin} have types {found}; legal: one type")
 
 
-def check_equal(first: Tensor, second: Tensor, what: str) -> None:
+TIED = "tie_word_embeddings is true; try: set tie_word_embeddings to false in config.json if they are meant to"
+
+
+def check_equal(first: Tensor, second: Tensor, what: str, why: str) -> None:
     """Refuse two copies that differ, comparing a bounded number of rows at a time.
 
     Raises:
@@ -149,10 +153,7 @@ def check_equal(first: Tensor, second: Tensor, what: str) -> None:
     step = max(1, COMPARE_BYTES // max(1, first[0].numel() * first.element_size()))
     for start in range(0, first.shape[0], step):
         if not torch.equal(first[start : start + step], second[start : start + step]):
-            raise UserError(
-                f"checkpoint: {what} differ although tie_word_embeddings is true; try: set tie_word_embeddings to "
-                f"false in config.json if they are meant to"
-            )
+            raise UserError(f"checkpoint: {what} differ although {why}")
 
 
 def _few(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.freeze import freeze_parameters
+
+if TYPE_CHECKING:
+    from mindspeed_llm.checkpoint.load import Placement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,12 +28,17 @@ class TrainingModel:
     Attributes:
         chunks: virtual stages as built (one without virtual pipeline).
         wrapped: the same inside megatron-core's DistributedDataParallel.
-        trained: local names of the trained parameters.
+        trained: local names of the trained parameters, for each chunk.
     """
 
     chunks: list[torch.nn.Module]
     wrapped: list[torch.nn.Module]
-    trained: list[str]
+    trained: list[list[str]]
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tensors on this rank."""
+        return sum(len(names) for names in self.trained)
 
 
 def start_processes(plan: Plan) -> None:
@@ -58,6 +66,7 @@ def start_processes(plan: Plan) -> None:
         context_parallel_size=plan.layout.cp,
         expert_parallel_size=plan.layout.ep,
         expert_tensor_parallel_size=plan.layout.etp,
+        ulysses_size=plan.layout.ulysses,
         seed=plan.config.data.seed,
         timeout_minutes=r.distributed_timeout_minutes,
     )
@@ -75,7 +84,7 @@ def is_logger() -> bool:
 
 # Option -> the operators it switches between their best form and the plain reference.
 FUSED_OPERATORS = {
-    "use_flash_attn": ("attention",),
+    "use_flash_attn": ("attention", "attention_part", "attention_part_backward"),
     "use_fused_rmsnorm": ("rms_norm",),
     "use_fused_swiglu": ("swiglu",),
     "use_fused_rotary_pos_emb": ("rotary", "split_qkv_rotary"),
@@ -104,7 +113,10 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         tensor_parallel_size=plan.tensor_parallel_size,
         pipeline_parallel_size=plan.pipeline_parallel_size,
         virtual_pipeline_parallel_size=plan.layout.vpp,
+        layers=plan.layout.layers,
         context_parallel_size=plan.layout.cp,
+        ulysses_size=plan.layout.ulysses,
+        ring_window=plan.layout.ring_window,
         expert_parallel_size=plan.layout.ep,
         expert_tensor_parallel_size=plan.layout.etp,
         sequence_parallel=plan.sequence_parallel,
@@ -115,6 +127,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_granularity=c.training.recompute_granularity,
         recompute_method=c.training.recompute_method,
         recompute_num_layers=c.training.recompute_num_layers,
+        mtp_loss_scaling_factor=c.training.mtp_loss_scaling_factor,
         loss_chunk_size=c.operators.loss_chunk_size,
         variable_seq_lengths=plan.pipeline_parallel_size > 1,
         seed=c.data.seed,
@@ -128,74 +141,100 @@ def build(plan: Plan) -> TrainingModel:
     Raises:
         UserError: weights do not fit, or a --trainable / --freeze pattern matches no parameter.
     """
-    from mindspeed_llm.models.build import build_model
+    from mindspeed_llm.models.build import build_chunks
 
     if plan.weights is None and is_leader():
         print(f" weights: random, drawn with seed {plan.config.data.seed}; nothing is loaded", flush=True)
-    chunk = build_model(plan.shape, build_options(plan, initialize=plan.weights is None))
+    chunks = build_chunks(plan.shape, build_options(plan, initialize=plan.weights is None))
     # A resume restores the weights together with the optimizer (but a LoRA run's base comes from elsewhere).
     if plan.weights is not None and plan.resume is not plan.weights:
-        load_weights(plan, chunk)
-    trained = choose_trained(plan, chunk)
+        load_weights(plan, chunks)
+    trained = choose_trained(plan, chunks)
     if plan.adapters is not None:
         from mindspeed_llm.lora.inject import inject_adapters
 
-        trained += inject_adapters(chunk, plan.adapters, seed=plan.config.data.seed)
+        for chunk, names in zip(chunks, trained):
+            names += inject_adapters(chunk, plan.adapters, seed=plan.config.data.seed)
         if plan.adapter_source is not None and plan.resume is not plan.adapter_source:
             from mindspeed_llm.lora.io import load_adapters
 
-            load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
-    return TrainingModel([chunk], [wrap(plan, chunk)], trained)
+            for chunk in chunks:
+                load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
+    return TrainingModel(chunks, wrap(plan, chunks), trained)
 
 
-def load_weights(plan: Plan, chunk: torch.nn.Module) -> None:
+def placement(plan: Plan, chunk: int) -> Placement:
+    """Where one of this rank's model chunks stands."""
+    from mindspeed_llm.checkpoint.load import Placement
+
+    here = plan.layout.coordinates(dist.get_rank())
+    return Placement(
+        plan.layout.layers,
+        tp_rank=here.tp,
+        tp=plan.layout.tp,
+        pp_rank=here.pp,
+        vpp_rank=chunk,
+        ep_rank=here.ep,
+        ep=plan.layout.ep,
+        etp_rank=here.etp,
+        etp=plan.layout.expert_tp,
+    )
+
+
+def load_weights(plan: Plan, chunks: list[torch.nn.Module]) -> None:
     """Fill this rank's parameters from `plan.weights`, strictly, and say how much was loaded."""
-    from megatron.core import parallel_state
-
     from mindspeed_llm.checkpoint.detect import open_source
-    from mindspeed_llm.checkpoint.load import Placement, load_into, truncated
+    from mindspeed_llm.checkpoint.load import load_into, part_of
 
     source = open_source(plan.weights, plan.stored_shape)
-    if plan.shape.num_layers != plan.stored_shape.num_layers:
-        source = truncated(source, plan.shape.num_layers)
-    placement = Placement(
-        plan.layout.layers,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp=plan.tensor_parallel_size,
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-    )
-    load_into(chunk, source, placement, quiet=not is_leader())
+    if plan.shape != plan.stored_shape:
+        source = part_of(source, plan.shape)
+    for number, chunk in enumerate(chunks):
+        load_into(chunk, source, placement(plan, number), quiet=not is_leader())
 
 
-def choose_trained(plan: Plan, chunk: torch.nn.Module) -> list[str]:
-    """Set requires_grad by the options (a LoRA base is frozen but for --trainable); names of what is trained."""
+def choose_trained(plan: Plan, chunks: list[torch.nn.Module]) -> list[list[str]]:
+    """Set requires_grad by the options (a LoRA base is frozen but for --trainable).
+
+    Returns:
+        Local names of what is trained, for each chunk.
+
+    Raises:
+        UserError: a pattern matches no parameter of any stage, or nothing is left to train.
+    """
     t = plan.config.training
     if plan.adapters is not None and not t.trainable:
-        chunk.requires_grad_(False)
-        return []
-    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
-    trained, matched = freeze_parameters(
-        chunk.named_parameters(),
-        num_layers=plan.shape.num_layers,
-        layer_offset=offset,
-        trainable=t.trainable,
-        freeze=t.freeze,
-        trainable_layers=t.trainable_layers,
-        frozen_layers=t.frozen_layers,
-    )
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        return [[] for _ in chunks]
+    matched: set[str] = set()
+    for number, chunk in enumerate(chunks):
+        here = placement(plan, number)
+        names = {here.stored_name(name, plan.shape): parameter for name, parameter in chunk.named_parameters()}
+        matched |= freeze_parameters(
+            names.items(),
+            num_layers=plan.shape.num_layers,
+            trainable=t.trainable,
+            freeze=t.freeze,
+            trainable_layers=t.trainable_layers,
+            frozen_layers=t.frozen_layers,
+        )[1]
+    trained = [sorted(name for name, p in chunk.named_parameters() if p.requires_grad) for chunk in chunks]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (sorted(matched), bool(trained)))
+    dist.all_gather_object(everywhere, (sorted(matched), any(trained)))
     for pattern in [*(t.trainable or ()), *(t.freeze or ())]:
         if not any(pattern in seen for seen, _ in everywhere):
-            example = next(iter(chunk.named_parameters()))[0]
-            raise UserError(f"--trainable/--freeze: {pattern!r} matches no parameter; names look like {example}")
+            raise UserError(
+                f"--trainable/--freeze: {pattern!r} matches no parameter; names look like "
+                "decoder.layers.0.mlp.linear_fc1.weight"
+            )
     if not any(some for _, some in everywhere):
         raise UserError("training: every parameter is frozen; leave something to train")
-    return sorted(trained)
+    return trained
 
 
-def wrap(plan: Plan, chunk: torch.nn.Module) -> torch.nn.Module:
-    """megatron-core's DistributedDataParallel; gradients accumulate and reduce in fp32."""
+def wrap(plan: Plan, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """megatron-core's DistributedDataParallel around every chunk; gradients accumulate and reduce in fp32."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     p = plan.config.parallel
@@ -205,10 +244,21 @@ def wrap(plan: Plan, chunk: torch.nn.Module) -> torch.nn.Module:
         overlap_param_gather=p.overlap_param_gather,
         use_distributed_optimizer=p.use_distributed_optimizer,
     )
-    wrapped = DistributedDataParallel(chunk.config, settings, chunk)
-    chunk.config.finalize_model_grads_func = finalize_model_grads
+    config = chunks[0].config
+    # Reductions of later chunks overlap with the backward passes of earlier ones as they are; buckets gain nothing.
+    wrapped = [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
     if p.overlap_grad_reduce:
-        chunk.config.no_sync_func = wrapped.no_sync
-    if p.overlap_param_gather:
-        chunk.config.param_sync_func = wrapped.start_param_sync
+        functions = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = functions if len(functions) > 1 else functions[0]
     return wrapped
+
+
+def gather_parameters(model: TrainingModel) -> None:
+    """Bring every rank's parameters up to date: --overlap-param-gather leaves that to the next forward pass."""
+    for wrapped in model.wrapped:
+        if wrapped.ddp_config.overlap_param_gather:
+            wrapped.start_param_sync(force_sync=True)
