@@ -57,6 +57,8 @@ def convert(
     vpp: int | None = None,
     layer_list: Sequence[int] | None = None,
     noop_layers: Iterable[int] | None = None,
+    embedding_as_layer: bool = False,
+    loss_as_layer: bool = False,
     *,
     dtype: str | torch.dtype | None = None,
     hf_cfg_dir: str | Path | None = None,
@@ -75,8 +77,8 @@ def convert(
             directory, in which case the result goes to `save_dir/mg2hf`.
         load_type: "hf" or "mg" to insist on a format ("mg" stands for mp_rank files and torch_dist); None detects it.
         save_type: "mg" (mp_rank files) or "hf".
-        tp, pp, vpp, layer_list, noop_layers: layout to write, see `parallel.layer_map`; vpp counts model chunks per
-            stage. For "hf" they must be left alone (tp and pp may repeat the sizes of the Megatron checkpoint read).
+        tp, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer: layout to write, see
+            `parallel.layer_map`; vpp counts model chunks per stage. For "hf" they must be left alone (tp and pp may repeat the sizes of the Megatron checkpoint read).
         dtype: type of the written weights ("fp32", "bf16", "fp16" or a torch type); None keeps each tensor's.
         hf_cfg_dir: where config.json and the tokenizer come from; needed only when neither the checkpoint nor save_dir
             has them.
@@ -104,12 +106,14 @@ def convert(
     dtypes = {name: _resolve_dtype(dtype) or source.dtype(name) for name in source.names()}
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if save_type == "hf":
-        _check_no_layout(source, (tp, pp), bool(vpp or layer_list or noop_layers))
+        split = bool(vpp or layer_list or noop_layers or embedding_as_layer or loss_as_layer)
+        _check_no_layout(source, (tp, pp), split)
         return _convert_to_hf(
             source, dtypes, Path(save_dir), config_files, _resolve_dtype(dtype), transform, shard_bytes, say
         )
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
-    layout = MegatronLayout(layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers), tp, padded, transformer_impl)
+    layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
+    layout = MegatronLayout(layers, tp, padded, transformer_impl)
     return _convert_to_megatron(source, dtypes, Path(save_dir), config_files, layout, found, transform, say)
 
 
@@ -127,7 +131,7 @@ def _convert_to_hf(
     plan = [
         PlannedTensor(name, dims, dtypes[pair.mcore])
         for pair in source.pairs.values()
-        for name, dims in zip(pair.hf, pair.hf_dims)
+        for name, dims in pair.stored()
     ]
     needed = sum(tensor.num_bytes for tensor in plan)
     _announce(source, dtypes, needed, target, transform is not None, say)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.source import (
+    TIED,
     TensorSource,
     check_dims,
     check_equal,
@@ -23,7 +24,8 @@ from mindspeed_llm.checkpoint.source import (
 )
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.family import get_family
-from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+from mindspeed_llm.models.families.llama import HF_LAYER
+from mindspeed_llm.models.hf_config import prediction_field, read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import absent_rules
 from mindspeed_llm.models.shape import ModelShape
 
@@ -178,14 +180,50 @@ class HfSource(TensorSource):
         found = set(self.files.names())
         self._check_absent(found)
         buffers = {
-            name.replace("{i}", str(i)) for name in family.optional_tensors for i in range(self.shape.num_layers)
+            name.replace("{i}", str(i))
+            for name in family.optional_tensors
+            for i in range(self.shape.num_layers + self.shape.mtp_num_layers)
         }
         expected = [hf for pair in self.pairs.values() for hf in pair.hf]
-        check_names(expected, sorted(found - buffers), self.origin)
+        copies = self._check_copies(found)
+        found = found - buffers - copies - self._left_out(found)
+        check_names(expected, sorted(found), self.origin, self._about_prediction())
         for pair in self.pairs.values():
             for hf, dims in zip(pair.hf, pair.hf_dims):
                 check_dims(hf, dims, self.files.dims(hf), self.origin)
             check_one_dtype(pair.mcore, [self.files.dtype(hf) for hf in pair.hf], self.origin)
+
+    def _check_copies(self, found: set[str]) -> set[str]:
+        """Names of tensors that HF stores again; each must be the same bits as the one that is read.
+
+        Raises:
+            UserError: a copy differs.
+        """
+        copies = {(copy, pair.hf[0]) for pair in self.pairs.values() for copy in pair.hf_copies if copy in found}
+        for copy, original in sorted(copies):
+            rows = self.shape.vocab_size
+            check_dims(copy, self.files.dims(original), self.files.dims(copy), self.origin)
+            check_equal(
+                self.files.read(original, 0, 0, rows),
+                self.files.read(copy, 0, 0, rows),
+                f"{original} and {copy} in {self.origin}",
+                "multi-token prediction shares them; try: --mtp-num-layers 0 to leave it out",
+            )
+        return {copy for copy, _ in copies}
+
+    def _left_out(self, found: set[str]) -> set[str]:
+        """Tensors of multi-token prediction layers that config.json counts and the shape, on purpose, does not."""
+        stated = prediction_field(read_hf_config(self.files.directory))
+        first = self.shape.num_layers + self.shape.mtp_num_layers
+        last = self.shape.num_layers + (stated[1] if stated else 0)
+        prefixes = tuple(HF_LAYER.replace("{i}", str(layer)) for layer in range(first, last))
+        return {name for name in found if prefixes and name.startswith(prefixes)}
+
+    def _about_prediction(self) -> str:
+        """A hint for files that lack the multi-token prediction layers that config.json counts."""
+        if not self.shape.mtp_num_layers:
+            return ""
+        return f"config.json counts {self.shape.mtp_num_layers} prediction layers; --mtp-num-layers 0 leaves them out"
 
     def _check_absent(self, found: set[str]) -> None:
         """Tensors that the shape rules out: a tied head must be a copy, anything else contradicts config.json."""
@@ -200,7 +238,9 @@ class HfSource(TensorSource):
             embedding, rows = self.pairs[EMBEDDING].hf[0], self.shape.vocab_size
             check_dims(hf_name, self.pairs[EMBEDDING].dims, self.files.dims(hf_name), self.origin)
             head = self.files.read(hf_name, 0, 0, rows)
-            check_equal(self.files.read(embedding, 0, 0, rows), head, f"{embedding} and {hf_name} in {self.origin}")
+            check_equal(
+                self.files.read(embedding, 0, 0, rows), head, f"{embedding} and {hf_name} in {self.origin}", TIED
+            )
             found.discard(hf_name)
 
 

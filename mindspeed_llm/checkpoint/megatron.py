@@ -17,13 +17,14 @@ from torch import Tensor
 
 from mindspeed_llm.checkpoint.megatron_args import ARGS_THAT_CHANGE_OUTPUTS, megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
-from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_equal, check_names, check_one_dtype
+from mindspeed_llm.checkpoint.source import TIED, TensorSource, check_dims, check_equal, check_names, check_one_dtype
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.mapping import TensorPair
 from mindspeed_llm.models.shape import ModelShape
 
 FILE_NAME = "model_optim_rng.pt"
+EMBEDDING_AGAIN = "last stage's " + EMBEDDING
 Place = tuple[int, str, str]
 """(pipeline stage, key of the model chunk in the file, name in the chunk)"""
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
@@ -149,6 +150,8 @@ class RankFiles:
             name, slot = plain_name(stored), layouts.layer_index(stored)
             if slot is not None:
                 name = layouts.with_layer(name, next_layer + slots.index(slot))
+            if name == EMBEDDING and name in places:
+                name = EMBEDDING_AGAIN
             if name in places:
                 raise UserError(
                     f"checkpoint: {name} is twice in {self.directory}, in stages {places[name][0]}, {pp_rank}"
@@ -224,11 +227,16 @@ class MegatronSource(TensorSource):
 
     def _check_tensors(self) -> None:
         found = list(self.files.places)
-        if self.shape.tie_word_embeddings and OUTPUT_LAYER in self.files.places:
-            found.remove(OUTPUT_LAYER)
-            for embedding, head in zip(self.files.tensors(EMBEDDING), self.files.tensors(OUTPUT_LAYER)):
-                check_dims(OUTPUT_LAYER, embedding.shape, head.shape, self.origin)
-                check_equal(embedding, head, f"the embeddings of the first and last stage in {self.origin}")
+        # The last stage has a copy of the embedding for a tied output layer or for multi-token prediction.
+        why = {
+            OUTPUT_LAYER: TIED if self.shape.tie_word_embeddings else None,
+            EMBEDDING_AGAIN: "multi-token prediction shares them" if self.shape.mtp_num_layers else None,
+        }
+        for again in [name for name in why if why[name] and name in self.files.places]:
+            found.remove(again)
+            for embedding, copy in zip(self.files.tensors(EMBEDDING), self.files.tensors(again)):
+                check_dims(again, embedding.shape, copy.shape, self.origin)
+                check_equal(embedding, copy, f"the embeddings of the first and last stage in {self.origin}", why[again])
         check_names(list(self.pairs), found, self.origin)
         for name, pair in self.pairs.items():
             tensors = self.files.tensors(name)

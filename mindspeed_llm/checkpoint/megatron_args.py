@@ -43,4 +43,11 @@ def megatron_args(shape: ModelShape) -> dict[str, Any]:
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
         "untie_embeddings_and_output_weights": not shape.tie_word_embeddings,
+        "multi_latent_attention": shape.multi_latent_attention,
+        "q_lora_rank": shape.q_lora_rank,
+        "kv_lora_rank": shape.kv_lora_rank,
+        "qk_head_dim": shape.qk_head_dim,
+        "qk_pos_emb_head_dim": shape.qk_pos_emb_head_dim,
+        "v_head_dim": shape.v_head_dim,
+        "mtp_num_layers": shape.mtp_num_layers or None,
     }

@@ -76,6 +76,11 @@ class MegatronWriter:
             raise UserError(
                 f"checkpoint: transformer-impl {layout.transformer_impl!r}; legal: local, transformer_engine"
             )
+        if layout.transformer_impl == "transformer_engine" and shape.multi_latent_attention:
+            raise UserError(
+                "checkpoint: transformer-impl transformer_engine is not implemented for multi-head latent attention; "
+                "legal: local"
+            )
         self.directory, self.shape, self.layout = directory, shape, layout
         self.dtypes, self.iteration = dtypes, iteration
         self._ranks: list[dict[str, Any]] = []
@@ -90,7 +95,9 @@ class MegatronWriter:
                 places = [(p, v, layouts.with_layer(pair.mcore, local))]
             elif pair.mcore == EMBEDDING:
                 places = [(0, 0, pair.mcore)]
-                if self.shape.tie_word_embeddings and layers.pp > 1:
+                if self.shape.mtp_num_layers and layers.pp > 1:
+                    places.append((layers.pp - 1, layers.vpp - 1, EMBEDDING))
+                elif self.shape.tie_word_embeddings and layers.pp > 1:
                     places.append((layers.pp - 1, layers.vpp - 1, OUTPUT_LAYER))
             else:
                 places = [(layers.pp - 1, layers.vpp - 1, pair.mcore)]
@@ -155,7 +162,8 @@ class MegatronWriter:
     def _args(self) -> argparse.Namespace:
         layout, layers = self.layout, self.layout.layers
         dtype = self.dtypes[EMBEDDING]
-        uneven = len({len(chunk) for stage in layers.chunks for chunk in stage}) > 1
+        longest = max(len(chunk) for stage in layers.chunks for chunk in stage)
+        uneven = layers.vpp == 1 and any(len(stage[0]) != longest for stage in layers.chunks)
         return argparse.Namespace(
             **{
                 **megatron_args(self.shape),
@@ -165,7 +173,7 @@ class MegatronWriter:
                 "tensor_model_parallel_size": layout.tp,
                 "pipeline_model_parallel_size": layers.pp,
                 "virtual_pipeline_model_parallel_size": layers.vpp if layers.vpp > 1 else None,
-                "num_layers_per_virtual_pipeline_stage": len(layers.chunk(0)) if layers.vpp > 1 else None,
+                "num_layers_per_virtual_pipeline_stage": longest if layers.vpp > 1 else None,
                 "num_layer_list": ",".join(str(len(s[0])) for s in layers.chunks) if uneven else None,
                 "noop_layers": ",".join(map(str, layers.noop_layers)) or None,
                 "transformer_impl": layout.transformer_impl,

@@ -63,6 +63,15 @@ class ModelConfig:
     high_freq_factor: float | None = option(help="llama3 stretching", kind="identity", level="expert", check=above(0))
     beta_fast: float | None = option(help="yarn stretching", kind="identity", level="expert", check=above(0))
     beta_slow: float | None = option(help="yarn stretching", kind="identity", level="expert", check=above(0))
+    rope_scaling_mscale: float | None = option(
+        help="yarn stretching: temperature of the rotated channels", kind="identity", level="expert", check=at_least(0)
+    )
+    rope_scaling_mscale_all_dim: float | None = option(
+        help="yarn stretching: temperature of all channels (of the scores, with latent attention)",
+        kind="identity",
+        level="expert",
+        check=at_least(0),
+    )
     normalization: str | None = option(help="kind of norm", kind="identity", choices=("RMSNorm", "LayerNorm"))
     norm_epsilon: float | None = option(
         help="epsilon of the norms", kind="identity", level="advanced", check=above(0), also=("--layernorm-epsilon",)
@@ -72,6 +81,48 @@ class ModelConfig:
     add_qkv_bias: bool = option(help="bias in the query/key/value projection", kind="identity", level="advanced")
     add_dense_bias: bool = option(help="bias in the attention output projection", kind="identity", level="advanced")
     qk_layernorm: bool = option(help="norm of queries and keys per head", kind="identity", level="advanced")
+    multi_latent_attention: bool = option(
+        help="keys and values from a compressed latent (DeepSeek)",
+        kind="identity",
+        level="advanced",
+        also=("--multi-head-latent-attention",),
+    )
+    q_lora_rank: int | None = option(
+        help="latent attention: width of the queries' latent; default: queries have none",
+        kind="identity",
+        level="advanced",
+        check=at_least(1),
+    )
+    kv_lora_rank: int | None = option(
+        help="latent attention: width of the latent of keys and values",
+        kind="identity",
+        level="advanced",
+        check=at_least(1),
+    )
+    qk_head_dim: int | None = option(
+        help="latent attention: channels of a query or key head that are not rotated",
+        kind="identity",
+        level="advanced",
+        check=at_least(1),
+        also=("--qk-nope-head-dim",),
+    )
+    qk_pos_emb_head_dim: int | None = option(
+        help="latent attention: rotated channels of a query or key head",
+        kind="identity",
+        level="advanced",
+        check=at_least(2),
+        also=("--qk-rope-head-dim",),
+    )
+    v_head_dim: int | None = option(
+        help="latent attention: width of a value head", kind="identity", level="advanced", check=at_least(1)
+    )
+    mtp_num_layers: int | None = option(
+        help="multi-token prediction layers behind the last layer; fewer than the checkpoint has leaves the others out",
+        kind="identity",
+        level="advanced",
+        check=at_least(0),
+        doors=(*TRAINING_DOORS, "inference", "convert"),
+    )
     untie_embeddings_and_output_weights: bool = option(help="the output layer has weights of its own", kind="identity")
     sliding_window: int | None = option(
         help="attend to the last N tokens only", kind="identity", level="advanced", check=at_least(1)

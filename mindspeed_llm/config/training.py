@@ -72,6 +72,13 @@ class TrainingConfig:
         also=("--reset-position-ids",),
         kind="continuity",
     )
+    mtp_loss_scaling_factor: float = option(
+        0.1,
+        help="weight of the mean loss of the multi-token prediction layers beside the model's own",
+        level="advanced",
+        kind="continuity",
+        check=at_least(0),
+    )
     no_shuffle: bool = option(help="keep the order of the data", level="advanced", kind="continuity")
 
 

@@ -35,12 +35,20 @@ class Quotient:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """Default of a config field: two fields of the shape together."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
 class ConfigField:
     """How one field of config.json reaches the shape.
 
     Args:
         to: the ModelShape fields it sets; a name starting with "extra." is a key of `ModelShape.extra`.
-        default: value when the field is absent: a literal, SameAs, Quotient, or Required.
+        default: value when the field is absent: a literal, SameAs, Quotient, Sum, or Required.
         null: value when the field is null; None keeps null itself (only for fields that may be None).
         legal: HF value -> shape value when only some values are implemented; any other is refused.
         aliases: other names of the field, which some versions of transformers write.
@@ -67,7 +75,9 @@ class TensorRule:
             tensor (q, k, v; gate, up), which megatron-core interleaves or concatenates. "concatenated": one HF tensor
             that holds those parts one after another. All are invertible.
         when: the shape's field that says whether the tensor exists (true, or not None); "not x" for its negation.
-        layers: "all", "moe" or "dense": the kind of layers that have the tensor.
+        layers: "all", "moe" or "dense": the kind of layers that have the tensor; or "mtp": the multi-token prediction
+            layers, whose number is `{m}` in the mcore name and which count on behind the last layer as `{i}` in HF's.
+            The layer inside them has the tensors of the other kinds.
     """
 
     mcore: str
@@ -93,6 +103,7 @@ class Variant:
         experts: which layers have experts: "none", "every_layer", "sparse_step" (`decoder_sparse_step`,
             `mlp_only_layers`), or "first_dense" (`first_k_dense_replace`, `moe_layer_freq`, and `n_shared_experts`
             as a multiple of the experts' size).
+        expert_defaults: values of those fields when config.json names none.
     """
 
     model_type: str
@@ -105,6 +116,7 @@ class Variant:
     sliding_window_default: int | None = None
     max_window_layers_default: int = 0
     experts: str = "none"
+    expert_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ class Family:
         tensors: rules that together name every tensor once, on both sides.
         ignored_fields: further config.json fields without numeric meaning.
         optional_tensors: HF tensors that older files carry although they hold no weights (`{i}` allowed).
+        mtp_copies: HF tensors of multi-token prediction layers that repeat a tensor of the model, and its mcore name.
     """
 
     name: str
@@ -122,6 +135,7 @@ class Family:
     tensors: tuple[TensorRule, ...]
     ignored_fields: frozenset[str] = frozenset()
     optional_tensors: tuple[str, ...] = ()
+    mtp_copies: tuple[tuple[str, str], ...] = ()
 
 
 def all_families() -> dict[str, Family]:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models.family import ConfigField, Family, Quotient, Required, SameAs, Variant, family_of_model_type
+from mindspeed_llm.models.family import (
+    ConfigField,
+    Family,
+    Quotient,
+    Required,
+    SameAs,
+    Sum,
+    Variant,
+    family_of_model_type,
+)
 from mindspeed_llm.models.hf_experts import read_experts
 from mindspeed_llm.models.hf_rope import read_rope
 from mindspeed_llm.models.shape import ModelShape
@@ -79,7 +88,7 @@ def shape_from_hf(config: Mapping[str, Any], ignore_fields: Collection[str] = ()
     later = []
     for name, rule in variant.fields.items():
         value = _field_value(config, name, rule)
-        if isinstance(value, (SameAs, Quotient)):
+        if isinstance(value, (SameAs, Quotient, Sum)):
             later.append((name, rule, value))
         else:
             _assign(values, extra, name, rule, value)
@@ -93,6 +102,15 @@ def shape_from_hf(config: Mapping[str, Any], ignore_fields: Collection[str] = ()
     shape = ModelShape(**values, extra=extra)
     _check_shape(shape)
     return shape
+
+
+def prediction_field(config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Name and value of the field that counts multi-token prediction layers; None for families without them."""
+    _, variant = _recognise(config)
+    for name, rule in variant.fields.items():
+        if rule.to == ("mtp_num_layers",):
+            return next((n for n in (name, *rule.aliases) if n in config), name), _field_value(config, name, rule)
+    return None
 
 
 def _recognise(config: Mapping[str, Any]) -> tuple[Family, Variant]:
@@ -130,6 +148,8 @@ def _field_value(config: Mapping[str, Any], name: str, rule: ConfigField) -> Any
 
 
 _KINDS = {f.name: str(f.type).split(" ")[0] for f in dataclasses.fields(ModelShape)}
+_OPTIONAL = frozenset(f.name for f in dataclasses.fields(ModelShape) if str(f.type).endswith("| None"))
+_MAY_BE_ZERO = frozenset({"mtp_num_layers"})
 _PYTHON_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -139,16 +159,25 @@ def _assign(values: dict[str, Any], extra: dict[str, Any], name: str, rule: Conf
             extra[target.removeprefix("extra.")] = value
             continue
         kind = _KINDS[target]
+        if value is None and target in _OPTIONAL:
+            values[target] = None
+            continue
         wrong = not isinstance(value, _PYTHON_TYPES[kind]) or (kind != "bool" and isinstance(value, bool))
-        if wrong or (kind == "int" and value < 1):
+        if wrong or (kind == "int" and value < (0 if target in _MAY_BE_ZERO else 1)):
             legal = "a positive whole number" if kind == "int" else f"a {kind}"
             raise UserError(f"config: {name}={value!r} in config.json is wrong; legal: {legal}")
+        if values.get(target, value) != value:
+            raise UserError(
+                f"config: {name}={value!r} in config.json contradicts another field: {values[target]!r}"
+            )
         values[target] = float(value) if kind == "float" else value
 
 
-def _derive(name: str, default: SameAs | Quotient, values: Mapping[str, Any]) -> int:
+def _derive(name: str, default: SameAs | Quotient | Sum, values: Mapping[str, Any]) -> int:
     if isinstance(default, SameAs):
         return values[default.name]
+    if isinstance(default, Sum):
+        return values[default.first] + values[default.second]
     numerator, denominator = values[default.numerator], values[default.denominator]
     if numerator % denominator:
         raise UserError(
@@ -238,7 +267,9 @@ def _check_shape(shape: ModelShape) -> None:
             f"config: num_attention_heads={shape.num_attention_heads} is not divisible by "
             f"num_key_value_heads={shape.num_query_groups}"
         )
-    rotary_dim = int(shape.kv_channels * shape.rotary_percent)
+    if shape.multi_latent_attention:
+        _check_latent_attention(shape)
+    rotary_dim = shape.rotary_dim
     if rotary_dim % 2:
         raise UserError(f"config: the rotary dimension {rotary_dim} is odd; legal: an even head_dim")
     scaling = shape.rope_scaling or {}
@@ -247,3 +278,16 @@ def _check_shape(shape: ModelShape) -> None:
             raise UserError(
                 f"config: RoPE's {name} in config.json has {len(scaling[name])} numbers; legal: {rotary_dim // 2}"
             )
+
+
+def _check_latent_attention(shape: ModelShape) -> None:
+    if shape.num_query_groups != shape.num_attention_heads:
+        raise UserError(
+            f"config: num_key_value_heads={shape.num_query_groups} in config.json is wrong, because multi-head latent "
+            f"attention gives each of the {shape.num_attention_heads} heads a key; legal: {shape.num_attention_heads}"
+        )
+    if shape.kv_channels != shape.qk_head_dim + shape.qk_pos_emb_head_dim:
+        raise UserError(
+            f"config: qk_head_dim={shape.kv_channels} in config.json is not qk_nope_head_dim + qk_rope_head_dim = "
+            f"{shape.qk_head_dim} + {shape.qk_pos_emb_head_dim}; try: remove it"
+        )

@@ -25,6 +25,7 @@ class TensorPair:
         layout: tensor-parallel layout of the mcore tensor.
         dims: shape of the unsharded, unpadded mcore tensor.
         hf_dims: shape of each HF tensor.
+        hf_copies: names under which HF stores the (one) tensor again.
     """
 
     mcore: str
@@ -33,19 +34,28 @@ class TensorPair:
     layout: TensorLayout
     dims: tuple[int, ...]
     hf_dims: tuple[tuple[int, ...], ...]
+    hf_copies: tuple[str, ...] = ()
+
+    def stored(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every HF tensor that `to_hf` gives, in its order."""
+        yield from zip(self.hf, self.hf_dims)
+        for name in self.hf_copies:
+            yield name, self.hf_dims[0]
 
 
 def tensor_pairs(shape: ModelShape) -> list[TensorPair]:
-    """All tensors of a model: embedding, layers in order, final norm, output layer."""
+    """All tensors of a model: embedding, layers in order, final norm, output layer, multi-token prediction layers."""
     rules = [rule for rule in get_family(shape.family).tensors if exists(rule, shape)]
     first_layer_rule = next(i for i, rule in enumerate(rules) if "{i}" in rule.mcore)
-    per_layer = [rule for rule in rules if "{i}" in rule.mcore]
-    single = [(i, rule) for i, rule in enumerate(rules) if "{i}" not in rule.mcore]
+    per_layer = [rule for rule in rules if "{i}" in rule.mcore or rule.layers == "mtp"]
+    single = [(i, rule) for i, rule in enumerate(rules) if rule not in per_layer]
     ordered: list[tuple[TensorRule, int]] = [(rule, 0) for i, rule in single if i < first_layer_rule]
     ordered += [
         (rule, layer) for layer in range(shape.num_layers) for rule in per_layer if _is_in_layer(rule, layer, shape)
     ]
     ordered += [(rule, 0) for i, rule in single if i > first_layer_rule]
+    further = range(shape.num_layers, shape.num_layers + shape.mtp_num_layers)
+    ordered += [(rule, layer) for layer in further for rule in per_layer if _is_in_layer(rule, layer, shape)]
     return [
         _pair(rule, layer, expert, shape)
         for rule, layer in ordered
@@ -54,12 +64,14 @@ def tensor_pairs(shape: ModelShape) -> list[TensorPair]:
 
 
 def _is_in_layer(rule: TensorRule, layer: int, shape: ModelShape) -> bool:
+    if rule.layers == "mtp":
+        return layer >= shape.num_layers
     return rule.layers == "all" or (rule.layers == "moe") == shape.is_moe_layer(layer)
 
 
 def exists(rule: TensorRule, shape: ModelShape) -> bool:
     """Whether the shape has this rule's tensor, in some layer at least."""
-    if not any(_is_in_layer(rule, layer, shape) for layer in range(shape.num_layers)):
+    if not any(_is_in_layer(rule, layer, shape) for layer in range(shape.num_layers + shape.mtp_num_layers)):
         return False
     if rule.when is None:
         return True
@@ -79,19 +91,35 @@ def _pair(rule: TensorRule, layer: int, expert: int, shape: ModelShape) -> Tenso
     def named(name: str) -> str:
         return name.replace("{i}", str(layer)).replace("{e}", str(expert))
 
-    mcore = named(rule.mcore)
+    mcore = named(_of_prediction(rule.mcore, layer - shape.num_layers) if layer >= shape.num_layers else rule.mcore)
     layout, dims = layouts.layout_of(mcore), layouts.full_shape(mcore, shape)
     hf_dims: tuple[tuple[int, ...], ...] = (dims,)
     if rule.transform == "parts":
         hf_dims = tuple((rows, *dims[1:]) for rows in layouts.part_rows(layout.packing, shape))
     assert len(hf_dims) == len(rule.hf), f"{rule.mcore}: {len(rule.hf)} HF names for {len(hf_dims)} parts"
-    return TensorPair(mcore, tuple(map(named, rule.hf)), rule.transform, layout, dims, hf_dims)
+    copies = tuple(_copies(mcore, shape))
+    assert not copies or rule.transform == "copy", f"{rule.mcore}: only a tensor that is one HF tensor has copies"
+    return TensorPair(mcore, tuple(map(named, rule.hf)), rule.transform, layout, dims, hf_dims, copies)
+
+
+def _of_prediction(mcore: str, number: int) -> str:
+    """The name in a multi-token prediction layer (from 0) of what a rule calls decoder.layers.{i}.x, or mtp...{m}.x."""
+    return mcore.replace("decoder.layers.{i}.", "mtp.layers.{m}.transformer_layer.").replace("{m}", str(number))
+
+
+def _copies(mcore: str, shape: ModelShape) -> Iterator[str]:
+    """HF names of the copies of a tensor in the multi-token prediction layers."""
+    for hf, original in get_family(shape.family).mtp_copies:
+        tied = shape.tie_word_embeddings and original == "output_layer.weight"
+        if mcore == ("embedding.word_embeddings.weight" if tied else original):
+            for number in range(shape.mtp_num_layers):
+                yield hf.replace("{i}", str(shape.num_layers + number))
 
 
 def to_hf(pair: TensorPair, tensor: Array, shape: ModelShape) -> list[tuple[str, Array]]:
     """The HF tensors, by name, that an unsharded, unpadded mcore tensor is made of."""
     if pair.transform == "copy":
-        return [(pair.hf[0], tensor)]
+        return [(name, tensor) for name in (*pair.hf, *pair.hf_copies)]
     parts = layouts.unpack(tensor, pair.layout.packing, shape)
     if pair.transform == "concatenated":
         return [(pair.hf[0], layouts.concatenate(list(parts), 0))]
