@@ -24,9 +24,9 @@ from torch import Tensor
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.data.record import IGNORE_INDEX
 from mindspeed_llm.data.samplers import GlobalBatchSampler
-from mindspeed_llm.models.layouts import layout_of, unshard
+from mindspeed_llm.models.layouts import held_experts, layout_of, unshard
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.parallel.layout import Coordinates, ParallelLayout
+from mindspeed_llm.parallel.layout import Coordinates
 from mindspeed_llm.plan.plan import Plan, resolve
 from mindspeed_llm.training.data import DataPart, TrainingData
 from mindspeed_llm.training.loop import Progress, TrainingLoop
@@ -195,21 +195,28 @@ def complete_gradients(wrapped: torch.nn.Module) -> None:
 def gather(plan: Plan, chunks: Sequence[torch.nn.Module], values: Mapping[Tensor, Tensor]) -> Tensors:
     """Whole tensors on rank 0 from all ranks' `values` of their parameters; nothing on the other ranks."""
     here = plan.layout.coordinates(dist.get_rank())
-    local = {}
+    local: Tensors = {}
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             if parameter in values:
-                local[global_name(name, plan.layout, here, number)] = values[parameter].float().cpu().clone()
+                value = values[parameter].float().cpu().clone()
+                local |= _by_whole_names(name, value, plan, here, number)
     everything = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object((here, local), everything)
     return assemble(everything, plan.shape) if everything is not None else {}
 
 
-def global_name(name: str, layout: ParallelLayout, here: Coordinates, chunk: int) -> str:
-    """The name in the whole model of a parameter of one rank's model chunk."""
+def _by_whole_names(name: str, value: Tensor, plan: Plan, here: Coordinates, chunk: int) -> Tensors:
+    """A parameter of one rank's model chunk by its name in the whole model, stacked experts one by one."""
     from mindspeed_llm.checkpoint.load import Placement
 
-    return Placement(layout.layers, here.tp, layout.tp, here.pp, chunk).global_name(name)
+    layout = plan.layout
+    name = Placement(layout.layers, here.tp, layout.tp, here.pp, chunk).global_name(name)
+    experts = held_experts(name, (plan.shape.num_moe_experts or 0) // layout.ep, here.ep)
+    if experts is None:
+        return {name: value}
+    slices = [part.flatten(0, -2) if part.dim() > 2 else part for part in value.chunk(len(experts))]
+    return dict(zip(experts, slices, strict=True))
 
 
 def assemble(parts: Sequence[tuple[Coordinates, Tensors]], shape: ModelShape) -> Tensors:
@@ -221,7 +228,7 @@ def assemble(parts: Sequence[tuple[Coordinates, Tensors]], shape: ModelShape) ->
     slices: dict[str, dict[int, Tensor]] = {}
     for here, tensors in parts:
         for name, tensor in tensors.items():
-            number = here.etp if is_expert(name) else here.tp
+            number = here.etp if layout_of(_linear_of(name)).expert else here.tp
             known = slices.setdefault(name, {}).setdefault(number, tensor)
             _check_copies(name, known, tensor)
     whole = {name: _whole(name, [tensors[i] for i in sorted(tensors)], shape) for name, tensors in slices.items()}
@@ -230,25 +237,20 @@ def assemble(parts: Sequence[tuple[Coordinates, Tensors]], shape: ModelShape) ->
     return whole
 
 
-def is_expert(name: str) -> bool:
-    """Whether a tensor belongs to a routed expert, and so is cut by the expert tensor parallel size."""
-    return ".experts." in name
-
-
 def _whole(name: str, tensors: list[Tensor], shape: ModelShape) -> Tensor:
-    base, lora, part = name.partition(".lora_")
-    if not lora:
-        if layout_of(name).tp_dim is None:
-            for copy in tensors[1:]:
-                _check_copies(name, tensors[0], copy)
-        return unshard(tensors, name, shape)
+    dim, factor = layout_of(_linear_of(name)).tp_dim, name.partition(".lora_")[2][:1]
     # Of a column-parallel linear B is cut by its rows, of a row-parallel one A by its columns.
-    dim = layout_of(base + ".weight").tp_dim
-    if part.startswith("A") == (dim == 1):
-        return torch.cat(tensors, dim)
-    for copy in tensors[1:]:
-        _check_copies(name, tensors[0], copy)
-    return tensors[0]
+    if dim is None or factor == "AB"[dim]:
+        for copy in tensors[1:]:
+            _check_copies(name, tensors[0], copy)
+        return tensors[0]
+    return torch.cat(tensors, dim) if factor else unshard(tensors, name, shape)
+
+
+def _linear_of(name: str) -> str:
+    """The weight whose layout a tensor follows: a LoRA factor its linear's, any other its own."""
+    path, lora, _ = name.partition(".lora_")
+    return path + ".weight" if lora else name
 
 
 def _check_copies(name: str, one: Tensor, other: Tensor) -> None:
