@@ -191,7 +191,7 @@ def _weights(plan: Plan) -> Any:
     start_processes(plan)
     options = dataclasses.replace(build_options(plan, initialize=False), sequence_parallel=False)
     model = build_model(plan.shape, options)
-    load_weights(plan, model)
+    load_weights(plan, [model])
     model.requires_grad_(False)
     if plan.adapters is not None and plan.adapter_source is not None:
         inject_adapters(model, plan.adapters, seed=plan.config.data.seed)

@@ -12,36 +12,39 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state, optimizer_step, sharded_optimizer_state
 from mindspeed_llm.checkpoint.train_record import HF_FILES, iteration_directory, write_record, write_tracker
 from mindspeed_llm.errors import UserError
 
 
-def sharded_model_state(chunks: list[torch.nn.Module], only: set[str] | None = None) -> dict[str, Any]:
-    """megatron-core's sharded state of the model.
+def sharded_model_state(
+    chunks: list[torch.nn.Module], only: list[list[str]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """megatron-core's sharded state of the model: "model0", "model1", ... for its chunks.
+
+    The tensors in a checkpoint are named by their layers' numbers in the whole model, so that another layout finds
+    them; the names of the chunks are this process's alone.
 
     Args:
         chunks: the model (unwrapped), one entry per virtual stage.
-        only: names of the parameters to keep (a LoRA run keeps what it trains); None keeps everything.
+        only: names of the parameters to keep in each chunk (a LoRA run keeps what it trains); None keeps everything.
     """
-    state: dict[str, Any] = {}
+    state = {}
     for number, chunk in enumerate(chunks):
         full = chunk.sharded_state_dict(metadata=sharding_metadata())
-        kept = {k: v for k, v in full.items() if only is None or k in only}
-        state["model" if len(chunks) == 1 else f"model{number}"] = kept
+        state[f"model{number}"] = {k: v for k, v in full.items() if only is None or k in set(only[number])}
     return state
 
 
 def sharding_metadata() -> dict[str, Any]:
     """How megatron-core is to name and cut what it saves.
 
-    Layers by number and not stacked: with some layers frozen, a stacked optimizer state would have holes. Optimizer
-    state by parameter and not by bucket, so that another layout can load it.
+    Layers by number and not stacked: with some layers frozen, a stacked optimizer state would have holes.
     """
     from megatron.core import parallel_state
 
     return {
         "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -50,42 +53,23 @@ def training_state(
     chunks: list[torch.nn.Module],
     optimizer: Any | None,
     scheduler: Any | None,
-    only: set[str] | None,
+    only: list[list[str]] | None,
     *,
     loading: bool,
     with_rng: bool = True,
 ) -> dict[str, Any]:
     """The tree that dist_checkpointing saves or, as a template, loads."""
-    state = sharded_model_state(chunks, only)
+    state: dict[str, Any] = sharded_model_state(chunks, only)
     if optimizer is not None:
-        if loading:
-            allocate_adam_state(optimizer)
-        models = {k: v for k, v in state.items() if k.startswith("model")}
-        merged = models["model"] if len(chunks) == 1 else models
-        state["optimizer"] = optimizer.sharded_state_dict(merged, is_loading=loading, metadata=sharding_metadata())
-    if scheduler is not None:
+        state["optimizer"] = sharded_optimizer_state(optimizer, state, loading=loading)
+        if not loading:
+            state["optimizer_step"] = optimizer_step(optimizer)
+            state["grad_scaler"] = grad_scaler_state(optimizer)
+    if scheduler is not None and not loading:
         state["opt_param_scheduler"] = scheduler.state_dict()
     if with_rng:
         state["rng_state"] = sharded_rng_state()
     return state
-
-
-def allocate_adam_state(optimizer: Any) -> None:
-    """Give a fresh optimizer the moments that loading fills.
-
-    megatron-core's distributed optimizer asks torch's AdamW for its step count before it loads, and torch has none
-    before the first step.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for group in inner.param_groups if inner is not None else ():
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
 
 
 def sharded_rng_state() -> Any:
@@ -104,12 +88,12 @@ def sharded_rng_state() -> Any:
     sizes = (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     )
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     return ShardedObject("rng_state", states, sizes, place)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
-from mindspeed_llm.config.parallel import numbers
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
@@ -89,29 +88,11 @@ def _base_shape(config: RunConfig, found: Found) -> ModelShape:
 
 def _layout(config: RunConfig, found: Found) -> dict[str, Any]:
     """The layout that the options describe, as `convert` takes it."""
-    c = config.convert
-    return {
-        "tp": c.target_tensor_parallel_size,
-        "pp": c.target_pipeline_parallel_size,
-        "vpp": _chunks(config, found),
-        "layer_list": numbers(config.parallel.num_layer_list),
-        "noop_layers": numbers(config.parallel.noop_layers),
-    }
+    from mindspeed_llm.parallel.layer_map import split_of_options
 
-
-def _chunks(config: RunConfig, found: Found) -> int | None:
-    """Model chunks per stage."""
-    from mindspeed_llm.parallel.layer_map import chunks_per_stage
-
-    p = config.parallel
-    if p.num_layers_per_virtual_pipeline_stage is None:
-        return None
-    return chunks_per_stage(
-        _base_shape(config, found).num_layers,
-        config.convert.target_pipeline_parallel_size,
-        p.num_layers_per_virtual_pipeline_stage,
-        len(numbers(p.noop_layers) or ()),
-    )
+    tp, pp = config.convert.target_tensor_parallel_size, config.convert.target_pipeline_parallel_size
+    layers = _base_shape(config, found).num_layers
+    return {"tp": tp, "pp": pp, **split_of_options(config.parallel, layers, pp)}
 
 
 def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any]) -> None:
@@ -125,7 +106,7 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
     from mindspeed_llm.parallel.layer_map import layer_map
 
     sizes, shape = (layout["tp"], layout["pp"]), _base_shape(config, found)
-    split = any(layout[name] for name in ("vpp", "layer_list", "noop_layers"))
+    split = any(layout[name] for name in layout if name not in ("tp", "pp"))
     if sizes == (1, 1) and not split:
         return
     if found.format != "megatron":
@@ -141,7 +122,8 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
             f"{files.tp} x {files.pp} and a Hugging Face directory has no layout; legal: {legal}; try: leave it out"
         )
     chunks = layout["vpp"] or (None if layout["layer_list"] else len(files.model_keys(0, 0)))
-    layers = layer_map(shape.num_layers, files.pp, chunks, layout["layer_list"], layout["noop_layers"])
+    given = {name: value for name, value in layout.items() if name not in ("tp", "pp")}
+    layers = layer_map(shape.num_layers, files.pp, **given | {"vpp": chunks})
     for layer in range(shape.num_layers):
         p, v, slot = layers.place(layer)
         name = f"decoder.layers.{layer}.mlp.linear_fc2.weight"

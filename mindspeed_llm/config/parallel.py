@@ -56,6 +56,22 @@ class ParallelConfig:
         level="advanced",
         doors=CUTTING_DOORS,
     )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        help="model chunks of each stage, another way to say the former",
+        check=at_least(1),
+        level="advanced",
+        doors=CUTTING_DOORS,
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        help="count the embedding as a layer when the layers are split: the first stage gets one less",
+        level="advanced",
+        doors=CUTTING_DOORS,
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        help="count the output layer as a layer when the layers are split: the last stage gets one less",
+        level="advanced",
+        doors=CUTTING_DOORS,
+    )
     num_layer_list: str | None = option(
         help="layers per stage, e.g. 8,8,7,7", check=_are_numbers, level="advanced", doors=CUTTING_DOORS
     )

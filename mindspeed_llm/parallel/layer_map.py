@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from mindspeed_llm.config.parallel import ParallelConfig, numbers
 from mindspeed_llm.errors import UserError
 
 Chunk = tuple[int | None, ...]
@@ -19,7 +21,8 @@ class LayerMap:
 
     Args:
         chunks: [pp][vpp][slot] -> global layer index, or None where the slot holds a no-op layer. The position of a
-            slot in its chunk is the local index of the layer in that model chunk (`decoder.layers.<slot>`).
+            slot in its chunk is the layer's number in Megatron's files (`decoder.layers.<slot>`). A model built here
+            has no module for a no-op layer and numbers the others without gaps.
     """
 
     num_layers: int
@@ -51,8 +54,17 @@ class LayerMap:
         return self.chunks[pp_rank][vpp_rank]
 
     def layers(self, pp_rank: int, vpp_rank: int = 0) -> dict[int, int]:
-        """local index -> global layer index of one model chunk, no-op slots left out."""
+        """slot -> global layer index of one model chunk, no-op slots left out."""
         return {local: layer for local, layer in enumerate(self.chunk(pp_rank, vpp_rank)) if layer is not None}
+
+    def built_layers(self, pp_rank: int, vpp_rank: int = 0) -> tuple[int, ...]:
+        """Global indices of the layers that one model chunk is built of, in order."""
+        return tuple(self.layers(pp_rank, vpp_rank).values())
+
+    @property
+    def built_sizes(self) -> tuple[int, ...]:
+        """Layers that each model chunk is built of, chunks in forward order."""
+        return tuple(len(self.built_layers(p, v)) for v in range(self.vpp) for p in range(self.pp))
 
     def place(self, layer: int) -> tuple[int, int, int]:
         """(pp_rank, vpp_rank, local index) of a global layer index."""
@@ -77,6 +89,8 @@ def layer_map(
     vpp: int | None = None,
     layer_list: Sequence[int] | None = None,
     noop_layers: Iterable[int] | None = None,
+    embedding_as_layer: bool = False,
+    loss_as_layer: bool = False,
 ) -> LayerMap:
     """Distribute the layers over the pipeline.
 
@@ -88,17 +102,20 @@ def layer_map(
         layer_list: layers per stage for an uneven split; not together with vpp or noop_layers.
         noop_layers: positions, among num_layers + len(noop_layers) slots, that hold identity layers, so that an
             awkward number of layers still divides evenly.
+        embedding_as_layer, loss_as_layer: count the embedding before the first layer, the output layer behind the
+            last one, as a layer in an even split; the first (last) chunk then has one layer less, maybe none.
 
     Raises:
         UserError: the arguments give no partition; the message suggests a legal one.
     """
     chunks_per_stage = 1 if vpp is None else vpp
     noops = sorted(noop_layers or ())
-    _check_counts(num_layers, pp, chunks_per_stage, noops)
+    ends = (embedding_as_layer, loss_as_layer)
+    _check_counts(num_layers, pp, chunks_per_stage, noops, sum(ends))
     if layer_list is not None:
-        sizes = _listed_sizes(num_layers, pp, chunks_per_stage, layer_list, noops)
+        sizes = _listed_sizes(num_layers, pp, chunks_per_stage, layer_list, noops, any(ends))
     else:
-        sizes = _even_sizes(num_layers, pp, chunks_per_stage, len(noops))
+        sizes = _even_sizes(num_layers, pp, chunks_per_stage, len(noops), ends)
     layers = iter(range(num_layers))
     noop_set = set(noops)
     slots = [None if slot in noop_set else next(layers) for slot in range(num_layers + len(noops))]
@@ -108,6 +125,41 @@ def layer_map(
         start += size
     stages = tuple(tuple(pieces[v * pp + p] for v in range(chunks_per_stage)) for p in range(pp))
     return LayerMap(num_layers, stages)
+
+
+def layers_of_options(options: ParallelConfig, num_layers: int, pp: int) -> LayerMap:
+    """The layer map that the options of a door describe for a model of `num_layers` layers over `pp` stages.
+
+    Raises:
+        UserError: they give no partition.
+    """
+    return layer_map(num_layers, pp, **split_of_options(options, num_layers, pp))
+
+
+def split_of_options(options: ParallelConfig, num_layers: int, pp: int) -> dict[str, Any]:
+    """The keyword arguments of `layer_map` that the options of a door describe.
+
+    Raises:
+        UserError: the layers do not divide into chunks of the asked size.
+    """
+    noops = numbers(options.noop_layers)
+    ends = (options.account_for_embedding_in_pipeline_split, options.account_for_loss_in_pipeline_split)
+    chunks = options.num_virtual_stages_per_pipeline_rank
+    per_chunk = options.num_layers_per_virtual_pipeline_stage
+    if chunks is not None and per_chunk is not None:
+        raise UserError(
+            "--num-virtual-stages-per-pipeline-rank and --num-layers-per-virtual-pipeline-stage exclude each other; "
+            "give one"
+        )
+    if per_chunk is not None:
+        chunks = chunks_per_stage(num_layers + sum(ends), pp, per_chunk, len(noops or ()))
+    return {
+        "vpp": chunks,
+        "layer_list": numbers(options.num_layer_list),
+        "noop_layers": noops,
+        "embedding_as_layer": ends[0],
+        "loss_as_layer": ends[1],
+    }
 
 
 def chunks_per_stage(num_layers: int, pp: int, layers_per_chunk: int, num_noops: int = 0) -> int:
@@ -133,11 +185,16 @@ def even_split(num_layers: int, pp: int) -> tuple[int, ...]:
     return tuple(base + (stage < rest) for stage in range(pp))
 
 
-def _check_counts(num_layers: int, pp: int, vpp: int, noops: Sequence[int]) -> None:
+def _check_counts(num_layers: int, pp: int, vpp: int, noops: Sequence[int], ends: int) -> None:
     for what, value in (("num-layers", num_layers), ("pipeline-parallel-size", pp), ("virtual chunks", vpp)):
         if value < 1:
             raise UserError(f"pipeline: {what} is {value}; legal: a positive number")
-    if pp > num_layers:
+    if ends and pp == 1:
+        raise UserError(
+            "pipeline: --account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split need "
+            "pipeline-parallel-size > 1; try: leave them out"
+        )
+    if pp > num_layers + ends:
         raise UserError(
             f"pipeline: pipeline-parallel-size={pp} exceeds the {num_layers} layers, so a stage would be empty; "
             f"legal: 1..{num_layers}"
@@ -152,10 +209,18 @@ def _check_counts(num_layers: int, pp: int, vpp: int, noops: Sequence[int]) -> N
         )
 
 
-def _listed_sizes(num_layers: int, pp: int, vpp: int, layer_list: Sequence[int], noops: Sequence[int]) -> list[int]:
+def _listed_sizes(
+    num_layers: int, pp: int, vpp: int, layer_list: Sequence[int], noops: Sequence[int], ends: bool
+) -> list[int]:
     shown = ",".join(map(str, layer_list))
-    if vpp > 1 or noops:
-        other = "virtual pipeline" if vpp > 1 else "--noop-layers"
+    if vpp > 1 or noops or ends:
+        other = (
+            "virtual pipeline"
+            if vpp > 1
+            else "--noop-layers"
+            if noops
+            else "--account-for-embedding/loss-in-pipeline-split"
+        )
         raise UserError(f"pipeline: --num-layer-list {shown} cannot be combined with {other}; try: drop one of them")
     if len(layer_list) != pp or sum(layer_list) != num_layers or min(layer_list) < 1:
         raise UserError(
@@ -165,11 +230,15 @@ def _listed_sizes(num_layers: int, pp: int, vpp: int, layer_list: Sequence[int],
     return list(layer_list)
 
 
-def _even_sizes(num_layers: int, pp: int, vpp: int, num_noops: int) -> list[int]:
-    total, pieces = num_layers + num_noops, pp * vpp
+def _even_sizes(num_layers: int, pp: int, vpp: int, num_noops: int, ends: tuple[bool, bool]) -> list[int]:
+    total, pieces = num_layers + num_noops + sum(ends), pp * vpp
     if total % pieces == 0:
-        return [total // pieces] * pieces
+        sizes = [total // pieces] * pieces
+        sizes[0] -= ends[0]
+        sizes[-1] -= ends[1]
+        return sizes
     counted = f"{num_layers} layers" + (f" + {num_noops} no-op layers" if num_noops else "")
+    counted += f" + {' and '.join(n for n, on in zip(('embedding', 'loss'), ends) if on)}" if any(ends) else ""
     legal = ", ".join(str(n) for n in range(1, num_layers + 1) if total % (n * vpp) == 0)
     if vpp > 1:
         chunk_counts = [n for n in range(1, num_layers + 1) if total % (pp * n) == 0]

@@ -8,27 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.detect import Found
-from mindspeed_llm.checkpoint.load import truncated_shape
-from mindspeed_llm.config.parallel import numbers
+from mindspeed_llm.checkpoint.load import fewer_predictions, truncated_shape
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.parallel.layer_map import chunks_per_stage, layer_map
+from mindspeed_llm.parallel.layer_map import layers_of_options
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.continuity import continue_run
+from mindspeed_llm.plan.experts import expert_problems
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
 from mindspeed_llm.plan.peft_settings import read_peft_settings
-from mindspeed_llm.plan.rules import Rule, batch_rules, layout_rules, sequence_rules
+from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
 from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 
 # Names that people know from upstream's --model-type-hf.
 UPSTREAM_FAMILIES = {
     "llama2": "llama", "llama3": "llama", "llama31": "llama", "codellama": "llama", "mistral": "llama", "yi": "llama",
     "qwen2": "qwen", "qwen25": "qwen", "qwen3": "qwen",
+    "qwen2-moe": "qwen_moe", "qwen3-moe": "qwen_moe",
 }  # fmt: skip
 LONGEST_DEFAULT_SEQUENCE = 4096
 
@@ -132,15 +133,16 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
     if shape is None:
         raise UserError("\n".join(problems))
-    stored_shape = shape
+    shape, stored_shape = _try(problems, lambda: _without_predictions(config, shape, weights, resume), (shape, shape))
     if adapter_source is not None and weights is not None:
         _try(problems, lambda: check_base(adapter_source, weights, stored_shape), None)
     if config.model.truncate_layers is not None:
-        shape = _try(problems, lambda: truncated_shape(stored_shape, config.model.truncate_layers), shape)
+        shape = _try(problems, lambda: truncated_shape(shape, config.model.truncate_layers), shape)
     layout = _try(problems, lambda: _layout(config, shape), None)
     if layout is None:
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
+    problems += expert_problems(config, shape, layout)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
         raise UserError("\n".join(problems))
@@ -189,6 +191,12 @@ def _check_combinations(config: RunConfig) -> list[str]:
         t.pad_to_seq_length and t.padding_free,
         "--pad-to-seq-length has a meaning with --no-padding-free only: joined samples have no padding",
     )
+    problems += _check_context_parallel(config)
+    log = config.logging
+    refuse(
+        not log.dry_run and (log.world_size is not None or log.check_rank is not None),
+        "--world-size and --check-rank have a meaning with --dry-run only: the launcher says how many processes run",
+    )
     k = config.tokenizer
     refuse(
         k.tokenizer_name_or_path is not None and k.tokenizer_model is not None,
@@ -212,6 +220,19 @@ def _check_combinations(config: RunConfig) -> list[str]:
         "--no-save-optim has no meaning without --save",
     )
     refuse(c.save_hf and c.save is None, "--save-hf has no meaning without --save")
+    return problems
+
+
+def _check_context_parallel(config: RunConfig) -> list[str]:
+    """Options of one algorithm that are given with another, or missing."""
+    p, problems = config.parallel, []
+    hybrid = p.context_parallel_algo == "hybrid_cp_algo"
+    if hybrid and p.ulysses_degree_in_cp is None and p.context_parallel_size > 1:
+        problems.append("--ulysses-degree-in-cp is missing: hybrid_cp_algo needs it")
+    if not hybrid and p.ulysses_degree_in_cp is not None:
+        problems.append("--ulysses-degree-in-cp has a meaning with --context-parallel-algo hybrid_cp_algo only")
+    if p.context_parallel_algo == "ulysses_cp_algo" and p.cp_window_size > 1:
+        problems.append("--cp-window-size has no meaning with ulysses_cp_algo: there is no ring")
     return problems
 
 
@@ -250,6 +271,34 @@ def _sources(config: RunConfig, problems: list[str]):
     return weights, adapter_source, resume
 
 
+def _without_predictions(
+    config: RunConfig, shape: ModelShape, weights: Found | None, resume: Found | None
+) -> tuple[ModelShape, ModelShape]:
+    """(shape of the model, shape of what is stored) after --mtp-num-layers.
+
+    A Hugging Face directory is opened as if it did not have the layers that are left out: a config.json may count
+    layers that the files lack.
+    """
+    count = config.model.mtp_num_layers
+    if count is None or count == shape.mtp_num_layers:
+        return shape, shape
+    origin = "the model's config.json" if weights is None else str(weights.path)
+    fewer = fewer_predictions(shape, count, origin)
+    if resume is not None:
+        raise UserError(f"--mtp-num-layers: {count} changes the model that is resumed; try: --finetune to start anew")
+    return fewer, fewer if weights is None or weights.format == "hf" else shape
+
+
+def _family_of_options(config: RunConfig) -> str:
+    """The tables for a shape from flags when --model-type-hf does not name them."""
+    m = config.model
+    if m.multi_latent_attention:
+        return "deepseek"
+    if config.experts.num_experts is not None:
+        return "qwen_moe"
+    return "qwen" if m.add_qkv_bias or m.qk_layernorm else "llama"
+
+
 def _base_of(adapter: Found) -> Found:
     base = (adapter.record.get("base") or {}).get("path")
     source = find_source(base) if base else None
@@ -283,7 +332,7 @@ def _shape(config: RunConfig, weights: Found | None, problems: list[str], tokeni
         raise UserError(f"config: {weights.path} records no architecture; try: --hf-config DIR with its config.json")
     if config.door == "inference" and weights is None:
         raise UserError("--load is missing: there is no model to answer with")
-    named = m.model_type_hf or ("qwen" if m.add_qkv_bias or m.qk_layernorm else "llama")
+    named = m.model_type_hf or _family_of_options(config)
     if m.vocab_size is None and tokenizer_size is None:
         problems.append("--vocab-size is missing: the shape comes from flags and there is no tokenizer to ask")
     shape, missing = shape_from_options(config, UPSTREAM_FAMILIES.get(named, named), tokenizer_size or 0)
@@ -325,6 +374,11 @@ def _notes(config: RunConfig) -> list[str]:
     notes = []
     if p.sequence_parallel and p.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel has no effect with tensor parallel 1: there is nothing to split")
+    if p.context_parallel_size == 1:
+        for name in ("context_parallel_algo", "ulysses_degree_in_cp", "cp_window_size"):
+            if name in config.given:
+                flag = all_options()[name].flags[0]
+                notes.append(f"{flag} has no effect with context parallel 1: no sequence is shared")
     if config.door == "posttrain" and t.reset_attention_mask:
         notes.append("--reset-attention-mask has no effect in SFT: documents of one row never see each other")
     if config.door == "pretrain" and t.pad_to_multiple_of and not t.reset_attention_mask:
@@ -342,17 +396,17 @@ def _layout(config: RunConfig, shape: ModelShape) -> ParallelLayout:
         UserError: the layers do not divide.
     """
     p = config.parallel
-    noops, pp = numbers(p.noop_layers), p.pipeline_model_parallel_size
-    chunks = None
-    if p.num_layers_per_virtual_pipeline_stage is not None:
-        chunks = chunks_per_stage(shape.num_layers, pp, p.num_layers_per_virtual_pipeline_stage, len(noops or ()))
+    cp = p.context_parallel_size
+    exchanging = {"megatron_cp_algo": 1, "ulysses_cp_algo": cp, "hybrid_cp_algo": p.ulysses_degree_in_cp or 1}
     return ParallelLayout(
-        layers=layer_map(shape.num_layers, pp, chunks, numbers(p.num_layer_list), noops),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        layers=layers_of_options(p, shape.num_layers, p.pipeline_model_parallel_size),
+        world_size=config.logging.world_size or int(os.environ.get("WORLD_SIZE", "1")),
         tp=p.tensor_model_parallel_size,
-        cp=p.context_parallel_size,
+        cp=cp,
         ep=p.expert_model_parallel_size,
         etp=p.expert_tensor_parallel_size,
+        ulysses=exchanging[p.context_parallel_algo] if cp > 1 else 1,
+        ring_window=p.cp_window_size if cp > 1 else 1,
     )
 
 
@@ -363,7 +417,11 @@ def _assemble(config, layout, shape, stored_shape, weights, adapter_source, resu
     seq_length = config.data.seq_length or min(shape.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
     rules = layout_rules(shape, layout)
     if config.door != "inference":
+        dropout = config.model.attention_dropout
+        dropout = shape.attention_dropout if dropout is None else dropout
+        rules += context_rules(shape, layout, attention_dropout=dropout)
         rules += batch_rules(t.micro_batch_size, global_batch, data_parallel)
+        rules += interleaving_rules(t.micro_batch_size, global_batch, layout)
         rules += sequence_rules(
             shape,
             seq_length=seq_length,

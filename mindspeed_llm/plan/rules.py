@@ -46,16 +46,90 @@ def layout_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
         )
     ]
     size = tp * layout.pp * layout.cp
+    rules += _stage_rules(shape, layout)
+    rules += expert_rules(shape, layout)
     rules.append(
         Rule(
             "launch",
             f"world size {layout.world_size} % (tensor parallel {tp} x pipeline parallel {layout.pp} x context "
             f"parallel {layout.cp}) = 0",
             layout.world_size % size == 0,
-            f"{size}, {2 * size}, {3 * size}, ... processes (torchrun --nproc-per-node x --nnodes)",
+            f"{size}, {2 * size}, {3 * size}, ... processes (torchrun --nproc-per-node x --nnodes; with --dry-run also "
+            "--world-size)",
         )
     )
     return rules
+
+
+def _stage_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
+    """What the layer map has checked already, for the values that would be legal too."""
+    slots, pp = layout.layers.num_slots, layout.pp
+    if pp == 1:
+        return []
+    chunks = [slots // (pp * layers) for layers in divisors(slots) if slots % (pp * layers) == 0]
+    even = f"{', '.join(map(str, divisors(slots)))} for --pipeline-model-parallel-size without --num-layer-list"
+    virtual = f"; {', '.join(map(str, sorted(chunks)))} chunks per stage" if chunks else ""
+    counted = f"{slots} layers" + (f" ({slots - shape.num_layers} no-op)" if slots > shape.num_layers else "")
+    per_stage = f" x {layout.layers.vpp} chunks" if layout.vpp else ""
+    return [Rule("pipeline", f"{counted} are shared by {pp} stages{per_stage}", True, even + virtual)]
+
+
+def expert_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
+    """Conditions on expert parallelism; a model without experts has none to share."""
+    ep, etp, experts = layout.ep, layout.expert_tp, shape.num_moe_experts
+    if experts is None:
+        asked = ep > 1 or layout.etp is not None
+        says = "expert parallelism is for models with experts, and this one has none"
+        return [Rule("experts", says, False, "no --expert-model-parallel-size, no --expert-tensor-parallel-size")] * asked
+    width, per_stage = shape.moe_ffn_hidden_size, layout.world_size // layout.pp
+    sizes = [d for d in divisors(experts) if per_stage % (etp * d) == 0]
+    tensor = [d for d in divisors(width) if d <= layout.tp and per_stage % (ep * d) == 0]
+    return [
+        Rule(
+            "experts",
+            f"num_moe_experts {experts} % expert parallel {ep} = 0",
+            experts % ep == 0,
+            f"{', '.join(map(str, sizes))} for --expert-model-parallel-size",
+        ),
+        Rule(
+            "experts",
+            f"moe_ffn_hidden_size {width} % expert tensor parallel {etp} = 0",
+            width % etp == 0,
+            f"{', '.join(map(str, tensor))} for --expert-tensor-parallel-size",
+        ),
+        Rule(
+            "experts",
+            f"{per_stage} ranks per stage % (expert parallel {ep} x expert tensor parallel {etp}) = 0",
+            per_stage % (ep * etp) == 0,
+            f"{', '.join(map(str, sizes))} for --expert-model-parallel-size with these processes",
+        ),
+    ]
+
+
+def context_rules(shape: ModelShape, layout: ParallelLayout, *, attention_dropout: float) -> list[Rule]:
+    """Conditions on context parallelism, none without it."""
+    cp, heads = layout.cp, shape.num_attention_heads // layout.tp
+    if cp == 1:
+        return []
+    exchanging = [d for d in divisors(heads) if cp % d == 0]
+    window = layout.ring_window
+    ring = cp // layout.ulysses
+    return [
+        Rule(
+            "context",
+            f"context parallel {cp} and {heads} heads per rank % {layout.ulysses} ranks that exchange heads = 0",
+            layout.ulysses in exchanging,
+            f"{', '.join(map(str, exchanging))} ranks (--ulysses-degree-in-cp between 1 and {cp} with "
+            f"hybrid_cp_algo, 1 is megatron_cp_algo, {cp} is ulysses_cp_algo)",
+        ),
+        Rule(
+            "context",
+            f"ring of {ring} % inner ring of {window} = 0",
+            window <= ring and ring % window == 0,
+            ", ".join(map(str, divisors(ring))) + " for --cp-window-size",
+        ),
+        Rule("context", f"attention_dropout {attention_dropout} = 0", attention_dropout == 0, "--attention-dropout 0"),
+    ]
 
 
 def batch_rules(micro: int, global_batch: int, data_parallel: int) -> list[Rule]:
@@ -69,6 +143,24 @@ def batch_rules(micro: int, global_batch: int, data_parallel: int) -> list[Rule]
             f"global batch {global_batch} = micro batch {micro} x data parallel {data_parallel} x k",
             global_batch % unit == 0,
             f"nearest for --global-batch-size: {legal}",
+        )
+    ]
+
+
+def interleaving_rules(micro: int, global_batch: int, layout: ParallelLayout) -> list[Rule]:
+    """The interleaved schedule hands micro-batches around in groups of as many as there are stages."""
+    if layout.vpp is None:
+        return []
+    unit = micro * layout.dp
+    group = unit * layout.pp
+    below = max(global_batch // group, 1) * group
+    legal = ", ".join(str(v) for v in dict.fromkeys((below, below + group)))
+    return [
+        Rule(
+            "batch",
+            f"micro-batches {global_batch // unit} % pipeline parallel {layout.pp} = 0 (virtual pipeline)",
+            global_batch % group == 0,
+            f"nearest for --global-batch-size: {legal}; or no virtual stages",
         )
     ]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mindspeed_llm.errors import UserError
 
-LAYER_IN_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+LAYER_IN_NAME = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 def parse_layers(text: str, num_layers: int, flag: str) -> set[int]:
@@ -43,7 +43,6 @@ def freeze_parameters(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     num_layers: int,
-    layer_offset: int = 0,
     trainable: list[str] | None = None,
     freeze: list[str] | None = None,
     trainable_layers: str | None = None,
@@ -55,7 +54,7 @@ def freeze_parameters(
     is not. Parameters outside the layers (embedding, final norm, head) are not selected by `trainable_layers`.
 
     Args:
-        layer_offset: index of this pipeline stage's first layer; names in messages and patterns are global.
+        named_parameters: by their names in the whole model.
 
     Returns:
         (names trained here, patterns that matched something here); patterns must be checked over all stages.
@@ -64,8 +63,7 @@ def freeze_parameters(
     never = parse_layers(frozen_layers, num_layers, "--frozen-layers") if frozen_layers else set()
     trained: set[str] = set()
     matched: set[str] = set()
-    for local_name, parameter in named_parameters:
-        name = global_name(local_name, layer_offset)
+    for name, parameter in named_parameters:
         layer = layer_of(name)
         yes = [p for p in trainable or () if re.search(p, name)]
         no = [p for p in freeze or () if re.search(p, name)]
@@ -82,8 +80,3 @@ def layer_of(name: str) -> int | None:
     """Layer index in a parameter name, None outside the layers."""
     match = LAYER_IN_NAME.search(name)
     return int(match[1]) if match else None
-
-
-def global_name(name: str, layer_offset: int) -> str:
-    """The name with the layer's index in the whole model instead of in its pipeline stage."""
-    return LAYER_IN_NAME.sub(lambda m: m[0].replace(m[1], str(int(m[1]) + layer_offset)), name, count=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Interval:
         self.iterations = self.tokens = self.samples = 0
         self.trained_tokens = 0
         self.loss_sum = self.flops = 0.0
+        self.further_losses: Counter[str] = Counter()
 
     def add(self, result: BatchResult, samples: int, flops: float) -> None:
         """One iteration."""
@@ -44,6 +46,7 @@ class Interval:
         self.samples += samples
         self.trained_tokens += result.trained_tokens
         self.loss_sum += result.loss * result.trained_tokens
+        self.further_losses.update(result.further_losses)
         self.flops += flops
 
 
@@ -143,7 +146,7 @@ class TrainingLoop:
             raise RuntimeError(f"gradient: norm is {grad_norm} at {self.where()}; go on from the last checkpoint")
         if grad_norm == 0.0 and self.progress.iteration == 0:
             raise RuntimeError(
-                f"gradient: norm is exactly 0 at iteration 1 with {len(self.model.trained)} trained tensors on this "
+                f"gradient: norm is exactly 0 at iteration 1 with {self.model.num_trained} trained tensors on this "
                 "rank; nothing is being trained"
             )
 
@@ -172,6 +175,7 @@ class TrainingLoop:
                 learning_rate=self.used_learning_rate,
                 global_batch_size=self.plan.global_batch_size,
                 loss=interval.loss_sum / interval.trained_tokens,
+                further_losses={name: value / n for name, value in interval.further_losses.items()},
                 loss_scale=float(self.optimizer.get_loss_scale()),
                 grad_norm=grad_norm,
                 skipped_iterations=self.progress.skipped_iterations,

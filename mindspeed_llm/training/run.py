@@ -17,7 +17,15 @@ from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
 from mindspeed_llm.training.report import LossHistory, Reporter
-from mindspeed_llm.training.setup import DTYPES, TrainingModel, build, is_leader, is_logger, start_processes
+from mindspeed_llm.training.setup import (
+    DTYPES,
+    TrainingModel,
+    build,
+    gather_parameters,
+    is_leader,
+    is_logger,
+    start_processes,
+)
 
 
 @dataclass
@@ -84,6 +92,9 @@ def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[
         distributed=c.parallel.use_distributed_optimizer,
         overlap_param_gather=c.parallel.overlap_param_gather,
     )
+    if plan.dtype_name == "fp16":
+        # The schedules multiply the loss by it; the optimizer divides the gradients again.
+        model.chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = build_scheduler(
         c.optimizer,
         optimizer,
@@ -133,7 +144,8 @@ class Saver:
         from mindspeed_llm.checkpoint.train_save import save_training, training_state
 
         c = self.plan.config.checkpoint
-        only = set(self.model.trained) if self.plan.adapters is not None else None
+        only = self.model.trained if self.plan.adapters is not None else None
+        gather_parameters(self.model)
         state = training_state(
             self.model.chunks,
             None if c.no_save_optim else self.optimizer,
@@ -158,15 +170,21 @@ class Saver:
             "shape": plan.shape.to_json(),
             "adapters": plan.adapters.to_json() if plan.adapters else None,
             "base": self.base,
-            "layout": {
-                "tensor_parallel": plan.tensor_parallel_size,
-                "pipeline_parallel": plan.pipeline_parallel_size,
-                "data_parallel": plan.data_parallel_size,
-            },
+            "layout": layout_record(plan),
             "dtype": plan.dtype_name,
             "data": self.data.fingerprint(),
             "continuity": plan.config.of_kind("continuity") | {"global_batch_size": plan.global_batch_size},
         }
+
+
+def layout_record(plan: Plan) -> dict[str, int]:
+    """What a checkpoint says about the layout that wrote it."""
+    return {
+        "tensor_parallel": plan.tensor_parallel_size,
+        "pipeline_parallel": plan.pipeline_parallel_size,
+        "context_parallel": plan.layout.cp,
+        "data_parallel": plan.data_parallel_size,
+    }
 
 
 def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> Progress:
@@ -175,28 +193,34 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     Raises:
         UserError: the data changed, or the checkpoint does not fit.
     """
-    from mindspeed_llm.checkpoint.train_save import load_training, restore_rng_state, training_state
+    from mindspeed_llm.checkpoint.optimizer_state import load_grad_scaler_state, load_optimizer_state
+    from mindspeed_llm.checkpoint.train_save import (
+        load_training,
+        restore_rng_state,
+        sharded_model_state,
+        training_state,
+    )
 
     source, c = plan.resume, plan.config.checkpoint
     check_data(plan, data)
-    same_layout = source.record["layout"] == {
-        "tensor_parallel": plan.tensor_parallel_size,
-        "pipeline_parallel": plan.pipeline_parallel_size,
-        "data_parallel": plan.data_parallel_size,
-    }
+    check_precision(plan)
+    only = model.trained if plan.adapters is not None else None
+    same_layout = source.record["layout"] == layout_record(plan)
     with_rng = same_layout and not c.no_load_rng
     state = training_state(
         model.chunks,
         None if c.no_load_optim else optimizer,
         None if c.no_load_optim else scheduler,
-        set(model.trained) if plan.adapters is not None else None,
+        only,
         loading=True,
         with_rng=with_rng,
     )
     loaded = load_training(source.directory, state)
-    load_model_state(model, loaded["model"])
+    load_model_state(model, loaded)
     if not c.no_load_optim:
-        optimizer.load_state_dict(loaded["optimizer"])
+        shards = sharded_model_state(model.chunks, only)
+        load_optimizer_state(optimizer, shards, loaded["optimizer"], loaded["optimizer_step"])
+        load_grad_scaler_state(optimizer, loaded["grad_scaler"])
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     else:
         optimizer.reload_model_params()
@@ -211,10 +235,28 @@ def load_model_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     Raises:
         UserError: one is missing.
     """
-    missing, unexpected = model.chunks[0].load_state_dict(loaded, strict=False)
-    lost = [name for name in missing if name in set(model.trained)]
-    if lost or unexpected:
-        raise UserError(f"resume: the checkpoint does not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
+    for number, (chunk, trained) in enumerate(zip(model.chunks, model.trained)):
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        lost = [name for name in missing if name in set(trained)]
+        if lost or unexpected:
+            raise UserError(
+                f"resume: the checkpoint does not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}"
+            )
+
+
+def check_precision(plan: Plan) -> None:
+    """Refuse to go on in another type: the fp32 weights and moments of mixed precision have no counterpart in fp32.
+
+    Raises:
+        UserError: the types differ and the optimizer's state was to be loaded.
+    """
+    before, now = plan.resume.record["dtype"], plan.dtype_name
+    if before != now and not plan.config.checkpoint.no_load_optim:
+        flag = "without --bf16 and --fp16" if before == "fp32" else f"with --{before}"
+        raise UserError(
+            f"resume: {now} is wrong, because the optimizer of {plan.resume.directory} was trained in {before}; legal: "
+            f"{flag}; try: --no-load-optim to keep the weights alone"
+        )
 
 
 def check_data(plan: Plan, data: TrainingData) -> None:

@@ -129,9 +129,29 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_num_layers=c.training.recompute_num_layers,
         mtp_loss_scaling_factor=c.training.mtp_loss_scaling_factor,
         loss_chunk_size=c.operators.loss_chunk_size,
+        experts=expert_options(plan),
         variable_seq_lengths=plan.pipeline_parallel_size > 1,
         seed=c.data.seed,
         initialize=initialize,
+    )
+
+
+def expert_options(plan: Plan) -> Any:
+    """How experts are computed and balanced, from the options of the same names."""
+    from mindspeed_llm.models.moe.options import ExpertOptions
+
+    e = plan.config.experts
+    return ExpertOptions(
+        token_dispatcher_type=e.moe_token_dispatcher_type,
+        grouped_gemm=e.moe_grouped_gemm,
+        router_dtype=e.moe_router_dtype,
+        router_load_balancing_type=tuple(e.moe_router_load_balancing_type),
+        aux_loss_coeff=tuple(e.moe_aux_loss_coeff),
+        z_loss_coeff=e.moe_z_loss_coeff,
+        router_bias_update_rate=e.moe_router_bias_update_rate,
+        expert_capacity_factor=e.moe_expert_capacity_factor,
+        pad_expert_input_to_capacity=e.moe_pad_expert_input_to_capacity,
+        token_drop_policy=e.moe_token_drop_policy,
     )
 
 

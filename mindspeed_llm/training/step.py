@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ import torch.distributed as dist
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.data.collate import MicroBatch
+from mindspeed_llm.data.record import IGNORE_INDEX
+from mindspeed_llm.models.prediction_targets import further_targets, objective
+from mindspeed_llm.parallel.context_split import SequenceSplit
 
 
 @dataclass
@@ -20,22 +23,38 @@ class BatchResult:
         loss: mean over the trained tokens of the global batch; nan when there are none.
         trained_tokens, tokens: counts over the global batch (tokens: real ones, no padding).
         attention_pairs: sum of n (n + 1) / 2 over its documents.
+        mtp_loss: mean loss of the multi-token prediction layers over the tokens they predict; None without any.
+        auxiliary_losses: of the routers of experts, by name: mean over layers and micro-batches, without coefficients.
     """
 
     loss: float
     trained_tokens: int
     tokens: int
     attention_pairs: int
+    mtp_loss: float | None = None
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def further_losses(self) -> dict[str, float]:
+        """Losses beside the language model's, by the names they are logged under."""
+        predicted = {} if self.mtp_loss is None else {"mtp loss": self.mtp_loss}
+        return predicted | self.auxiliary_losses
 
 
 def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """megatron-core's forward_step: the model's output for the next micro-batch and the function from it to the loss.
 
     The model returns the sum of token losses; megatron-core divides the gradients by the global number of trained
-    tokens (`calculate_per_token_loss`), so the split into micro-batches and ranks does not matter.
+    tokens (`calculate_per_token_loss`), so the split into micro-batches and ranks does not matter. The losses of
+    multi-token prediction are divided by the same number.
     """
-    batch: MicroBatch = next(batches)
+    whole, config = next(batches), model.config
+    batch = own_share(whole, config.sequence_split)
     device = accelerator.current().current_device()
+    further = [
+        tuple(own_tokens(x, config.sequence_split).to(device, non_blocking=True) for x in pair)
+        for pair in further_targets(whole.input_ids, whole.labels, whole.cu_seqlens, config.shape.mtp_num_layers)
+    ]
     labels = batch.labels.to(device, non_blocking=True)
     output = model(
         input_ids=batch.input_ids.to(device, non_blocking=True),
@@ -43,13 +62,41 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
         attention_mask=None,
         labels=labels,
         packed_seq_params=packed_params(batch, device),
+        further=further,
     )
 
-    def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         trained = torch.tensor(batch.num_trained_tokens, dtype=torch.int, device=device)
-        return loss_sum, trained, {"lm loss": loss_sum.detach()}
+        sums = losses.detach().double().reshape(-1)
+        predicted = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in further)
+        logged = {"lm loss": sums[0], "mtp loss": sums[1:].sum(), "mtp tokens": torch.tensor(predicted)}
+        return objective(losses, config.mtp_loss_scaling_factor), trained, logged
 
     return output, loss_function
+
+
+def own_share(batch: MicroBatch, split: SequenceSplit) -> MicroBatch:
+    """The tokens that this context-parallel rank holds; bounds of documents and `num_tokens` stay the whole row's."""
+    if split.ranks == 1:
+        return batch
+    labels = own_tokens(batch.labels, split)
+    return replace(
+        batch,
+        input_ids=own_tokens(batch.input_ids, split),
+        labels=labels,
+        position_ids=own_tokens(batch.position_ids, split),
+        num_trained_tokens=int((labels != IGNORE_INDEX).sum()),
+    )
+
+
+def own_tokens(x: torch.Tensor, split: SequenceSplit) -> torch.Tensor:
+    """The columns of x [b, s] that this context-parallel rank holds."""
+    from megatron.core import parallel_state
+
+    if split.ranks == 1:
+        return x
+    ranges = split.ranges(parallel_state.get_context_parallel_rank(), x.shape[1])
+    return torch.cat([x[:, start:stop] for start, stop in ranges], dim=1)
 
 
 def packed_params(batch: MicroBatch, device: torch.device) -> Any:
@@ -73,24 +120,43 @@ def run_batch(chunks: list[torch.nn.Module], batches: list[MicroBatch], plan: An
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from mindspeed_llm.models.moe import auxiliary_loss
+
+    balanced = not forward_only and auxiliary_loss.is_enabled(chunks)
+    num_micro_batches = len(batches) * parallel_state.get_data_parallel_world_size()
+    if balanced:
+        auxiliary_loss.set_weights(chunks, _all_trained_tokens(batches), num_micro_batches)
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(batches),
         seq_length=plan.seq_length,
         micro_batch_size=1 if batches[0].cu_seqlens is not None else plan.config.training.micro_batch_size,
         forward_only=forward_only,
     )
-    loss_sum = sum((o["lm loss"].double() for o in outputs), torch.zeros((), dtype=torch.float64))
-    return _reduce(loss_sum, batches, parallel_state)
+    sums = [float(sum(o[name] for o in outputs)) for name in ("lm loss", "mtp loss", "mtp tokens")]
+    result = _reduce(sums, batches, parallel_state)
+    if balanced:
+        result.auxiliary_losses = auxiliary_loss.take(chunks, num_micro_batches)
+    return result
 
 
-def _reduce(loss_sum: torch.Tensor, batches: list[MicroBatch], parallel_state: Any) -> BatchResult:
+def _all_trained_tokens(batches: list[MicroBatch]) -> int:
+    """Trained tokens of the global batch, before anything is computed."""
+    from megatron.core import parallel_state
+
+    count = torch.tensor(sum(b.num_trained_tokens for b in batches), device=accelerator.current().current_device())
+    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return int(count)
+
+
+def _reduce(sums: list[float], batches: list[MicroBatch], parallel_state: Any) -> BatchResult:
     """Sum over data-parallel ranks and hand the last stage's loss to everybody.
 
-    Only the last stage has a loss and every stage counts the same tokens, so one sum over data-parallel ranks and one
-    over stages (with the counts taken on the last stage alone) is all it takes.
+    Only the last stage has a loss, and every stage and context-parallel rank counts the same tokens, so one sum over
+    data- and context-parallel ranks and one over stages (with the counts taken on the last stage by the first
+    context-parallel rank alone) is all it takes.
     """
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     counts = [
@@ -99,12 +165,20 @@ def _reduce(loss_sum: torch.Tensor, batches: list[MicroBatch], parallel_state: A
         sum(attention_pairs(b) for b in batches),
     ]
     device = accelerator.current().current_device()
-    totals = torch.tensor([float(loss_sum), *counts] if last else [0.0] * 4, dtype=torch.float64, device=device)
+    counted = last and parallel_state.get_context_parallel_rank() == 0
+    own = [*(sums if last else [0.0] * len(sums)), *(counts if counted else [0] * len(counts))]
+    totals = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
-    loss, trained, tokens, pairs = totals.tolist()
-    return BatchResult(loss / trained if trained else float("nan"), int(trained), int(tokens), int(pairs))
+    loss, mtp_loss, predicted, trained, tokens, pairs = totals.tolist()
+    return BatchResult(
+        loss / trained if trained else float("nan"),
+        int(trained),
+        int(tokens),
+        int(pairs),
+        mtp_loss / predicted if predicted else None,
+    )
 
 
 def attention_pairs(batch: MicroBatch) -> int:

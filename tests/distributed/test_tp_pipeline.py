@@ -29,6 +29,7 @@ def train(shape, stages, packed, virtual=None):
 
     from mindspeed_llm.models.build import BuildOptions, build_model
     from mindspeed_llm.models.initialize import global_name
+    from mindspeed_llm.parallel.layer_map import layer_map
     from mindspeed_llm.parallel.setup import initialize_distributed
 
     size = len(stages) // (virtual or 1)
@@ -36,7 +37,7 @@ def train(shape, stages, packed, virtual=None):
     options = BuildOptions(
         pipeline_parallel_size=size,
         virtual_pipeline_parallel_size=virtual,
-        num_layers_per_stage=stages if len(stages) > 1 else None,
+        layers=layer_map(4, size, virtual, None if virtual or size == 1 else stages),
         vocab_divisible_by=2,
     )
     chunks = [build_model(shape, options, vp_stage=stage) for stage in (range(virtual) if virtual else [None])]

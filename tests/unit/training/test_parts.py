@@ -9,7 +9,7 @@ from mindspeed_llm.config.training import OptimizerConfig, TrainingConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.training.flops import training_flops
-from mindspeed_llm.training.freeze import freeze_parameters, global_name, parse_layers
+from mindspeed_llm.training.freeze import freeze_parameters, parse_layers
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.log_line import IterationLog, format_log_line
 from mindspeed_llm.training.optimizer import warmup_iterations
@@ -45,11 +45,6 @@ def test_selections_combine():
     assert trained(frozen_layers="first:2") == [0, 3, 4, 5]
     assert trained(trainable=["linear_fc1"], frozen_layers="0") == [2, 3, 4]
     assert trained(freeze=[r"layers\.[12]\.", "head"]) == [0, 1, 4]
-
-
-def test_layers_of_a_later_stage_have_their_index_in_the_model():
-    assert global_name("decoder.layers.1.mlp.x", 6) == "decoder.layers.7.mlp.x"
-    assert trained(layer_offset=0, trainable_layers="first:1") == [1]
 
 
 def test_length_of_a_run():
