@@ -122,6 +122,9 @@ def train(
         recorder = _Recorder(plan, built, inner if optimizer == "adamw" else None, learning_rate)
         loop = TrainingLoop(plan, built, recorder, scheduler, data, None, Progress(), steps, None)
         results = [loop.step()[0] for _ in range(steps)]
+        for wrapped in built.wrapped:
+            if wrapped.ddp_config.overlap_param_gather:  # the last step's weights come with the next forward pass
+                wrapped.start_param_sync(force_sync=True)
         parameters = {p: p.detach() for chunk in built.chunks for p in chunk.parameters()}
         weights = gather(plan, built.chunks, parameters)
     return Trained([r.loss for r in results], [r.trained_tokens for r in results], recorder.gradients, weights)
