@@ -60,7 +60,8 @@ def collate_padded(
     for row, (sample, length) in enumerate(zip(samples, lengths)):
         input_ids[row, :length] = sample["input_ids"]
         labels[row, :length] = sample["labels"]
-    positions = np.broadcast_to(np.arange(width, dtype=np.int64), input_ids.shape)
+    # Padding does not lengthen the sequence, by which some models choose their rotary frequencies.
+    positions = np.broadcast_to(np.arange(width, dtype=np.int64).clip(max=max(lengths) - 1), input_ids.shape)
     return _micro_batch(input_ids, labels, positions.copy(), None, sum(lengths))
 
 
@@ -92,8 +93,10 @@ def collate_concatenated(
     pad, ignored = np.full(tail, pad_token_id, np.int64), np.full(tail, IGNORE_INDEX, np.int64)
     input_ids = np.concatenate([*(sample["input_ids"] for sample in samples), pad])[None]
     labels = np.concatenate([*(sample["labels"] for sample in samples), ignored])[None]
+    # As in collate_padded: padding is not longer than the longest document.
+    padding = np.arange(tail, dtype=np.int64).clip(max=max(documents) - 1)
+    positions = np.concatenate([*(np.arange(size, dtype=np.int64) for size in documents), padding])[None]
     documents += [tail] if tail else []
-    positions = np.concatenate([np.arange(size, dtype=np.int64) for size in documents])[None]
     bounds = np.concatenate([[0], np.cumsum(documents)]).astype(np.int32)
     return _micro_batch(input_ids, labels, positions, bounds, num_tokens)
 

@@ -98,6 +98,8 @@ def check_model(model: LanguageModel) -> None:
     """Raise UserError for a model that is only a part, or whose activations are cut along the sequence."""
     if not (model.pre_process and model.post_process):
         raise UserError("generation: pipeline parallel > 1 is not possible; legal: 1 with any tensor parallel size")
+    if model.config.context_parallel_size > 1:
+        raise UserError("generation: context parallel > 1 is not possible; legal: 1 with any tensor parallel size")
     if model.config.sequence_parallel:
         raise UserError("generation: sequence parallelism is not possible; legal: build the model without it")
 

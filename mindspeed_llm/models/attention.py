@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -16,6 +16,8 @@ from mindspeed_llm.models.norm import RMSNorm
 from mindspeed_llm.models.rope import softmax_scale
 from mindspeed_llm.ops.attention import attention
 from mindspeed_llm.ops.rotary import apply_rotary, split_qkv_rotary
+from mindspeed_llm.parallel.context_attention import ContextParallelAttention
+from mindspeed_llm.parallel.setup import head_exchange_group
 
 
 class KeyValueCache(Protocol):
@@ -29,7 +31,7 @@ class KeyValueCache(Protocol):
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v of one layer; context parallelism replaces this module."""
+    """softmax(q k^T / sqrt(d)) v of one layer; `ContextParallelAttention` takes its place, see `core_attention`."""
 
     def __init__(self, config: ModelConfig, layer_number: int):
         super().__init__()
@@ -55,12 +57,27 @@ class CoreAttention(nn.Module):
             )
 
 
+def core_attention(config: ModelConfig, layer_number: int) -> CoreAttention | ContextParallelAttention:
+    """The core attention of a layer: over the tokens at hand, or over those of all context-parallel ranks."""
+    split = config.sequence_split
+    if split.ranks == 1:
+        return CoreAttention(config, layer_number)
+    return ContextParallelAttention(
+        split,
+        parallel_state.get_context_parallel_group(),
+        head_exchange_group(split.ulysses),
+        ring_window=config.ring_window,
+        window_size=config.window_of_layer(layer_number),
+        scale=softmax_scale(config.shape),
+    )
+
+
 class CausalSelfAttention(MegatronModule):
     """[s, b, h] -> [s, b, h]: query_key_value of a kind of attention, then core_attention and linear_proj.
 
     Hooks for other rooms:
       - LoRA replaces the linears by modules called the same way, `(x) -> (out, bias)`.
-      - Context parallelism replaces core_attention.
+      - Context parallelism has a core_attention of its own; all else here works on the tokens of this rank.
       - Generation passes a `KeyValueCache` as `inference_context`; positions come from `position_ids` through the
         rotary table, so decoding one token at position p needs nothing else.
 
@@ -89,7 +106,7 @@ class CausalSelfAttention(MegatronModule):
             skip_bias_add=True,
             tp_group=pg_collection.tp,
         )
-        self.core_attention = CoreAttention(config, layer_number)
+        self.core_attention = core_attention(config, layer_number)
         self.checkpoint_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )

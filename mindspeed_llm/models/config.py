@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.context_split import SequenceSplit
 
 
 @dataclass
@@ -22,6 +23,8 @@ class ModelConfig(TransformerConfig):
         add_mlp_bias: bias of linear_fc1 and linear_fc2.
         padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
+        ulysses_size: context-parallel ranks that exchange heads; the others form a ring.
+        ring_window: ranks of an inner ring of that ring.
     """
 
     shape: ModelShape | None = None
@@ -29,6 +32,13 @@ class ModelConfig(TransformerConfig):
     add_mlp_bias: bool = False
     padded_vocab_size: int = 0
     loss_chunk_size: int | None = None
+    ulysses_size: int = 1
+    ring_window: int = 1
+
+    @property
+    def sequence_split(self) -> SequenceSplit:
+        """How context-parallel ranks share a sequence."""
+        return SequenceSplit(self.context_parallel_size, self.ulysses_size)
 
     def window_of_layer(self, layer_number: int) -> int | None:
         """The sliding window of layer `layer_number` (from 1, as megatron counts), None for full attention."""

@@ -1,8 +1,9 @@
 """Causal softmax attention without an explicit mask: softmax(q k^T / sqrt(d)) v, each token seeing itself and before.
 
 Layouts (s sequence, b batch, n query heads, g key/value heads, d head dim, t packed tokens):
-  SBHD  q [s, b, n, d], k and v [s_k, b, g, d]; s_k >= s, the queries being the last s of the s_k positions
-  THD   q [t, 1, n, d], k and v [t, 1, g, d] with cu_seqlens [documents + 1]: the documents lie one after the other
+  SBHD  q [s, b, n, d], k [s_k, b, g, d], v [s_k, b, g, e]; s_k >= s, the queries being the last s of the s_k positions
+  THD   q [t, 1, n, d], k [t, 1, g, d], v [t, 1, g, e] with cu_seqlens [documents + 1]: one document after the other
+e is d but for multi-head latent attention.
 A document is computed by itself, from its own rows only, so no value of another document can reach it.
 """
 
@@ -28,14 +29,14 @@ def attention(
     """Causal attention of SBHD tensors, or of packed documents when `cu_seqlens` is given.
 
     Args:
-        query: [s, b, n, d]; key, value: [s_k, b, g, d] with n a multiple of g.
+        query: [s, b, n, d]; key: [s_k, b, g, d], value: [s_k, b, g, e] with n a multiple of g.
         cu_seqlens: integer [documents + 1], starts of the documents and the total; s must be the total and b 1.
         window_size: a token sees itself and the window_size - 1 tokens before; None for all before.
         dropout: probability of dropping an attention weight (0 outside training).
         scale: multiplies the scores; default 1 / sqrt(d).
 
     Returns:
-        [s, b, n * d].
+        [s, b, n * e].
     """
     run = implementation("attention")
     if cu_seqlens is None:
@@ -56,7 +57,7 @@ def sdpa(
     query: Tensor, key: Tensor, value: Tensor, window_size: int | None, dropout: float, scale: float | None
 ) -> Tensor:
     """torch's fused attention; a mask is built only for a window shorter than the sequence or queries after a cache."""
-    s, b, n, d = query.shape
+    s, b, n, _ = query.shape
     s_k, g = key.shape[0], key.shape[2]
     mask = None
     if (window_size is not None and s_k > window_size) or (s_k != s and s != 1):
@@ -71,7 +72,7 @@ def sdpa(
         scale=scale,
         enable_gqa=g != n,
     )
-    return context.permute(2, 0, 1, 3).reshape(s, b, n * d)
+    return context.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
 def visible(s: int, s_k: int, window_size: int | None, device: torch.device) -> Tensor:
@@ -112,4 +113,4 @@ def reference(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(query.dtype)
     weights = F.dropout(weights, dropout)
-    return torch.einsum("bnst,tbnd->sbnd", weights, value).reshape(s, b, n * d)
+    return torch.einsum("bnst,tbne->sbne", weights, value).reshape(s, b, -1)

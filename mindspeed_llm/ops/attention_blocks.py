@@ -50,35 +50,35 @@ class _BlockAttention(torch.autograd.Function):
         s, b, n, d = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
         g = key.shape[2]
-        query, key, value = _by_key_head(query, g), _by_head(key), _by_head(value)
+        query, key, value = by_key_head(query, g), by_head(key), by_head(value)
         scaled_key = (key.to(wide) * scale).transpose(1, 2)
-        out = query.new_empty(s, b, g, n // g, d)
+        out = query.new_empty(s, b, g, n // g, value.shape[-1])
         weights = []
-        for start, stop in _blocks(s):
+        for start, stop in blocks_of(s):
             rows = query[:, start:stop].flatten(1, 2).to(wide)
             scores = torch.bmm(rows, scaled_key[..., :stop]).unflatten(1, (stop - start, -1))
             scores[..., start:].masked_fill_(_later(stop - start)[:, None, :], float("-inf"))
             weights.append(scores.softmax(-1).to(value.dtype).flatten(1, 2))
-            _write(out[start:stop], torch.bmm(weights[-1], value[:, :stop]))
+            write_rows(out[start:stop], torch.bmm(weights[-1], value[:, :stop]))
         ctx.scale, ctx.sizes = scale, (s, b, n, d)
         ctx.save_for_backward(query, key, value, *weights)
-        return out.view(s, b, n * d)
+        return out.view(s, b, -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *all_weights = ctx.saved_tensors
         s, b, n, d = ctx.sizes
         g = key.shape[0] // b
-        grad = _by_key_head(grad.reshape(s, b, n, d), g)
+        grad = by_key_head(grad.reshape(s, b, n, value.shape[-1]), g)
         # Sums over blocks are kept wide.
         sum_dtype = torch.promote_types(key.dtype, torch.float32) if len(all_weights) > 1 else key.dtype
         grad_query = query.new_empty(s, b, g, n // g, d)
-        grad_key, grad_value = (key.new_zeros(key.shape, dtype=sum_dtype) for _ in range(2))
-        for (start, stop), weights in zip(_blocks(s), all_weights):
+        grad_key, grad_value = (torch.zeros_like(x, dtype=sum_dtype) for x in (key, value))
+        for (start, stop), weights in zip(blocks_of(s), all_weights):
             rows, grad_rows = query[:, start:stop].flatten(1, 2), grad[:, start:stop].flatten(1, 2)
             grad_weights = torch.bmm(grad_rows, value[:, :stop].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            _write(grad_query[start:stop], torch.bmm(grad_scores, key[:, :stop]))
+            write_rows(grad_query[start:stop], torch.bmm(grad_scores, key[:, :stop]))
             grad_key[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), rows)
             grad_value[:, :stop] += torch.bmm(weights.transpose(1, 2), grad_rows)
         grad_key, grad_value = (
@@ -87,7 +87,7 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query.view(s, b, n, d), grad_key, grad_value, None
 
 
-def _blocks(s: int) -> Iterator[tuple[int, int]]:
+def blocks_of(s: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of about equal blocks."""
     step = -(-s // max(1, round(s / BLOCK_ROWS)))
     return ((start, min(start + step, s)) for start in range(0, s, step))
@@ -99,17 +99,17 @@ def _later(rows: int) -> Tensor:
     return torch.ones(rows, rows, dtype=torch.bool).triu_(1)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """[s, b, g, d] -> contiguous [b g, s, d]."""
+def by_head(x: Tensor) -> Tensor:
+    """[s, b, g, d] -> contiguous [b g, s, d]: the heads as a batch of products."""
     return x.permute(1, 2, 0, 3).flatten(0, 1).contiguous()
 
 
-def _by_key_head(x: Tensor, num_groups: int) -> Tensor:
+def by_key_head(x: Tensor, num_groups: int) -> Tensor:
     """[s, b, g r, d] -> contiguous [b g, s, r, d]."""
     return x.unflatten(2, (num_groups, -1)).permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
 
 
-def _write(rows: Tensor, product: Tensor) -> None:
-    """Put a block's product [b g, rows r, d] into its place [rows, b, g, r, d]."""
+def write_rows(rows: Tensor, product: Tensor) -> None:
+    """Put a block's product [b g, s r, d] into its place, rows [s, b, g, r, d]."""
     s, b, g, r, d = rows.shape
     rows.permute(1, 2, 0, 3, 4).copy_(product.view(b, g, s, r, d))

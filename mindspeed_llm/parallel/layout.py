@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mindspeed_llm.parallel.context_split import SequenceSplit
 from mindspeed_llm.parallel.layer_map import LayerMap
 
 
@@ -36,6 +37,8 @@ class ParallelLayout:
         world_size: number of ranks, a multiple of tp x pp x cp.
         tp, cp, ep: tensor, context and expert parallel sizes.
         etp: tensor-parallel size within an expert; None means tp.
+        ulysses: context-parallel ranks that exchange heads; the other cp / ulysses form a ring.
+        ring_window: ranks of an inner ring of that ring.
     """
 
     layers: LayerMap
@@ -44,6 +47,13 @@ class ParallelLayout:
     cp: int = 1
     ep: int = 1
     etp: int | None = None
+    ulysses: int = 1
+    ring_window: int = 1
+
+    @property
+    def sequence_split(self) -> SequenceSplit:
+        """How context-parallel ranks share a sequence."""
+        return SequenceSplit(self.cp, self.ulysses)
 
     @property
     def pp(self) -> int:

@@ -47,12 +47,14 @@ def initialize_distributed(
     context_parallel_size: int = 1,
     expert_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
+    ulysses_size: int = 1,
     seed: int = 1234,
     timeout_minutes: float = 10.0,
 ) -> None:
     """Process group, megatron's parallel state for these sizes, and the random streams for `seed`.
 
-    Calling it again replaces the parallel state of an earlier call.
+    Calling it again replaces the parallel state of an earlier call. `ulysses_size` is of the groups whose ranks
+    exchange heads, see `context_split`.
 
     Raises:
         UserError: the world size is not a multiple of tensor x pipeline x context parallel size.
@@ -74,6 +76,7 @@ def initialize_distributed(
         context_parallel_size,
         expert_parallel_size,
         expert_tensor_parallel_size,
+        ulysses_size,
     )
     if not (parallel_state.is_initialized() and _made.sizes == sizes and _made.world is dist.group.WORLD):
         _replace_groups(sizes, timeout_minutes)
@@ -86,6 +89,7 @@ class _Made:
     sizes: tuple | None = None
     world: Any = None
     groups: list[Any] = []
+    head_exchange: Any = None
 
 
 _made = _Made()
@@ -106,7 +110,7 @@ def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
             if group in distributed_c10d._world.pg_map:  # megatron ends some of them itself
                 dist.destroy_process_group(group)
     before = set(distributed_c10d._world.pg_map)
-    tensor_size, pipeline_size, virtual_stages, context_size, expert_size, expert_tensor_size = sizes
+    tensor_size, pipeline_size, virtual_stages, context_size, expert_size, expert_tensor_size, ulysses_size = sizes
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=pipeline_size,
@@ -116,16 +120,50 @@ def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
         expert_tensor_parallel_size=expert_tensor_size,
         distributed_timeout_minutes=timeout_minutes,
     )
+    _made.head_exchange = _new_head_exchange(tensor_size, context_size, ulysses_size)
     _made.sizes, _made.world = sizes, dist.group.WORLD
     _made.groups = [group for group in distributed_c10d._world.pg_map if group not in before]
+
+
+def _new_head_exchange(tensor_size: int, context_size: int, ulysses_size: int) -> Any:
+    """This rank's group of neighbours in its context-parallel group, None where there is none."""
+    from megatron.core import parallel_state
+
+    if ulysses_size == 1:
+        return None
+    if ulysses_size == context_size:
+        return parallel_state.get_context_parallel_group()
+    # Context-parallel ranks are tensor_size apart, see parallel.layout.
+    blocks = range(0, dist.get_world_size(), tensor_size * ulysses_size)
+    ranks = [
+        list(range(block + tp, block + tensor_size * ulysses_size, tensor_size))
+        for block in blocks
+        for tp in range(tensor_size)
+    ]
+    return dist.new_subgroups_by_enumeration(ranks)[0]
+
+
+def head_exchange_group(ulysses_size: int) -> Any:
+    """The context-parallel ranks that exchange heads with this one, None for `ulysses_size` 1.
+
+    Raises:
+        ValueError: `initialize_distributed` was called with another size.
+    """
+    if ulysses_size == 1:
+        return None
+    if _made.head_exchange is None or _made.head_exchange.size() != ulysses_size:
+        raise ValueError(f"initialize_distributed was not called with ulysses_size={ulysses_size}")
+    return _made.head_exchange
 
 
 def set_random_streams(seed: int) -> None:
     """Seed torch's default stream and megatron's tracked ones (a stream per tensor-parallel rank, and a shared one)."""
     from megatron.core import parallel_state, tensor_parallel
 
-    # Pipeline stages draw different dropout masks; tensor-parallel ranks of a stage share the default stream.
+    # Pipeline stages and shares of a sequence draw different dropout masks; tensor-parallel ranks of a stage share the
+    # default stream. The offsets keep the streams apart for up to 10,000 stages.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    stage_seed += 1_000_000 * parallel_state.get_context_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
@@ -135,6 +173,6 @@ def destroy_distributed() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _made.sizes, _made.world, _made.groups = None, None, []
+    _made.sizes, _made.world, _made.groups, _made.head_exchange = None, None, [], None
     if dist.is_initialized():
         dist.destroy_process_group()

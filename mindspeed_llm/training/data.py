@@ -78,7 +78,7 @@ class TrainingData:
 
     def fingerprint(self) -> str:
         """Digest of the data files, recorded in checkpoints."""
-        return self.train.dataset.fingerprint()
+        return (self.train or self.valid).dataset.fingerprint()
 
     def sample_indices(self, consumed_samples: int, part: str = "train") -> list[int]:
         """Rows of the global batch after `consumed_samples`."""
@@ -98,13 +98,16 @@ class TrainingData:
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
         """Samples to tensors in the form the options ask for."""
         t = self.plan.config.training
-        multiple = math.lcm(
-            t.pad_to_multiple_of or 1, self.plan.tensor_parallel_size if self.plan.sequence_parallel else 1
+        split = self.plan.layout.sequence_split
+        shared = math.lcm(
+            split.multiple, split.ranks * (self.plan.tensor_parallel_size if self.plan.sequence_parallel else 1)
         )
+        multiple = math.lcm(t.pad_to_multiple_of or 1, shared)
+        row_length = -(-self.plan.seq_length // shared) * shared
         if self.plan.config.door == "pretrain":
             if t.reset_attention_mask:
                 return collate_concatenated(samples, self.pad_token_id, multiple)
-            return collate_padded(samples, self.pad_token_id, self.plan.seq_length)
+            return collate_padded(samples, self.pad_token_id, row_length)
         longest = max(len(sample["input_ids"]) for sample in samples)
         if longest > self.plan.seq_length:
             raise UserError(
@@ -114,7 +117,7 @@ class TrainingData:
         if t.padding_free:
             return collate_concatenated(samples, self.pad_token_id, multiple)
         if t.pad_to_seq_length:
-            return collate_padded(samples, self.pad_token_id, self.plan.seq_length)
+            return collate_padded(samples, self.pad_token_id, row_length)
         return collate_padded(samples, self.pad_token_id, pad_to_multiple_of=multiple)
 
     def evaluation_batches(self, iterations: int, data_parallel_rank: int) -> Iterator[list[MicroBatch]]:

@@ -23,7 +23,8 @@ def test_padded():
     batch = collate_padded([sample(3), sample(5)], pad_token_id=0, pad_to_multiple_of=4)
     assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.labels.tolist() == [[2, 3] + [-100] * 6, [2, 3, 4, 5] + [-100] * 4]
-    assert batch.position_ids.tolist() == [list(range(8))] * 2
+    # Padding does not lengthen a row, which decides on rotary frequencies in some models.
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 4, 4]] * 2
     assert (batch.num_tokens, batch.num_trained_tokens, batch.cu_seqlens) == (8, 6, None)
     assert collate_padded([sample(3)], 0, seq_length=16).input_ids.shape == (1, 16)
 
@@ -45,7 +46,7 @@ def test_concatenated():
     batch = collate_concatenated([sample(2, 3), sample(4)], pad_token_id=0, pad_to_multiple_of=8)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 4] + [0] * 7]
     assert batch.labels.tolist() == [[2, -100, 4, 5, -100, 2, 3, 4, -100] + [-100] * 7]
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, *range(7)]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 3, 3, 3]]
     assert batch.cu_seqlens.tolist() == [0, 2, 5, 9, 16] and batch.cu_seqlens.dtype == torch.int32
     assert (batch.max_seqlen, batch.num_tokens, batch.num_trained_tokens) == (7, 9, 6)
 

@@ -1,0 +1,153 @@
+"""Attention of some queries to some keys, a part of a whole that is put together elsewhere (context parallelism).
+
+Query i of a part sees key j where i + shift - window < j <= i + shift: shift is how far the first query lies behind
+the first key in the sequence. With S = scale Q K^T over the visible pairs only:
+
+    lse_i = log sum_j exp(S_ij)      out_i = sum_j exp(S_ij - lse_i) v_j
+
+Parts over disjoint keys merge into the attention over all of them: with L = log(exp(lse) + exp(lse')),
+out = exp(lse - L) out + exp(lse' - L) out'. From the merged out and L the gradients of a part need no other part:
+
+    P_ij = exp(S_ij - L_i)   dV = P^T dO   dS = scale P (dO V^T - sum(dO out))   dQ = dS K   dK = dS^T Q
+
+Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867), FlashAttention (Dao et al., arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.ops.attention_blocks import blocks_of, by_head, by_key_head, write_rows
+from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+
+
+def attention_part(
+    query: Tensor, key: Tensor, value: Tensor, *, shift: int, window_size: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Out and log-sum-exp of one part.
+
+    Args:
+        query: [s, b, n, d]; key: [s_k, b, g, d], value: [s_k, b, g, e], n a multiple of g.
+        shift: position of the first query minus position of the first key, >= 0.
+        window_size: a token sees itself and the window_size - 1 tokens before; None for all before.
+        scale: multiplies the scores.
+
+    Every query must see at least one of the keys.
+
+    Returns:
+        out [s, b, n, e] and lse [s, b, n], in fp32 (fp64 for fp64 input).
+    """
+    return implementation("attention_part")(query, key, value, shift, window_size, scale)
+
+
+def attention_part_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    shift: int,
+    window_size: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This part's share of the gradients.
+
+    Args:
+        grad, out: [s, b, n, e], gradient and value of the merged output for these queries.
+        lse: [s, b, n], log-sum-exp over all the keys they see, in this part and the others.
+        query, key, value, shift, window_size, scale: as in the forward pass.
+
+    Returns:
+        Of query, key and value, in fp32 (fp64 for fp64 input).
+    """
+    return implementation("attention_part_backward")(grad, query, key, value, out, lse, shift, window_size, scale)
+
+
+def merge_part(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge a part into `out` [s, b, n, e] and `lse` [s, b, n] in place; before the first part lse is -inf."""
+    merged = torch.logaddexp(lse, part_lse)
+    out.mul_((lse - merged).exp_().unsqueeze(-1)).addcmul_(part_out, (part_lse - merged).exp_().unsqueeze(-1))
+    lse.copy_(merged)
+
+
+@register("attention_part", REFERENCE)
+def part_by_rows(
+    query: Tensor, key: Tensor, value: Tensor, shift: int, window_size: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The formula over blocks of rows, computed in fp32 at least."""
+    s, b, n, _ = query.shape
+    g, wide = key.shape[2], _wide(query)
+    rows_of, key, value = by_key_head(query.to(wide), g), by_head(key.to(wide)), by_head(value.to(wide))
+    out = key.new_empty(s, b, g, n // g, value.shape[-1])
+    lse = key.new_empty(s, b, g, n // g, 1)
+    for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size):
+        rows = rows_of[:, start:stop].flatten(1, 2)
+        scores = _scores(rows, key[:, first:last], start + shift - first, stop - start, window_size, scale)
+        row_lse = scores.logsumexp(-1, keepdim=True)
+        write_rows(lse[start:stop], row_lse)
+        write_rows(out[start:stop], torch.bmm(scores.sub_(row_lse).exp_(), value[:, first:last]))
+    return out.view(s, b, n, -1), lse.view(s, b, n)
+
+
+@register("attention_part_backward", REFERENCE)
+def part_backward_by_rows(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    shift: int,
+    window_size: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula over blocks of rows; the weights are computed again from the scores."""
+    s, b, n, d = query.shape
+    g, wide = key.shape[2], _wide(query)
+    grad, out, lse = grad.to(wide), out.to(wide), lse.to(wide)
+    minus = by_key_head((grad * out).sum(-1, keepdim=True), g)
+    lse, grad, query = by_key_head(lse.unsqueeze(-1), g), by_key_head(grad, g), by_key_head(query.to(wide), g)
+    key, value = by_head(key.to(wide)), by_head(value.to(wide))
+    grad_query = key.new_empty(s, b, g, n // g, d)
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size):
+        rows, grad_rows, row_lse, row_minus = (x[:, start:stop].flatten(1, 2) for x in (query, grad, lse, minus))
+        columns = slice(first, last)
+        scores = _scores(rows, key[:, columns], start + shift - first, stop - start, window_size, scale)
+        weights = scores.sub_(row_lse).exp_()
+        grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_rows)
+        grad_scores = torch.bmm(grad_rows, value[:, columns].transpose(1, 2)).sub_(row_minus).mul_(weights).mul_(scale)
+        write_rows(grad_query[start:stop], torch.bmm(grad_scores, key[:, columns]))
+        grad_key[:, columns] += torch.bmm(grad_scores.transpose(1, 2), rows)
+    grad_key, grad_value = (x.unflatten(0, (b, g)).permute(2, 0, 1, 3) for x in (grad_key, grad_value))
+    return grad_query.view(s, b, n, d), grad_key, grad_value
+
+
+def _visible_blocks(s: int, s_k: int, shift: int, window_size: int | None) -> Iterator[tuple[int, int, int, int]]:
+    """(start, stop) of blocks of queries, and (first, last) of the keys that any of them sees."""
+    for start, stop in blocks_of(s):
+        first = 0 if window_size is None else max(0, start + shift - window_size + 1)
+        yield start, stop, first, min(s_k, stop + shift)
+
+
+def _scores(rows: Tensor, key: Tensor, shift: int, s: int, window_size: int | None, scale: float) -> Tensor:
+    """Scores [b g, s r, s_k] of a block's queries [b g, s r, d], -inf where a key is not seen."""
+    scores = torch.bmm(rows, key.transpose(1, 2)).mul_(scale)
+    s_k = key.shape[1]
+    if s_k - 1 <= shift and (window_size is None or s - 1 + shift < window_size):
+        return scores
+    position, column = torch.arange(s, device=key.device)[:, None] + shift, torch.arange(s_k, device=key.device)
+    hidden = column > position
+    if window_size is not None:
+        hidden |= column <= position - window_size
+    scores.unflatten(1, (s, -1)).masked_fill_(hidden[:, None, :], float("-inf"))
+    return scores
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,221 @@
+"""Ranks that share each sequence train the same model as one process; attention alone is compared first, in fp64."""
+
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import pytest
+import torch
+
+from mindspeed_llm.checkpoint.toy import make_toy
+from mindspeed_llm.testing.layouts import assert_same, compare, make_rows, train
+from mindspeed_llm.testing.pool import pool
+
+RING = "--context-parallel-algo megatron_cp_algo"
+ULYSSES = "--context-parallel-algo ulysses_cp_algo"
+HYBRID = "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2"
+
+# Documents that end inside chunks, at their borders, and span several ranks.
+DOCUMENTS = (0, 3, 16, 17, 41, 41, 64)
+
+
+@contextmanager
+def no_rescale():
+    """Partial results are added up as they are."""
+    from mindspeed_llm.parallel import context_ring
+
+    def add(out, lse, part_out, part_lse):
+        out += part_out
+        torch.logaddexp(lse, part_lse, out=lse)
+
+    with mock.patch.object(context_ring, "merge_part", add):
+        yield
+
+
+@contextmanager
+def plain_positions():
+    """Every rank takes its tokens for the first of the sequence."""
+    from mindspeed_llm.training import step
+
+    original = step.own_share
+
+    def own_share(batch, split):
+        share = original(batch, split)
+        width = share.position_ids.shape[1]
+        share.position_ids = torch.arange(width).expand(share.position_ids.shape)
+        return share
+
+    with mock.patch.object(step, "own_share", own_share):
+        yield
+
+
+@contextmanager
+def gradients_stay():
+    """Sums of key and value gradients are not passed on around the ring."""
+    from mindspeed_llm.parallel.context_ring import INNER_SUMS, OUTER_SUMS, Circle, Transfer
+
+    original = Circle.pass_on
+
+    def pass_on(self, tensors, tag):
+        return Transfer(list(tensors), (), []) if tag in (INNER_SUMS, OUTER_SUMS) else original(self, tensors, tag)
+
+    with mock.patch.object(Circle, "pass_on", pass_on):
+        yield
+
+
+MISTAKES = {None: nullcontext, "no rescale": no_rescale, "positions": plain_positions, "sums stay": gradients_stay}
+
+
+def attend(ulysses, ring_window, heads, groups, widths, bounds, window, mistake=None):
+    """Largest relative error of this rank's output and gradients against the formula on the whole sequence."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from mindspeed_llm.ops.attention import reference
+    from mindspeed_llm.parallel.context_attention import ContextParallelAttention
+    from mindspeed_llm.parallel.context_split import SequenceSplit
+    from mindspeed_llm.parallel.setup import head_exchange_group, initialize_distributed
+
+    ranks = dist.get_world_size()
+    initialize_distributed(context_parallel_size=ranks, ulysses_size=ulysses)
+    split = SequenceSplit(ranks, ulysses)
+    length, (d, e) = DOCUMENTS[-1], widths
+    generator = torch.Generator().manual_seed(3)
+    batch = 1 if bounds else 2
+    shapes = ((length, batch, heads, d), (length, batch, groups, d), (length, batch, groups, e))
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    grad = torch.randn(length, batch, heads * e, generator=generator, dtype=torch.float64)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
+    expected = reference(q, k, v, cu_seqlens=cu_seqlens, window_size=window)
+    expected = [expected.detach(), *torch.autograd.grad(expected, (q, k, v), grad)]
+
+    def cut(x):
+        return torch.cat([x[a:b] for a, b in split.ranges(dist.get_rank(), length)])
+
+    attention = ContextParallelAttention(
+        split,
+        parallel_state.get_context_parallel_group(),
+        head_exchange_group(ulysses),
+        ring_window=ring_window,
+        window_size=window,
+    )
+    mine = [cut(x.detach()).requires_grad_() for x in (q, k, v)]
+    with MISTAKES[mistake]():
+        out = attention(*mine, cu_seqlens)
+        found = [out.detach(), *torch.autograd.grad(out, mine, cut(grad))]
+    return [float((f - cut(x)).abs().max() / x.abs().max()) for f, x in zip(found, expected)]
+
+
+WAYS = {"ring": (1, 1), "double ring": (1, 2), "one inner ring": (1, 4), "exchange": (4, 1), "both": (2, 1)}
+
+
+@pytest.mark.parametrize("bounds", [None, DOCUMENTS], ids=["one", "documents"])
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_of_four_ranks_is_the_formula(way, bounds):
+    for heads, groups, widths, window in (
+        (4, 2, (8, 8), None),
+        (8, 1, (4, 4), 7),
+        (4, 4, (12, 8), None),
+        (4, 2, (8, 8), 30),
+    ):
+        for errors in pool(4).run(attend, *WAYS[way], heads, groups, widths, bounds, window):
+            assert max(errors) < 1e-12, (heads, groups, widths, window, errors)
+
+
+@pytest.mark.parametrize("mistake", ["no rescale", "sums stay"])
+def test_the_comparison_of_attention_notices(mistake):
+    found = pool(4).run(attend, 1, 1, 4, 2, (8, 8), None, None, mistake)
+    assert max(max(errors) for errors in found) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A Mistral whose window is shorter than its rows, with one key head."""
+    directory = tmp_path_factory.mktemp("toy") / "mistral"
+    return make_toy("mistral", directory, sliding_window=9, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def stretched(tmp_path_factory):
+    """A Llama whose frequencies depend on the length of the whole row."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    directory = tmp_path_factory.mktemp("toy") / "dynamic"
+    return make_toy("llama", directory, rope_scaling=rope, max_position_embeddings=16)
+
+
+@pytest.fixture(scope="module")
+def models(toy_llama, toy_qwen, windowed, stretched):
+    return {"llama": toy_llama, "qwen": toy_qwen, "windowed": windowed, "stretched": stretched}
+
+
+JOINED = "--micro-batch-size 2"
+PADDED = "--micro-batch-size 2 --no-padding-free"
+ROWS = {"documents": make_rows(4, documents=3), "rows": make_rows(4)}
+KNOWN = {}
+
+
+def mistaken(mistake, *arguments):
+    """`train` with one of the mistakes above."""
+    with MISTAKES[mistake]():
+        return train(*arguments)
+
+
+def alone(models, model, batch, rows, more=""):
+    """The same steps in one process, computed once."""
+    key = (model, batch, rows, more)
+    if key not in KNOWN:
+        (KNOWN[key],) = pool(1).run(train, str(models[model]), f"{batch} {more}", ROWS[rows])
+    return KNOWN[key]
+
+
+TWO = [
+    ("llama", JOINED, "documents", RING, ""),
+    ("llama", JOINED, "documents", ULYSSES, ""),
+    ("llama", PADDED, "rows", RING, "--recompute-granularity selective"),
+    ("llama", PADDED, "rows", ULYSSES, "--recompute-granularity full --recompute-method uniform "
+     "--recompute-num-layers 1"),
+    ("windowed", JOINED, "documents", RING, ""),
+    ("windowed", PADDED, "rows", ULYSSES, ""),
+    ("stretched", PADDED, "rows", RING, ""),
+    ("llama", JOINED, "documents", RING, "--lora-r 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, batch, rows, way, more", TWO)
+def test_two_ranks_train_as_one(models, model, batch, rows, way, more):
+    flags = f"{batch} --context-parallel-size 2 {way} {more}"
+    found = pool(2).run(train, str(models[model]), flags, ROWS[rows])[0]
+    assert_same(found, alone(models, model, batch, rows, more))
+
+
+FOUR = [
+    ("llama", JOINED, "documents", f"--context-parallel-size 4 {HYBRID}"),
+    ("llama", PADDED, "rows", f"--context-parallel-size 4 {RING} --cp-window-size 2"),
+    ("windowed", JOINED, "documents", f"--context-parallel-size 4 {ULYSSES}"),
+    ("llama", JOINED, "documents", f"--context-parallel-size 2 {RING} --tensor-model-parallel-size 2 "
+     "--sequence-parallel"),
+    ("qwen", PADDED, "rows", f"--context-parallel-size 2 {ULYSSES} --tensor-model-parallel-size 2"),
+    ("llama", JOINED, "documents", f"--context-parallel-size 2 {RING} --pipeline-model-parallel-size 2"),
+    ("llama", JOINED, "documents", f"--context-parallel-size 2 {RING} --use-distributed-optimizer "
+     "--overlap-grad-reduce --overlap-param-gather"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, batch, rows, flags", FOUR)
+def test_four_ranks_train_as_one(models, model, batch, rows, flags):
+    found = pool(4).run(train, str(models[model]), f"{batch} {flags}", ROWS[rows])[0]
+    assert_same(found, alone(models, model, batch, rows))
+
+
+@pytest.mark.parametrize("mistake", ["no rescale", "positions", "sums stay"])
+def test_the_comparison_of_training_notices(models, mistake):
+    flags = f"{JOINED} --context-parallel-size 2 {RING}"
+    found = pool(2).run(mistaken, mistake, str(models["llama"]), flags, ROWS["documents"])[0]
+    difference = compare(found, alone(models, "llama", JOINED, "documents"))
+    assert max(difference.loss, difference.gradient) > 1e-3
+
+
+def test_the_comparison_notices_a_loss_averaged_on_each_rank(models):
+    flags = f"{JOINED} --context-parallel-size 2 {RING}"
+    arguments = (flags, ROWS["documents"], 3, "sgd", 0.1, "posttrain", "loss mean per rank")
+    found = pool(2).run(train, str(models["llama"]), *arguments)[0]
+    assert compare(found, alone(models, "llama", JOINED, "documents")).gradient > 1e-3
