@@ -33,6 +33,27 @@ _DIMENSIONS = {
     "initializer_range": 0.1,
 }
 
+_LATENT_ATTENTION = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "head_dim": 8,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    # the size of the latents' norms' epsilon is fixed; another one here shows which norm uses which
+    "rms_norm_eps": 1e-5,
+}
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT_ATTENTION,
+    "deepseek_v3": {**_LATENT_ATTENTION, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0},
+}
+
 
 def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a tiny model of random weights with config, tokenizer, chat template and generation config.
@@ -42,7 +63,8 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
         directory: where to; created.
         seed: of the weights; the same arguments give the same bytes.
         overrides: fields of config.json, e.g. `num_hidden_layers=2`, `tie_word_embeddings=True`; `dtype` (a string)
-            for the type of the weights.
+            for the type of the weights. With `num_nextn_predict_layers` the file gets the weights of such layers too,
+            which transformers' class does not have.
 
     Returns:
         The directory.
@@ -60,7 +82,7 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
     dtype = overrides.pop("dtype", "float32")
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
-        config = AutoConfig.for_model(model_type, **{**_DIMENSIONS, **ids, **overrides})
+        config = AutoConfig.for_model(model_type, **{**_DIMENSIONS, **_OF_TYPE.get(model_type, {}), **ids, **overrides})
     except (ValueError, StrictDataclassError) as error:
         why = " ".join(str(error).split())
         raise UserError(
@@ -71,6 +93,7 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
         model = AutoModelForCausalLM.from_config(config)
         _randomise_constant_parameters(model)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
+    _add_prediction_layers(directory, seed)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     GenerationConfig(eos_token_id=[stop, tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id).save_pretrained(
         directory
@@ -120,11 +143,40 @@ def edit_config(directory: str | Path, **fields: Any) -> None:
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
+def _add_prediction_layers(directory: Path, seed: int) -> None:
+    """Random weights for the multi-token prediction layers that config.json counts, and the copies in them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+    from mindspeed_llm.models.layouts import is_mtp
+    from mindspeed_llm.models.mapping import tensor_pairs
+
+    config = read_hf_config(directory)
+    if not config.get("num_nextn_predict_layers"):
+        return
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = tensors["model.norm.weight"].dtype
+    for pair in tensor_pairs(shape_from_hf(config)):
+        tensors |= {copy: tensors[pair.hf[0]].clone() for copy in pair.hf_copies}
+        if is_mtp(pair.mcore):
+            for name, dims in zip(pair.hf, pair.hf_dims):
+                drawn = torch.randn(dims, generator=generator) * config["initializer_range"]
+                tensors[name] = (drawn + 1 if "norm" in name else drawn).to(dtype)
+    save_file(tensors, file, {"format": "pt"})
+
+
 def _randomise_constant_parameters(model: Any) -> None:
-    """Norm weights start at one and biases at zero: move them, or a mapping that loses them would go unnoticed."""
+    """Norm weights start at one, biases and the experts' score corrections at zero: move them, or nobody would notice
+    a mapping that loses them."""
     import torch
 
     with torch.no_grad():
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
         for name, parameter in sorted(model.named_parameters()):
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * (0.02 if name.endswith("bias") else 0.1))

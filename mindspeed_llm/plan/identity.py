@@ -7,6 +7,7 @@ from typing import Any
 
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.experts import EXPERT_FACTS, expert_values, layer_contradictions
 
 RopeKeys = {
     "rope_scaling_factor": "factor",
@@ -15,7 +16,12 @@ RopeKeys = {
     "high_freq_factor": "high_freq_factor",
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
+    "rope_scaling_mscale": "mscale",
+    "rope_scaling_mscale_all_dim": "mscale_all_dim",
 }
+
+# Sizes of multi-head latent attention, named alike as options and in the shape; the first may be left out.
+LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 # What the shape says an option should be. A boolean that is given but False here is a contradiction.
 FACTS: dict[str, Callable[[ModelShape], Any]] = {
@@ -39,9 +45,13 @@ FACTS: dict[str, Callable[[ModelShape], Any]] = {
     "disable_bias_linear": lambda s: not (s.add_attention_output_bias or s.add_mlp_bias),
     "add_qkv_bias": lambda s: s.add_qkv_bias,
     "add_dense_bias": lambda s: s.add_attention_output_bias,
-    "qk_layernorm": lambda s: s.qk_layernorm,
+    # Megatron's flag also stands for the norms of the latents, which are always there.
+    "qk_layernorm": lambda s: s.qk_layernorm or s.multi_latent_attention,
+    "multi_latent_attention": lambda s: s.multi_latent_attention,
+    **{name: (lambda s, name=name: getattr(s, name)) for name in LATENT_SIZES},
     "untie_embeddings_and_output_weights": lambda s: not s.tie_word_embeddings,
     "sliding_window": lambda s: s.window_size,
+    **EXPERT_FACTS,
 }
 
 
@@ -58,7 +68,38 @@ def contradictions(config: RunConfig, shape: ModelShape, source: str) -> list[st
                 f"{flag}: {said} contradicts {source}, which says {true}; leave the flag out"
                 + (" (--truncate-layers N loads the first N layers on purpose)" if name == "num_layers" else "")
             )
+    return problems + layer_contradictions(config, shape, source)
+
+
+def _latent_problems(config: RunConfig, family: str) -> list[str]:
+    """What is missing or too much about multi-head latent attention and multi-token prediction."""
+    m = config.model
+    if m.multi_latent_attention != (family == "deepseek"):
+        is_needed = "needs" if m.multi_latent_attention else "is missing for"
+        return [f"--multi-latent-attention: {is_needed} --model-type-hf deepseek, not {family}"]
+    if m.mtp_num_layers and not m.multi_latent_attention:
+        return ["--mtp-num-layers: only DeepSeek's tables have such layers; try: --multi-latent-attention, or leave out"]
+    given = [name for name in LATENT_SIZES if config.get(name) is not None]
+    if not m.multi_latent_attention:
+        flags = ", ".join(all_options()[name].flags[0] for name in given)
+        return [f"--multi-latent-attention is missing: {flags} have no meaning without it"] if given else []
+    missing = [all_options()[name].flags[0] for name in LATENT_SIZES[1:] if name not in given]
+    problems = [f"{flag} is missing: --multi-latent-attention needs it" for flag in missing]
+    if m.group_query_attention:
+        problems.append("--group-query-attention: latent attention gives each head a key; leave the flag out")
+    if m.kv_channels:
+        problems.append("--kv-channels: latent attention has --qk-head-dim and --qk-pos-emb-head-dim instead")
+    if m.add_qkv_bias or m.add_dense_bias:
+        problems.append("--add-qkv-bias, --add-dense-bias: latent attention has no biases; leave them out")
     return problems
+
+
+def _head_width(config: RunConfig) -> int:
+    """Channels of a query head."""
+    m = config.model
+    if m.multi_latent_attention:
+        return m.qk_head_dim + m.qk_pos_emb_head_dim
+    return m.kv_channels or m.hidden_size // m.num_attention_heads
 
 
 # A from-scratch shape needs these; the booleans because leaving them out means something else upstream.
@@ -89,11 +130,16 @@ def shape_from_options(config: RunConfig, family: str, vocab_size: int) -> tuple
         return None, ["--group-query-attention is missing: --num-query-groups has no meaning without it"]
     if m.num_attention_heads % (m.num_query_groups or 1):
         return None, [f"--num-query-groups: {m.num_query_groups} does not divide {m.num_attention_heads} heads"]
-    if not m.kv_channels and m.hidden_size % m.num_attention_heads:
+    if wrong := _latent_problems(config, family):
+        return None, wrong
+    if not (m.kv_channels or m.multi_latent_attention) and m.hidden_size % m.num_attention_heads:
         return None, [f"--kv-channels is missing: {m.num_attention_heads} heads do not divide {m.hidden_size}"]
     stretching = [all_options()[o].flags[0] for o in RopeKeys if config.get(o) is not None]
     if stretching and not m.rope_scaling_type:
         return None, [f"--rope-scaling-type is missing: {', '.join(stretching)} have no meaning without it"]
+    experts, wrong = expert_values(config)
+    if wrong:
+        return None, wrong
     rope = None
     if m.rope_scaling_type:
         rope = {"rope_type": m.rope_scaling_type}
@@ -106,7 +152,7 @@ def shape_from_options(config: RunConfig, family: str, vocab_size: int) -> tuple
             ffn_hidden_size=m.ffn_hidden_size,
             num_attention_heads=m.num_attention_heads,
             num_query_groups=m.num_query_groups or m.num_attention_heads,
-            kv_channels=m.kv_channels or m.hidden_size // m.num_attention_heads,
+            kv_channels=_head_width(config),
             vocab_size=m.vocab_size or vocab_size,
             max_position_embeddings=m.max_position_embeddings or config.data.seq_length or 4096,
             norm_epsilon=m.norm_epsilon or 1e-5,
@@ -115,7 +161,12 @@ def shape_from_options(config: RunConfig, family: str, vocab_size: int) -> tuple
             rope_scaling=rope,
             add_qkv_bias=m.add_qkv_bias,
             add_attention_output_bias=m.add_dense_bias,
-            qk_layernorm=m.qk_layernorm,
+            qk_layernorm=m.qk_layernorm and not m.multi_latent_attention,
+            multi_latent_attention=m.multi_latent_attention,
+            **{name: config.get(name) for name in LATENT_SIZES},
+            rotary_interleaved=m.multi_latent_attention,
+            mtp_num_layers=m.mtp_num_layers or 0,
+            **experts,
             tie_word_embeddings=not m.untie_embeddings_and_output_weights,
             window_size=m.sliding_window,
             attention_dropout=m.attention_dropout or 0.0,

@@ -50,6 +50,32 @@ def _loss_mean_per_rank() -> Iterator[None]:
         yield
 
 
+def _rotary_not_interleaved() -> AbstractContextManager:
+    """Multi-head latent attention turns channels i and i + r/2 together instead of neighbours."""
+    from mindspeed_llm.ops.rotary import apply_rotary
+
+    return _patched("mindspeed_llm.models.latent_attention.apply_interleaved_rotary", apply_rotary)
+
+
+def _no_mscale() -> AbstractContextManager:
+    """Attention scores are not multiplied by YaRN's temperature."""
+    return _patched("mindspeed_llm.models.attention.softmax_scale", _skip)
+
+
+@contextmanager
+def _prediction_one_off() -> Iterator[None]:
+    """Multi-token prediction layers are trained on the label of the position itself."""
+    from mindspeed_llm.models.prediction_targets import further_targets
+
+    def not_moved(input_ids, labels, cu_seqlens, count):
+        found = further_targets(input_ids, labels, cu_seqlens, count)
+        previous = [labels, *(targets for _, targets in found)]
+        return [(ids, before) for (ids, _), before in zip(found, previous)]
+
+    with mock.patch("mindspeed_llm.training.step.further_targets", not_moved):
+        yield
+
+
 def _skip(*arguments, **named) -> None:
     return None
 
@@ -59,4 +85,7 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {
     "no sum over tied embeddings": _no_tied_embedding_sum,
     "no sum over data-parallel ranks": _no_data_parallel_sum,
     "loss mean per rank": _loss_mean_per_rank,
+    "rotary not interleaved": _rotary_not_interleaved,
+    "scores without mscale": _no_mscale,
+    "prediction one off": _prediction_one_off,
 }
