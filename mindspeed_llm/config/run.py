@@ -10,6 +10,7 @@ from typing import Any
 from mindspeed_llm.config.checkpoint import CheckpointConfig, LoggingConfig
 from mindspeed_llm.config.convert import ConvertConfig
 from mindspeed_llm.config.data import EVERY_DATA_DOOR, DataConfig, TokenizerConfig
+from mindspeed_llm.config.experts import ExpertConfig
 from mindspeed_llm.config.inference import InferenceConfig
 from mindspeed_llm.config.lora import LoraConfig
 from mindspeed_llm.config.model import ModelConfig
@@ -23,6 +24,7 @@ SECTION_DOORS = {
     "data": EVERY_DATA_DOOR,
     "tokenizer": (*EVERY_DATA_DOOR, "inference"),
     "model": MODEL_DOORS,
+    "experts": MODEL_DOORS,
     "parallel": MODEL_DOORS,
     "runtime": MODEL_DOORS,
     "operators": MODEL_DOORS,
@@ -44,6 +46,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     operators: OperatorConfig = field(default_factory=OperatorConfig)

@@ -78,7 +78,9 @@ def _latent_problems(config: RunConfig, family: str) -> list[str]:
         is_needed = "needs" if m.multi_latent_attention else "is missing for"
         return [f"--multi-latent-attention: {is_needed} --model-type-hf deepseek, not {family}"]
     if m.mtp_num_layers and not m.multi_latent_attention:
-        return ["--mtp-num-layers: only DeepSeek's tables have such layers; try: --multi-latent-attention, or leave out"]
+        return [
+            "--mtp-num-layers: only DeepSeek's tables have such layers; try: --multi-latent-attention, or leave out"
+        ]
     given = [name for name in LATENT_SIZES if config.get(name) is not None]
     if not m.multi_latent_attention:
         flags = ", ".join(all_options()[name].flags[0] for name in given)

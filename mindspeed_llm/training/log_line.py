@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class IterationLog:
         tokens: real tokens per iteration over all processes, padding not counted.
         flops: model FLOPs per iteration over all processes.
         peak_flops: peak FLOP/s of one device, None when unknown.
+        further_losses: losses beside the language model's, by name.
     """
 
     iteration: int
@@ -33,6 +35,7 @@ class IterationLog:
     devices: int
     peak_flops: float | None
     log_throughput: bool
+    further_losses: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tflops_per_device(self) -> float:
@@ -63,6 +66,7 @@ def format_log_line(log: IterationLog, now: float | None = None) -> str:
         f"learning rate: {log.learning_rate:.6E}",
         f"global batch size: {log.global_batch_size:5d}",
         f"lm loss: {log.loss:.6E}",
+        *(f"{name}: {value:.6E}" for name, value in log.further_losses.items()),
         f"loss scale: {log.loss_scale:.1f}",
         f"grad norm: {log.grad_norm:.3f}",
         f"number of skipped iterations: {log.skipped_iterations:3d}",

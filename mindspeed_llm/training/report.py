@@ -62,6 +62,7 @@ class Reporter:
         if self._writer is not None:
             values = {
                 "lm loss": log.loss,
+                **log.further_losses,
                 "learning-rate": log.learning_rate,
                 "grad-norm": log.grad_norm,
                 "loss-scale": log.loss_scale,

@@ -45,10 +45,12 @@ def start_processes(plan: Plan) -> None:
     """Device, threads, process groups and seeds.
 
     Raises:
-        UserError: the asked device is not there.
+        UserError: the asked device is not there, or ranks were started differently.
     """
     from mindspeed_llm import megatron_adaptor
-    from mindspeed_llm.parallel.setup import initialize_distributed
+    from mindspeed_llm.parallel.launch import check_agreement, check_devices
+    from mindspeed_llm.parallel.setup import initialize_distributed, initialize_process_group
+    from mindspeed_llm.training.facts import launch_facts
 
     # megatron-core 0.16 calls what torch 2.13 calls by a newer name; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
@@ -59,6 +61,9 @@ def start_processes(plan: Plan) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
     choose_operators(plan)
+    check_devices()
+    initialize_process_group(r.distributed_timeout_minutes)
+    check_agreement(launch_facts(plan), "versions or flags")
     initialize_distributed(
         tensor_parallel_size=plan.tensor_parallel_size,
         pipeline_parallel_size=plan.pipeline_parallel_size,

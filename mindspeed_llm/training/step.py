@@ -12,6 +12,7 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.data.collate import MicroBatch
 from mindspeed_llm.data.record import IGNORE_INDEX
 from mindspeed_llm.models.prediction_targets import further_targets, objective
+from mindspeed_llm.parallel import watch
 from mindspeed_llm.parallel.context_split import SequenceSplit
 
 
@@ -122,6 +123,7 @@ def run_batch(chunks: list[torch.nn.Module], batches: list[MicroBatch], plan: An
 
     from mindspeed_llm.models.moe import auxiliary_loss
 
+    watch.beat()
     balanced = not forward_only and auxiliary_loss.is_enabled(chunks)
     num_micro_batches = len(batches) * parallel_state.get_data_parallel_world_size()
     if balanced:
