@@ -32,7 +32,7 @@ class ExpertConfig:
 
     num_experts: int | None = option(help="routed experts of a layer", kind="identity", check=at_least(2))
     moe_layer_freq: str | None = option(
-        help="which layers have experts: N for every N-th from the first on, or [0]*1+[1]*3 layer by layer; default: all",
+        help="layers with experts: N for every N-th from the first on, or [0]*1+[1]*3 layer by layer; default: all",
         kind="identity",
         level="advanced",
     )

@@ -34,6 +34,8 @@ LLAMA3 = {"rope_scaling_type": "llama3", "rope_scaling_factor": 2.0, "low_freq_f
           "rope_scaling_original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 2.0, "rope_scaling_original_max_position_embeddings": 64}
 WSD = {"lr_decay_style": "WSD"}
+MOE = {"num_experts": 4}
+BIASED = {**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
 
 
@@ -120,10 +122,38 @@ CASES: dict[str, Case] = {
     "make_vocab_size_divisible_by": case(128),
     "truncate_layers": case(2, load="@toy_llama", **NO_SHAPE),
     "ignore_config_field": case(["strange_field"], refused="before", hf_config="@strange", **NO_SHAPE),
+    # experts
+    "num_experts": case(8, **MOE),
+    "moe_layer_freq": case("2", **MOE),
+    "moe_ffn_hidden_size": case(40, **MOE),
+    "moe_shared_expert_intermediate_size": case(64, **MOE),
+    "moe_shared_expert_gate": case(True, **MOE, moe_shared_expert_intermediate_size=64),
+    "moe_router_topk": case(3, **MOE),
+    "moe_router_score_function": case("sigmoid", **MOE),
+    "moe_router_pre_softmax": case(True, **MOE),
+    "norm_topk_prob": case(True, **MOE),
+    "moe_router_num_groups": case(4, before=2, **MOE, moe_router_group_topk=2),
+    "moe_router_group_topk": case(2, before=1, **MOE, moe_router_num_groups=2),
+    "moe_router_topk_scaling_factor": case(2.5, **MOE),
+    "moe_router_enable_expert_bias": case(True, **MOE, moe_router_score_function="sigmoid"),
+    "moe_grouped_gemm": case(True, **MOE),
+    "moe_token_dispatcher_type": case("allgather", **MOE),
+    "moe_router_dtype": case("fp32", **MOE),
+    "moe_router_load_balancing_type": case(["seq_aux_loss"], **MOE, moe_aux_loss_coeff=[0.1]),
+    "moe_aux_loss_coeff": case([0.1], **MOE),
+    "moe_z_loss_coeff": case(0.001, **MOE),
+    "moe_router_bias_update_rate": case(0.01, **BIASED),
+    "moe_expert_capacity_factor": case(1.5, **MOE),
+    "moe_pad_expert_input_to_capacity": case(True, **MOE, moe_expert_capacity_factor=1.5),
+    "moe_token_drop_policy": case("position", **MOE, moe_expert_capacity_factor=1.5),
     # parallel and runtime
     "tensor_model_parallel_size": case(2),
     "pipeline_model_parallel_size": case(2),
     "sequence_parallel": case(True, tensor_model_parallel_size=2),
+    "context_parallel_size": case(2),
+    "context_parallel_algo": case("ulysses_cp_algo", context_parallel_size=2),
+    "cp_window_size": case(2, context_parallel_size=4),
+    "ulysses_degree_in_cp": case(2, before=1, context_parallel_size=4, context_parallel_algo="hybrid_cp_algo"),
     "use_distributed_optimizer": case(True),
     "overlap_grad_reduce": case(True),
     "overlap_param_gather": case(True, use_distributed_optimizer=True, overlap_grad_reduce=True),
@@ -312,6 +342,9 @@ class Recorder:
 class OneProcess:
     """What choose_trained asks of torch.distributed."""
 
+    def get_rank(self):
+        return 0
+
     def get_world_size(self):
         return 1
 
@@ -341,7 +374,7 @@ def loop_events(plan, data, train_iters):
     class Quiet(TrainingLoop):
         def step(self):
             self.progress.iteration += 1
-            return types.SimpleNamespace(tokens=1, trained_tokens=1, loss=1.0), 1.0
+            return types.SimpleNamespace(tokens=1, trained_tokens=1, loss=1.0, further_losses={}), 1.0
 
         def flops(self, result):
             return 0.0
@@ -387,8 +420,8 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     training_door.prepare_data(plan, training_door.tokenizer_of(plan))
     monkeypatch.setattr(setup, "dist", OneProcess())
     chunk = stub_model(plan.shape.num_layers)
-    seen["trained"] = repr((setup.choose_trained(plan, chunk), [p.requires_grad for p in chunk.parameters()]))
-    setup.wrap(plan, chunk)
+    seen["trained"] = repr((setup.choose_trained(plan, [chunk]), [p.requires_grad for p in chunk.parameters()]))
+    setup.wrap(plan, [chunk])
     seen["hooks"] = repr(sorted(vars(chunk.config)))
     data = TrainingData(plan, prefix, 0)
     t = plan.config.training
