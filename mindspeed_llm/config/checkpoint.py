@@ -64,3 +64,14 @@ class LoggingConfig:
         help="print the plan and exit: sizes, layout, batches, memory, legal values",
         doors=("preprocess", "convert", *TRAINING_DOORS, "inference"),
     )
+    world_size: int | None = option(
+        help="with --dry-run: plan for this many processes; default: as many as were started",
+        check=at_least(1),
+        level="advanced",
+    )
+    check_rank: int | None = option(
+        help="with --dry-run: also build this rank's part of the model without memory, and step a small model of the "
+        "same layout with pretended communication",
+        check=at_least(0),
+        level="advanced",
+    )

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mindspeed_llm.checkpoint.names import EMBEDDING
+from mindspeed_llm.models.layouts import layer_index, local_shape
+from mindspeed_llm.models.mapping import tensor_pairs
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layout import ParallelLayout
+
+# Adam's two moments in fp32; with 16-bit weights also their fp32 masters.
+MOMENT_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the fullest device. Activations are an estimate for the layers' saved tensors and the loss chunk."""
+    """Bytes on a device of the fullest stage. Activations are an estimate: the layers' saved tensors and the loss.
+
+    Attributes:
+        stage: number of the pipeline stage.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    stage: int = 0
 
     @property
     def total(self) -> int:
@@ -22,23 +34,56 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def parameters_per_device(shape: ModelShape, *, tp: int, pp: int, padded_vocab: int) -> int:
-    """Parameters of the fullest pipeline stage (the first: it holds the embedding) on one tensor-parallel rank."""
-    vocabulary = padded_vocab * shape.hidden_size
-    both_ends = pp == 1 and not shape.tie_word_embeddings
-    body = shape.num_parameters() - shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return body // (tp * pp) + vocabulary * (2 if both_ends else 1) // tp
+@dataclass
+class LocalParameters:
+    """Parameters on one device: of routed experts, and all others. Their replicas are different ranks."""
+
+    dense: int = 0
+    expert: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.dense + self.expert
+
+
+def parameters_by_stage(shape: ModelShape, layout: ParallelLayout, padded_vocab: int) -> list[LocalParameters]:
+    """Parameters of one device of each pipeline stage, exactly, by the family's tensor table."""
+    stages = [LocalParameters() for _ in range(layout.pp)]
+    for pair in tensor_pairs(shape):
+        if pair.mcore.endswith("expert_bias"):  # a buffer
+            continue
+        size = 1
+        tp = layout.expert_tp if pair.layout.expert else layout.tp
+        for dim in local_shape(pair.mcore, shape, tp, padded_vocab):
+            size *= dim
+        for stage in _stages_of(pair.mcore, shape, layout):
+            if pair.layout.expert:
+                stages[stage].expert += size
+            else:
+                stages[stage].dense += size
+    for stage in stages:
+        stage.expert //= layout.ep
+    return stages
+
+
+def _stages_of(name: str, shape: ModelShape, layout: ParallelLayout) -> set[int]:
+    """Pipeline stages that hold a tensor; the last one needs the embedding too if it is tied, or predicts more."""
+    layer, last = layer_index(name), layout.pp - 1
+    if layer is not None:
+        return {layout.layers.place(layer)[0]}
+    if name == EMBEDDING:
+        return {0, last} if shape.tie_word_embeddings or shape.mtp_num_layers else {0}
+    return {last}
 
 
 def estimate(
     shape: ModelShape,
+    layout: ParallelLayout,
     *,
-    tp: int,
-    pp: int,
-    dp: int,
     padded_vocab: int,
     dtype_bytes: int,
-    trainable_share: float,
+    adapter_parameters: int | None,
     tokens_per_microbatch: int,
     micro_batches: int,
     sequence_parallel: bool,
@@ -46,45 +91,100 @@ def estimate(
     recompute: str | None,
     loss_chunk: int,
 ) -> MemoryEstimate:
-    """The estimate for one training process.
+    """The estimate for one training process of the fullest pipeline stage.
 
     Args:
         dtype_bytes: of weights and activations (2 for bf16/fp16, 4 for fp32).
-        trainable_share: trained parameters / all parameters.
+        adapter_parameters: trained parameters when the model itself is frozen; None trains all of it.
         tokens_per_microbatch: micro-batch size x sequence length.
         recompute: None, "selective" or "full".
     """
-    parameters = parameters_per_device(shape, tp=tp, pp=pp, padded_vocab=padded_vocab)
-    trained = int(parameters * trainable_share)
-    per_parameter = 8 + (4 if dtype_bytes == 2 else 0)
-    optimizer = trained * per_parameter // (dp if distributed_optimizer else 1)
-    in_flight = min(pp, micro_batches)
-    layer = activation_bytes_per_token(shape, tp=tp, sequence_parallel=sequence_parallel, dtype_bytes=dtype_bytes)
-    layers = shape.num_layers // pp
-    if recompute == "full":
-        held = layers * shape.hidden_size * dtype_bytes // (tp if sequence_parallel else 1) + layer
-    else:
-        held = layers * layer
-    logits = min(loss_chunk, tokens_per_microbatch) * (padded_vocab // tp) * 4 * 2
-    # Embedding output, final norm, and what the loss computes in advance: the gradient of its input and of the head.
-    ends = 4 * shape.hidden_size * dtype_bytes // (tp if sequence_parallel else 1)
-    head_gradient = padded_vocab * shape.hidden_size * 4 // tp if trainable_share == 1.0 else 0
-    return MemoryEstimate(
-        weights=parameters * dtype_bytes,
-        gradients=trained * 4,
-        optimizer=optimizer,
-        activations=(held * in_flight + ends) * tokens_per_microbatch + logits + head_gradient,
-    )
+    per_parameter = MOMENT_BYTES + (MASTER_BYTES if dtype_bytes == 2 else 0)
+    # The distributed optimizer shares the state of a parameter among all ranks that hold a copy of it.
+    copies, expert_copies = (layout.dp * layout.cp, layout.edp) if distributed_optimizer else (1, 1)
+    tokens = -(-tokens_per_microbatch // layout.cp)
+    layer_bytes = [
+        activation_bytes_per_token(shape, layout, layer, sequence_parallel=sequence_parallel, dtype_bytes=dtype_bytes)
+        for layer in range(shape.num_layers)
+    ]
+    shares = layout.tp if sequence_parallel else 1
+    estimates = []
+    for stage, local in enumerate(parameters_by_stage(shape, layout, padded_vocab)):
+        trained = local
+        if adapter_parameters is not None:
+            trained = LocalParameters(dense=adapter_parameters // (layout.tp * layout.pp))
+        here = [b for v in range(layout.layers.vpp) for b in map(layer_bytes.__getitem__, _layers(layout, stage, v))]
+        # Embedding output, final norm, and what the loss computes in advance.
+        held = 4 * shape.hidden_size * dtype_bytes // shares if stage in (0, layout.pp - 1) else 0
+        if recompute == "full":
+            inputs = len(here) * shape.hidden_size * dtype_bytes // shares
+            held += inputs * micro_batches_in_flight(layout, stage, micro_batches) + max(here, default=0)
+        else:
+            held += sum(here) * micro_batches_in_flight(layout, stage, micro_batches)
+        activations = int(held * tokens)
+        if stage == layout.pp - 1:
+            activations += min(loss_chunk, tokens) * (padded_vocab // layout.tp) * 4 * 2
+            # The loss has the gradient of the head before its backward pass.
+            activations += padded_vocab * shape.hidden_size * 4 // layout.tp if adapter_parameters is None else 0
+        estimates.append(
+            MemoryEstimate(
+                weights=local.total * dtype_bytes,
+                gradients=trained.total * GRADIENT_BYTES,
+                optimizer=int(per_parameter * (trained.dense / copies + trained.expert / expert_copies)),
+                activations=activations,
+                stage=stage,
+            )
+        )
+    return max(estimates, key=lambda estimate: estimate.total)
 
 
-def activation_bytes_per_token(shape: ModelShape, *, tp: int, sequence_parallel: bool, dtype_bytes: int) -> int:
-    """Saved tensors of one layer per token: norm inputs and outputs, q, k, v, attention output, fc1 and SwiGLU outputs.
+def _layers(layout: ParallelLayout, stage: int, chunk: int) -> list[int]:
+    return list(layout.layers.layers(stage, chunk).values())
 
-    The counting of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022),
-    section 4, for a gated MLP, an attention without stored scores and no dropout masks.
+
+def micro_batches_in_flight(layout: ParallelLayout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once; with virtual stages, in units of all its chunks.
+
+    1F1B runs (stages behind this one) + 1 forward passes before the first backward pass. The interleaved schedule runs
+    2 (stages behind) + (chunks - 1) stages + 1 of them, each of one chunk (Narayanan et al. 2021, section 2.2, and
+    megatron-core's `get_pp_rank_microbatches`).
     """
-    h, d = shape.hidden_size, shape.kv_channels
-    along_sequence = 4 * h // (tp if sequence_parallel else 1)
-    attention = (shape.num_attention_heads * 2 + shape.num_query_groups * 2) * d // tp
-    mlp = shape.ffn_hidden_size * (3 if shape.gated_linear_unit else 2) // tp
-    return (along_sequence + attention + mlp) * dtype_bytes
+    behind = layout.pp - 1 - stage
+    chunks = layout.layers.vpp
+    if chunks == 1:
+        return min(behind + 1, micro_batches)
+    return min(2 * behind + (chunks - 1) * layout.pp + 1, micro_batches * chunks) / chunks
+
+
+def activation_bytes_per_token(
+    shape: ModelShape, layout: ParallelLayout, layer: int, *, sequence_parallel: bool, dtype_bytes: int
+) -> int:
+    """Saved tensors of one layer for each of this rank's tokens.
+
+    Norm inputs and outputs, q, k, v, attention output, inputs and outputs of the activation function; of experts also
+    the rows sent to them and back, with an even spread of the tokens. The counting of Korthikanti et al., "Reducing
+    Activation Recomputation in Large Transformer Models" (2022), section 4, for a gated MLP, an attention without
+    stored scores and no dropout masks.
+    """
+    tp = layout.tp
+    shares = tp if sequence_parallel else 1
+    values = 4 * shape.hidden_size / shares + _attention_values(shape, tp, shares)
+    width = 3 if shape.gated_linear_unit else 2
+    if not shape.is_moe_layer(layer):
+        return int((values + width * shape.ffn_hidden_size / tp) * dtype_bytes)
+    rows = 2 * shape.hidden_size + width * shape.moe_ffn_hidden_size / layout.expert_tp
+    values += shape.moe_router_topk * rows * layout.expert_tp / tp
+    values += width * (shape.moe_shared_expert_intermediate_size or 0) / tp
+    scores = 4 * shape.num_moe_experts / shares
+    return int(values * dtype_bytes + scores)
+
+
+def _attention_values(shape: ModelShape, tp: int, shares: int) -> float:
+    """Saved values of a rank's part of an attention per token; what is not cut by heads is cut into `shares`."""
+    n, d = shape.num_attention_heads, shape.kv_channels
+    if not shape.multi_latent_attention:
+        return (2 * n + 2 * shape.num_query_groups) * d / tp
+    # q, k, v, the output, the up-projected keys and values that k and v were cut from, and the latent vectors.
+    up = n * (shape.qk_head_dim + shape.v_head_dim)
+    latent = 2 * ((shape.q_lora_rank or 0) + shape.kv_lora_rank) + shape.qk_pos_emb_head_dim
+    return (2 * n * d + 2 * n * shape.v_head_dim + up) / tp + latent / shares

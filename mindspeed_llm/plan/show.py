@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import adapter_parameters
+from mindspeed_llm.plan.grid import grid_tables
 from mindspeed_llm.plan.memory import MemoryEstimate, estimate
 from mindspeed_llm.plan.plan import Plan
 
@@ -22,12 +24,10 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
     t = plan.config.training
     return estimate(
         plan.shape,
-        tp=plan.tensor_parallel_size,
-        pp=plan.pipeline_parallel_size,
-        dp=plan.data_parallel_size,
+        plan.layout,
         padded_vocab=plan.padded_vocab_size,
         dtype_bytes=DTYPE_BYTES[plan.dtype_name],
-        trainable_share=plan.trainable_parameters() / plan.shape.num_parameters(),
+        adapter_parameters=None if plan.adapters is None else plan.trainable_parameters(),
         tokens_per_microbatch=t.micro_batch_size * plan.seq_length,
         micro_batches=plan.num_micro_batches,
         sequence_parallel=plan.sequence_parallel,
@@ -47,6 +47,8 @@ def show_plan(plan: Plan) -> None:
         sections += [("batch", _batch(plan)), ("data", _data(plan)), ("memory per device", _memory(plan))]
     for title, rows in sections:
         console.print(_table(title, rows))
+    for table in grid_tables(plan.layout, plan.shape):
+        console.print(table)
     console.print(_rules(plan))
     console.print(" nothing was started", markup=False)
 
@@ -69,6 +71,7 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
         ("family", s.family),
         ("parameters", f"{s.num_parameters():,}"),
         ("layers", f"{s.num_layers} x hidden {s.hidden_size}, MLP {s.ffn_hidden_size}"),
+        *_expert_row(s),
         ("attention", heads + (f", window {s.window_size}" if s.window_size else "")),
         ("vocabulary", f"{s.vocab_size:,} (padded to {plan.padded_vocab_size:,})"),
         ("positions", f"{s.max_position_embeddings:,}, rope {(s.rope_scaling or {}).get('rope_type', 'default')}"),
@@ -86,6 +89,15 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
+def _expert_row(s: ModelShape) -> list[tuple[str, str]]:
+    if not s.num_moe_experts:
+        return []
+    layers = sum(map(s.is_moe_layer, range(s.num_layers)))
+    shared = s.moe_shared_expert_intermediate_size
+    text = f"{s.num_moe_experts} x MLP {s.moe_ffn_hidden_size} in {layers} layers, {s.moe_router_topk} for each token"
+    return [("experts", text + (f", shared MLP {shared}" if shared else ""))]
+
+
 def _weights(plan: Plan) -> list[tuple[str, str]]:
     source = plan.weights
     rows = [("from", f"{source.path} ({source.format})" if source else f"random, seed {plan.config.data.seed}")]
@@ -99,13 +111,37 @@ def _weights(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _layout(plan: Plan) -> list[tuple[str, str]]:
-    tp, pp, dp = plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.data_parallel_size
-    return [
-        ("processes", f"{plan.world_size} = tensor {tp} x pipeline {pp} x data {dp}"),
+    p, layout = plan.config.parallel, plan.layout
+    sizes = f"tensor {layout.tp} x pipeline {layout.pp} x context {layout.cp} x data {layout.dp}"
+    rows = [
+        ("processes", f"{plan.world_size} = {sizes}"),
         ("sequence parallel", "yes" if plan.sequence_parallel else "no"),
-        ("distributed optimizer", "yes" if plan.config.parallel.use_distributed_optimizer else "no"),
-        ("layers per stage", str(plan.shape.num_layers // pp)),
+        ("distributed optimizer", "yes" if p.use_distributed_optimizer else "no"),
     ]
+    if layout.cp > 1:
+        rows.append(("context parallel by", p.context_parallel_algo))
+    if plan.shape.num_moe_experts:
+        share = plan.shape.num_moe_experts // layout.ep
+        rows.append(
+            (
+                "experts",
+                f"{plan.shape.num_moe_experts} over expert parallel {layout.ep} ({share} each) x expert tensor "
+                f"{layout.expert_tp}, {layout.edp} replicas",
+            )
+        )
+    if layout.pp > 1:
+        rows.append(("pipeline idles", f"{100 * pipeline_idle_share(plan):.1f} % of a step"))
+    return rows
+
+
+def pipeline_idle_share(plan: Plan) -> float:
+    """Share of a step in which a stage waits while the pipeline fills and drains: (p - 1) / (v m + p - 1).
+
+    Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters" (2021), section 2.2; p stages, v
+    chunks per stage, m micro-batches.
+    """
+    behind = plan.layout.pp - 1
+    return behind / (plan.layout.layers.vpp * plan.num_micro_batches + behind)
 
 
 def _batch(plan: Plan) -> list[tuple[str, str]]:
@@ -149,7 +185,8 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     m = plan_memory(plan)
     parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer)]
     rows = [*parts, ("activations (estimate)", m.activations), ("together", m.total)]
-    return [(name, _size(count)) for name, count in rows]
+    sizes = [(name, _size(count)) for name, count in rows]
+    return [*sizes, ("fullest stage", str(m.stage))] if plan.layout.pp > 1 else sizes
 
 
 def _size(count: int) -> str:

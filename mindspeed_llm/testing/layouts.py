@@ -190,9 +190,7 @@ def complete_gradients(wrapped: torch.nn.Module) -> None:
         ranks = group.intra_distributed_optimizer_instance_size
         for bucket in group.buckets:
             share = bucket.grad_data.chunk(ranks)[group.intra_distributed_optimizer_instance_rank].clone()
-            dist.all_gather_into_tensor(
-                bucket.grad_data, share, group=group.intra_distributed_optimizer_instance_group
-            )
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=group.intra_distributed_optimizer_instance_group)
 
 
 def gather(plan: Plan, chunks: Sequence[torch.nn.Module], values: Mapping[Tensor, Tensor]) -> Tensors:

@@ -8,6 +8,8 @@ from typing import Any
 
 from mindspeed_llm import __version__
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.parallel.launch import check_agreement
+from mindspeed_llm.parallel.watch import watched
 from mindspeed_llm.plan.base import base_record
 from mindspeed_llm.plan.continuity import is_allowed
 from mindspeed_llm.plan.plan import Plan
@@ -51,7 +53,14 @@ def run_training(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
         pad_token_id: fills what collation rounds up.
     """
     start_processes(plan)
+    with watched(plan.config.runtime.distributed_timeout_minutes):
+        return _train(plan, prefix, pad_token_id)
+
+
+def _train(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
     data = TrainingData(plan, prefix, pad_token_id)
+    if data.train or data.valid:
+        check_agreement({"data files": data.fingerprint()}, "data")
     model = build(plan)
     t = plan.config.training
     if t.eval_only:
