@@ -136,10 +136,11 @@ def windowed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stretched(tmp_path_factory):
-    """A Llama whose frequencies depend on the length of the whole row."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    directory = tmp_path_factory.mktemp("toy") / "dynamic"
-    return make_toy("llama", directory, rope_scaling=rope, max_position_embeddings=16)
+    """A Llama that changes its frequencies for rows of more than 20 tokens, of which one rank sees the middle only."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    directory = tmp_path_factory.mktemp("toy") / "stretched"
+    return make_toy("llama", directory, rope_scaling=rope)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,16 @@ FOUR = [
 def test_four_ranks_train_as_one(models, model, batch, rows, flags):
     found = pool(4).run(train, str(models[model]), f"{batch} {flags}", ROWS[rows])[0]
     assert_same(found, alone(models, model, batch, rows))
+
+
+def test_rows_of_an_odd_length_are_filled_up(models):
+    rows = make_rows(4, longest=23, equal=True)
+    flags = "--seq-length 23 --micro-batch-size 2"
+    arguments = (rows, 2, "sgd", 0.1, "pretrain")
+    (expected,) = pool(1).run(train, str(models["llama"]), flags, *arguments)
+    found = pool(4).run(train, str(models["llama"]), f"{flags} --context-parallel-size 4", *arguments)[0]
+    assert_same(found, expected)
+    assert found.trained_tokens == [4 * 22] * 2
 
 
 @pytest.mark.parametrize("mistake", ["no rescale", "positions", "sums stay"])

@@ -13,6 +13,8 @@ LAYOUTS = {
     "tensor": "--tensor-model-parallel-size 2",
     "tensor and sequence": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pipeline": "--pipeline-model-parallel-size 2",
+    "ring": "--context-parallel-size 2",
+    "heads": "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo",
     "data": "",
     "data, distributed optimizer": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }

@@ -8,7 +8,7 @@ import pytest
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import LayerMap
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan.rules import batch_rules, divisors, layout_rules, sequence_rules
+from mindspeed_llm.plan.rules import batch_rules, context_rules, divisors, layout_rules, sequence_rules
 
 SHAPE = ModelShape("llama", 12, 96, 160, 8, 4, 16, 997, 256)
 
@@ -66,3 +66,26 @@ def test_sequence_length():
     assert broken(sequence_rules(SHAPE, seq_length=130, tp=4, sequence_parallel=True, padded=False)) == []
     (rule,) = broken(sequence_rules(SHAPE, seq_length=257, tp=1, sequence_parallel=False, padded=True))
     assert "max_position_embeddings 256" in rule.says
+
+
+@pytest.mark.parametrize("cp, ulysses, window, areas", [
+    (1, 1, 1, []), (8, 1, 4, []), (8, 2, 2, []), (4, 4, 1, []), (6, 1, 3, []),
+    (8, 1, 3, ["context"]), (8, 2, 8, ["context"]), (6, 3, 1, ["context"]), (16, 16, 1, ["context"]),
+])  # fmt: skip
+def test_context_parallelism(cp, ulysses, window, areas):
+    found = context_rules(SHAPE, layout(2, cp=cp, ulysses=ulysses, ring_window=window), attention_dropout=0.0)
+    assert [rule.area for rule in found if not rule.ok] == areas
+
+
+def test_suggested_context_parallelism_is_legal():
+    exchange, ring, _ = context_rules(SHAPE, layout(2, cp=12, ulysses=3, ring_window=3), attention_dropout=0.0)
+    assert exchange.legal.startswith("1, 2, 4 ranks") and ring.legal.startswith("1, 2, 4 for --cp-window-size")
+    for ulysses, window in ((1, 3), (2, 6), (4, 1)):
+        sizes = {"cp": 12, "ulysses": ulysses, "ring_window": window}
+        assert broken(context_rules(SHAPE, layout(2, **sizes), attention_dropout=0.0)) == []
+
+
+def test_dropped_attention_weights_are_refused_under_context_parallelism():
+    (rule,) = broken(context_rules(SHAPE, layout(cp=2), attention_dropout=0.1))
+    assert rule.problem() == "context: attention_dropout 0.1 = 0 does not hold; legal: --attention-dropout 0"
+    assert context_rules(SHAPE, layout(), attention_dropout=0.1) == []
