@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,12 +77,15 @@ class HfWriter:
         data = tensor.to(planned.dtype).contiguous().view(-1).view(torch.uint8).numpy()
         self._file.write(memoryview(data))
 
-    def finish(self, config_files: Path, dtype: torch.dtype | None = None) -> None:
+    def finish(
+        self, config_files: Path, dtype: torch.dtype | None = None, changes: Mapping[str, Any] | None = None
+    ) -> None:
         """Add config and tokenizer, write the index, and move everything into place, config.json last.
 
         Args:
             config_files: directory to take config.json, tokenizer, generation config and chat template from.
-            dtype: recorded in config.json when the weights were cast on purpose; None leaves the file as it is.
+            dtype: recorded in config.json when the weights were cast on purpose; None leaves it as it is.
+            changes: other fields of config.json that the written tensors make wrong, with their new values.
         """
         from mindspeed_llm.checkpoint.train_save import copy_hf_files
 
@@ -93,6 +96,8 @@ class HfWriter:
         copy_hf_files(config_files, self._aside)
         if dtype is not None:
             _record_dtype(self._aside / "config.json", dtype)
+        if changes:
+            _change_config(self._aside / "config.json", changes)
         for file in sorted(self._aside.iterdir(), key=lambda file: file.name in _LAST):
             os.replace(file, self.directory / file.name)
         self._aside.rmdir()
@@ -156,5 +161,9 @@ def _start_file(path: Path, tensors: Sequence[PlannedTensor]) -> BinaryIO:
 def _record_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     field = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
-    config[field] = str(dtype).removeprefix("torch.")
+    _change_config(path, {field: str(dtype).removeprefix("torch.")})
+
+
+def _change_config(path: Path, changes: Mapping[str, Any]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -167,7 +167,10 @@ class _FirstLayers(TensorSource):
     """A source seen through a shape with fewer layers, or fewer multi-token prediction layers."""
 
     def __init__(self, inner: TensorSource, shape: ModelShape) -> None:
-        super().__init__(shape, f"the first {shape.num_layers} layers of {inner.origin}")
+        left_out = inner.shape.mtp_num_layers - shape.mtp_num_layers
+        what = f" without {left_out} prediction layers" if left_out else ""
+        first = f"the first {shape.num_layers} layers of " if shape.num_layers < inner.shape.num_layers else ""
+        super().__init__(shape, f"{first}{inner.origin}{what}")
         self._inner = inner
 
     def dtype(self, name: str) -> torch.dtype:

@@ -53,6 +53,7 @@ def run(parsed: Parsed) -> None:
         hf_cfg_dir=c.hf_cfg_dir,
         transform=_merge(config, found) if config.lora.lora_load else None,
         ignore_fields=config.model.ignore_config_field or (),
+        mtp_num_layers=config.model.mtp_num_layers,
     )
 
 

@@ -21,6 +21,7 @@ LAYOUTS = {
     "tp2 sp": TP2 + " --sequence-parallel",
     "pp2": "--pipeline-model-parallel-size 2",
     "dp2 zero": "--use-distributed-optimizer",
+    "cp2": "--context-parallel-size 2",
 }
 
 

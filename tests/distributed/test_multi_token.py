@@ -10,52 +10,54 @@ pytestmark = pytest.mark.distributed
 
 # A large share of the gradient comes from the prediction layers.
 WEIGHT = "--mtp-loss-scaling-factor 0.7"
-PACKED = dict(documents=2)
 LAYOUTS = {
     "pp2": "--pipeline-model-parallel-size 2",
     "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel",
     "dp2 zero": "--use-distributed-optimizer",
+    "cp2": "--context-parallel-size 2",
 }
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Two prediction layers behind four dense ones."""
+    """Two prediction layers, with experts, behind four dense ones."""
     directory = tmp_path_factory.mktemp("toy") / "model"
     return str(make_toy("deepseek_v3", directory, first_k_dense_replace=4, num_nextn_predict_layers=2))
 
 
+def run(processes, model, flags="", rows=None, mutation=None):
+    """Three small steps: rounding must not grow to another choice of experts."""
+    rows = make_rows(4, documents=2) if rows is None else rows
+    return pool(processes).run(train, model, f"{flags} {WEIGHT}", rows, 3, "sgd", 0.02, "posttrain", mutation)[0]
+
+
 @pytest.fixture(scope="module")
 def alone(model):
-    return pool(1).run(train, model, WEIGHT, make_rows(4, **PACKED))[0]
+    return run(1, model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_train_as_one(model, alone, layout):
-    found = pool(2).run(train, model, f"{LAYOUTS[layout]} {WEIGHT}", make_rows(4, **PACKED))[0]
-    assert_same(found, alone)
+    assert_same(run(2, model, LAYOUTS[layout]), alone)
 
 
-def test_padded_rows_train_alike(model, alone):
-    rows = make_rows(4)
-    expected = pool(1).run(train, model, WEIGHT, rows)[0]
-    flags = f"{LAYOUTS['pp2']} {WEIGHT} --no-padding-free --micro-batch-size 2"
-    assert_same(pool(2).run(train, model, flags, rows)[0], expected)
+def test_padded_rows_train_alike(model):
+    padded = "--no-padding-free --micro-batch-size 2"
+    expected = run(1, model, padded, make_rows(4))
+    assert_same(run(2, model, f"{LAYOUTS['pp2']} {padded}", make_rows(4)), expected)
 
 
 def test_recomputation_repeats_the_forward_pass(model, alone):
     flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    found = pool(2).run(train, model, f"{LAYOUTS['tp2 sp']} {WEIGHT} {flags}", make_rows(4, **PACKED))[0]
-    assert_same(found, alone)
+    assert_same(run(2, model, f"{LAYOUTS['tp2 sp']} {flags}"), alone)
 
 
 @pytest.mark.parametrize(
     "mutation, layout", [("prediction one off", ""), ("no sum over tied embeddings", LAYOUTS["pp2"])]
 )
 def test_the_comparison_notices(model, alone, mutation, layout):
-    arguments = (model, f"{layout} {WEIGHT}", make_rows(4, **PACKED), 3, "sgd", 0.1, "posttrain", mutation)
     try:
-        found = pool(2 if layout else 1).run(train, *arguments)[0]
+        found = run(2 if layout else 1, model, layout, mutation=mutation)
     except AssertionError as noticed:
         assert "differs between ranks" in str(noticed)
     else:

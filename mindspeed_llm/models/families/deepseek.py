@@ -138,6 +138,8 @@ FAMILY = Family(
     ignored_fields=frozenset(
         # execution: how many ranks share the experts, how matmuls are split
         "ep_size pretraining_tp "
+        # which file of the repository has the class; transformers has it too
+        "auto_map "
         # losses of HF's own training; here --moe-aux-loss-coeff says so
         "aux_loss_alpha seq_aux output_router_logits router_aux_loss_coef".split()
     ),
