@@ -64,14 +64,14 @@ progress() {
 
 pretrain() {
     DATA_PATH=$OUT/data/corpus CKPT_LOAD_DIR='' CKPT_SAVE_DIR=$OUT/pretrained NPROC_PER_NODE=1 PP=1 \
-        TRAIN_ITERS=${PRETRAIN_ITERS:-500} SEQ_LENGTH=256 MBS=8 GBS=8 LR=4e-3 MIN_LR=1e-4 \
+        TRAIN_ITERS=${PRETRAIN_ITERS:-400} SEQ_LENGTH=256 MBS=8 GBS=8 LR=4e-3 MIN_LR=1e-4 \
         bash "$RECIPES"/pretrain_llama2_7b_ptd.sh --loss-curve "$OUT/loss_pretrain.png" | progress
 }
 
 # What the tuning recipe is told; also for its dry run.
 settings_of_tuning() {
     export DATA_PATH=$OUT/data/instructions CKPT_LOAD_DIR=$OUT/base_mcore CKPT_SAVE_DIR=$OUT/adapters
-    export NPROC_PER_NODE=2 TP=2 TRAIN_ITERS=${TUNE_ITERS:-320} SEQ_LENGTH=512 MBS=16 GBS=16 LORA_R=32 LORA_ALPHA=64
+    export NPROC_PER_NODE=2 TP=2 TRAIN_ITERS=${TUNE_ITERS:-300} SEQ_LENGTH=512 MBS=16 GBS=16 LORA_R=32 LORA_ALPHA=64
     export LR=5e-3 MIN_LR=1e-5
 }
 

@@ -114,19 +114,24 @@ class _Problem:
         for rows, target in pieces:
             chunk = hidden if rows.numel() == hidden.shape[0] else hidden[rows]
             logits = torch.mm(chunk, own.t(), out=buffer[: rows.numel()])
-            log_sum, piece_loss = self._log_sum_and_loss(logits, target)
-            loss += piece_loss
-            if not (needs_hidden or needs_weight):
-                continue
-            _to_gradient_(logits, log_sum, target, factor)
+            loss += self._loss(logits, target, needs_hidden or needs_weight, factor)
             if needs_hidden:
                 grad_hidden.index_copy_(0, rows, logits @ own)
             if needs_weight:
                 grad_weight[: self.own_rows] += logits.t() @ chunk
         return loss, grad_hidden, grad_weight
 
+    def _loss(self, logits: Tensor, target: Tensor, needs_gradient: bool, factor: Tensor | None) -> Tensor:
+        """Sum of the losses of this rank's logits [c, v_local], which become gradients where those are needed."""
+        if self.group is None:
+            return _softmax_loss_(logits, target, needs_gradient, factor)
+        log_sum, loss = self._log_sum_and_loss(logits, target)
+        if needs_gradient:
+            _to_gradient_(logits, log_sum, target, factor)
+        return loss
+
     def _log_sum_and_loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """log(sum exp) over the whole vocabulary, [c, 1], and the sum of the losses, from this rank's [c, v_local]."""
+        """log(sum exp) over all ranks' slices of the vocabulary, [c, 1], and the sum of the losses."""
         wide = _wide(logits.dtype)
         inside = (target >= 0) & (target < logits.shape[1])
         at_target = torch.zeros(target.shape, dtype=wide, device=logits.device)
@@ -135,12 +140,11 @@ class _Problem:
         if logits.shape[1]:
             for block in _row_blocks(logits):
                 torch.logsumexp(logits[block].to(wide), dim=-1, keepdim=True, out=log_sum[block])
-        if self.group is not None:
-            maximum = log_sum.clone()
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
-            parts = torch.stack(((log_sum - maximum).exp().squeeze(-1), at_target))
-            dist.all_reduce(parts, group=self.group)
-            log_sum, at_target = parts[0].log()[:, None] + maximum, parts[1]
+        maximum = log_sum.clone()
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
+        parts = torch.stack(((log_sum - maximum).exp().squeeze(-1), at_target))
+        dist.all_reduce(parts, group=self.group)
+        log_sum, at_target = parts[0].log()[:, None] + maximum, parts[1]
         return log_sum, (log_sum.squeeze(-1) - at_target).sum()
 
 
@@ -154,6 +158,25 @@ def _row_blocks(logits: Tensor) -> Iterator[slice]:
     if logits.device.type == "cpu":
         step = max(1, CPU_BLOCK_BYTES // (4 * width))
     return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _softmax_loss_(logits: Tensor, target: Tensor, needs_gradient: bool, factor: Tensor | None) -> Tensor:
+    """Sum of the losses of one rank that holds the whole vocabulary, the gradient replacing the logits.
+
+    With nothing to wait for between maximum, sum and gradient, each block of rows is widened and exponentiated once.
+    """
+    losses = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
+    for block in _row_blocks(logits):
+        wide, own = logits[block].to(losses.dtype, copy=True), target[block, None]
+        shifted = wide.sub_(wide.amax(-1, keepdim=True))
+        at_target = shifted.gather(1, own)
+        total = shifted.exp_().sum(-1, keepdim=True)
+        losses[block] = (total.log() - at_target).squeeze(-1)
+        if needs_gradient:
+            one = torch.ones_like(total) if factor is None else factor.expand_as(total)
+            wide.mul_(one / total).scatter_add_(1, own, -one)
+            logits[block] = wide
+    return losses.sum()
 
 
 def _to_gradient_(logits: Tensor, log_sum: Tensor, target: Tensor, factor: Tensor | None) -> None:
