@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -279,7 +280,33 @@ def wrap(plan: Plan, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     if p.overlap_grad_reduce:
         functions = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = functions if len(functions) > 1 else functions[0]
+    if p.overlap_param_gather:
+        for chunk in wrapped:
+            wait_for_gathers(chunk)
     return wrapped
+
+
+def wait_for_gathers(wrapped: torch.nn.Module) -> None:
+    """Make every layer wait for the parameters it will use, whichever module they belong to.
+
+    megatron-core waits when a module is called for the parameters of that very module. Here some are used without
+    calling theirs: the output layer's weight by the loss, an adapter's factors by its linear.
+    """
+
+    def waiting(parameters: list[torch.nn.Parameter]) -> Callable[..., None]:
+        groups = dict.fromkeys(wrapped.param_to_bucket_group[p] for p in parameters if p.requires_grad)
+
+        def wait(*unused: Any) -> None:
+            for group in groups:
+                group.finish_param_sync()
+
+        return wait
+
+    decoder = wrapped.module.decoder
+    inside = {p for layer in decoder.layers for p in layer.parameters()}
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(waiting(list(layer.parameters())))
+    decoder.register_forward_hook(waiting([p for p in wrapped.module.parameters() if p not in inside]))
 
 
 def gather_parameters(model: TrainingModel) -> None:

@@ -7,6 +7,7 @@ parameters are trained, operators, processes, preprocessing, the batches, and wh
 
 from __future__ import annotations
 
+import collections
 import json
 import re
 import types
@@ -34,6 +35,7 @@ LLAMA3 = {"rope_scaling_type": "llama3", "rope_scaling_factor": 2.0, "low_freq_f
           "rope_scaling_original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 2.0, "rope_scaling_original_max_position_embeddings": 64}
 WSD = {"lr_decay_style": "WSD"}
+TWO_STAGES = {"pipeline_model_parallel_size": 2}
 MOE = {"num_experts": 4}
 BIASED = {**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
@@ -149,6 +151,12 @@ CASES: dict[str, Case] = {
     # parallel and runtime
     "tensor_model_parallel_size": case(2),
     "pipeline_model_parallel_size": case(2),
+    "num_layers_per_virtual_pipeline_stage": case(1, pipeline_model_parallel_size=2, global_batch_size=8),
+    "num_virtual_stages_per_pipeline_rank": case(2, pipeline_model_parallel_size=2, global_batch_size=8),
+    "account_for_embedding_in_pipeline_split": case(True, refused="before", num_layers=3, **TWO_STAGES),
+    "account_for_loss_in_pipeline_split": case(True, refused="before", num_layers=3, **TWO_STAGES),
+    "num_layer_list": case("3,1", **TWO_STAGES),
+    "noop_layers": case("0,5", **TWO_STAGES),
     "sequence_parallel": case(True, tensor_model_parallel_size=2),
     "context_parallel_size": case(2),
     "context_parallel_algo": case("ulysses_cp_algo", context_parallel_size=2),
@@ -322,9 +330,11 @@ class Recorder:
             "mindspeed_llm.parallel.setup.initialize_distributed": None,
             "mindspeed_llm.data.cache.preprocess_input": stands,
             "mindspeed_llm.cli.training.load_tokenizer": tokenizer,
-            "megatron.core.optimizer.get_megatron_optimizer": "optimizer",
+            "megatron.core.optimizer.get_megatron_optimizer": types.SimpleNamespace(scale_loss=0),
             "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler": "scheduler",
-            "megatron.core.distributed.DistributedDataParallel": types.SimpleNamespace(no_sync=0, start_param_sync=0),
+            "megatron.core.distributed.DistributedDataParallel": types.SimpleNamespace(
+                no_sync=0, module=stub_model(0), param_to_bucket_group=collections.defaultdict(int)
+            ),
             "torch.set_num_threads": None,
         }.items():
             monkeypatch.setattr(target, self.stand_in(target.rsplit(".", 1)[-1], result))
@@ -359,8 +369,6 @@ def stub_model(num_layers):
     chunk.embedding = torch.nn.Linear(1, 1)
     chunk.decoder = torch.nn.Module()
     layers = [torch.nn.ModuleDict({"linear_fc1": torch.nn.Linear(1, 1)}) for _ in range(num_layers)]
-    for number, layer in enumerate(layers, 1):
-        layer.layer_number = number
     chunk.decoder.layers = torch.nn.ModuleList(layers)
     return chunk
 
@@ -419,7 +427,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     seen["operators"] = repr(registry.chosen())
     training_door.prepare_data(plan, training_door.tokenizer_of(plan))
     monkeypatch.setattr(setup, "dist", OneProcess())
-    chunk = stub_model(plan.shape.num_layers)
+    chunk = stub_model(len(plan.layout.layers.built_layers(0)))
     seen["trained"] = repr((setup.choose_trained(plan, [chunk]), [p.requires_grad for p in chunk.parameters()]))
     setup.wrap(plan, [chunk])
     seen["hooks"] = repr(sorted(vars(chunk.config)))
