@@ -15,8 +15,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mindspeed_llm.checkpoint.detect import Found, detect, open_source, shape_of
+from mindspeed_llm.checkpoint.expert_files import ExpertLayout
 from mindspeed_llm.checkpoint.hf import HfSource
 from mindspeed_llm.checkpoint.hf_writer import SHARD_BYTES, HfWriter, PlannedTensor
+from mindspeed_llm.checkpoint.load import fewer_predictions, part_of
 from mindspeed_llm.checkpoint.megatron import MegatronSource
 from mindspeed_llm.checkpoint.megatron_writer import MegatronLayout, MegatronWriter
 from mindspeed_llm.checkpoint.source import TensorSource
@@ -29,7 +31,7 @@ from mindspeed_llm.checkpoint.train_record import (
 )
 from mindspeed_llm.checkpoint.train_save import copy_hf_files
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+from mindspeed_llm.models.hf_config import prediction_field, read_hf_config, shape_from_hf
 from mindspeed_llm.models.layouts import VOCAB_MULTIPLE, padded_vocab_size
 from mindspeed_llm.models.mapping import to_hf
 from mindspeed_llm.models.shape import ModelShape
@@ -60,6 +62,7 @@ def convert(
     embedding_as_layer: bool = False,
     loss_as_layer: bool = False,
     *,
+    experts: ExpertLayout = ExpertLayout(),
     dtype: str | torch.dtype | None = None,
     hf_cfg_dir: str | Path | None = None,
     transform: Transform | None = None,
@@ -67,6 +70,7 @@ def convert(
     vocab_multiple: int = VOCAB_MULTIPLE,
     shard_bytes: int = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
+    mtp_num_layers: int | None = None,
     quiet: bool = False,
 ) -> Path:
     """Convert a checkpoint; every tensor is read, transformed and written before the next one.
@@ -79,7 +83,9 @@ def convert(
         save_type: "mg" (mp_rank files) or "hf".
         tp, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer: layout to write, see
             `parallel.layer_map`; vpp counts model chunks per stage. For "hf" they must be left alone (tp and pp may repeat the sizes of the Megatron checkpoint read).
-        dtype: type of the written weights ("fp32", "bf16", "fp16" or a torch type); None keeps each tensor's.
+        experts: how routed experts are cut and stored; like the layout, for "mg" only.
+        dtype: type of the written weights ("fp32", "bf16", "fp16" or a torch type); None keeps each tensor's. The
+            router's score biases keep theirs: rounding them changes which experts are chosen.
         hf_cfg_dir: where config.json and the tokenizer come from; needed only when neither the checkpoint nor save_dir
             has them.
         transform: (mcore name, unsharded tensor) -> tensor of the same shape, applied to each one (merging adapters).
@@ -87,6 +93,7 @@ def convert(
         vocab_multiple: the vocabulary is padded to a multiple of this times tp.
         shard_bytes: size of the safetensors files.
         ignore_fields: fields of config.json to disregard.
+        mtp_num_layers: leave out the multi-token prediction layers behind the first so many; None keeps all.
         quiet: print nothing.
 
     Returns:
@@ -102,8 +109,12 @@ def convert(
         raise UserError(f"convert: --save-model-type {save_type!r}; legal: hf, mg")
     config_files = _config_files(found, Path(save_dir), save_type, hf_cfg_dir)
     shape = _agreed_shape(found, config_files, ignore_fields)
-    source = open_source(found, shape)
-    dtypes = {name: _resolve_dtype(dtype) or source.dtype(name) for name in source.names()}
+    source = _open(found, shape, mtp_num_layers)
+    shape = source.shape
+    asked = _resolve_dtype(dtype)
+    dtypes = {
+        name: source.dtype(name) if asked is None or name.endswith(".expert_bias") else asked for name in source.names()
+    }
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if save_type == "hf":
         split = bool(vpp or layer_list or noop_layers or embedding_as_layer or loss_as_layer)
@@ -113,7 +124,7 @@ def convert(
         )
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
     layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
-    layout = MegatronLayout(layers, tp, padded, transformer_impl)
+    layout = MegatronLayout(layers, tp, padded, transformer_impl, experts)
     return _convert_to_megatron(source, dtypes, Path(save_dir), config_files, layout, found, transform, say)
 
 
@@ -129,9 +140,7 @@ def _convert_to_hf(
 ) -> Path:
     target = save_dir / RESULT_INSIDE_ORIGINAL if (save_dir / "config.json").is_file() else save_dir
     plan = [
-        PlannedTensor(name, dims, dtypes[pair.mcore])
-        for pair in source.pairs.values()
-        for name, dims in pair.stored()
+        PlannedTensor(name, dims, dtypes[pair.mcore]) for pair in source.pairs.values() for name, dims in pair.stored()
     ]
     needed = sum(tensor.num_bytes for tensor in plan)
     _announce(source, dtypes, needed, target, transform is not None, say)
@@ -141,7 +150,7 @@ def _convert_to_hf(
             tensor = _transformed(source, name, transform)
             for hf_name, piece in to_hf(source.pairs[name], tensor, source.shape):
                 writer.write(hf_name, piece)
-        writer.finish(config_files, dtype)
+        writer.finish(config_files, dtype, _config_changes(config_files, source.shape))
     except BaseException:
         writer.discard()
         raise
@@ -189,7 +198,10 @@ def _convert_to_megatron(
     os.replace(aside, final)
     write_tracker(save_dir, iteration)
     say(_summary(source, dtypes))
-    say(f"wrote tensor-parallel x pipeline = {layout.tp} x {layout.layers.pp} ranks to {final}")
+    kinds, sizes = "tensor-parallel x pipeline", f"{layout.tp} x {layout.layers.pp}"
+    if layout.experts.ep > 1:
+        kinds, sizes = kinds + " x expert-parallel", f"{sizes} x {layout.experts.ep}"
+    say(f"wrote {kinds} = {sizes} ranks to {final}")
     return final
 
 
@@ -205,6 +217,21 @@ def _record(source: TensorSource, layout: MegatronLayout, dtypes: Dtypes, iterat
         "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}),
         "converted_from": source.origin,
     }
+
+
+def _open(found: Found, shape: ModelShape, mtp_num_layers: int | None) -> TensorSource:
+    """The checkpoint, without the multi-token prediction layers that are not wanted."""
+    if mtp_num_layers is None or mtp_num_layers == shape.mtp_num_layers:
+        return open_source(found, shape)
+    fewer = fewer_predictions(shape, mtp_num_layers, str(found.path))
+    # a Hugging Face directory may lack the layers that its config.json counts
+    return open_source(found, fewer) if found.format == "hf" else part_of(open_source(found, shape), fewer)
+
+
+def _config_changes(config_files: Path, shape: ModelShape) -> dict[str, int]:
+    """What config.json must say otherwise for the tensors that are written."""
+    stated = prediction_field(read_hf_config(config_files))
+    return {stated[0]: shape.mtp_num_layers} if stated and stated[1] != shape.mtp_num_layers else {}
 
 
 def _transformed(source: TensorSource, name: str, transform: Transform | None) -> Tensor:
@@ -261,6 +288,8 @@ def _agreed_shape(found: Found, config_files: Path | None, ignore_fields: Collec
     described = shape_from_hf(read_hf_config(config_files), ignore_fields)
     if found.format == "hf" or found.record.get("shape"):
         recorded = shape_of(found, ignore_fields)
+        if recorded.mtp_num_layers < described.mtp_num_layers:
+            described = dataclasses.replace(described, mtp_num_layers=recorded.mtp_num_layers)
         for item in dataclasses.fields(ModelShape):
             ours, theirs = getattr(recorded, item.name), getattr(described, item.name)
             if ours != theirs and item.name not in ("init_method_std", "attention_dropout"):

@@ -10,11 +10,12 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mindspeed_llm.checkpoint.expert_files import slice_of_stack
 from mindspeed_llm.checkpoint.megatron_args import ARGS_THAT_CHANGE_OUTPUTS, megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
 from mindspeed_llm.checkpoint.source import TIED, TensorSource, check_dims, check_equal, check_names, check_one_dtype
@@ -25,8 +26,21 @@ from mindspeed_llm.models.shape import ModelShape
 
 FILE_NAME = "model_optim_rng.pt"
 EMBEDDING_AGAIN = "last stage's " + EMBEDDING
-Place = tuple[int, str, str]
-"""(pipeline stage, key of the model chunk in the file, name in the chunk)"""
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: in the files of which stage, under which key of a model chunk and name in the chunk.
+
+    Attributes:
+        expert: for an expert's tensor (expert-parallel rank, number on that rank); None for what all of them hold.
+    """
+
+    stage: int
+    key: str
+    stored: str
+    expert: tuple[int, int] | None = None
+
+
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
 
@@ -40,9 +54,10 @@ class _Opaque:
         self.state = state
 
 
-def rank_directory_name(tp_rank: int, pp_rank: int, pp: int) -> str:
-    """`mp_rank_01` without pipeline parallelism, else `mp_rank_01_003`."""
-    return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp > 1 else "")
+def rank_directory_name(tp_rank: int, pp_rank: int, pp: int, ep_rank: int = 0, ep: int = 1) -> str:
+    """`mp_rank_01`, with the stage after it under pipeline and the experts' rank under expert parallelism."""
+    stage, experts = f"_{pp_rank:03d}" if pp > 1 else "", f"_{ep_rank:03d}" if ep > 1 else ""
+    return f"mp_rank_{tp_rank:02d}{stage}{experts}"
 
 
 def load_rank_file(path: Path) -> dict[str, Any]:
@@ -66,43 +81,66 @@ def load_rank_file(path: Path) -> dict[str, Any]:
 
 
 class RankFiles:
-    """The files of all tensor and pipeline ranks of one iteration.
+    """The files of all tensor, pipeline and expert ranks of one iteration.
 
     Args:
         directory: the iter_XXXXXXX (or release) directory.
+        num_experts: routed experts of the model, None for a dense one.
 
     Attributes:
-        tp, pp: sizes found.
-        places: global mcore name -> (pp_rank, model key, name in the file). Layers are numbered in forward order
-            (chunk by chunk, stage by stage), which needs no record of the split and skips no-op layers.
+        tp, pp, ep: sizes found.
+        places: global mcore name -> Place. Layers are numbered in forward order (chunk by chunk, stage by stage), which
+            needs no record of the split and skips no-op layers.
 
     Raises:
         UserError: rank directories are missing, or the layout is not a plain pipeline.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, num_experts: int | None = None) -> None:
         self.directory = directory
-        self.tp, self.pp = _sizes(directory)
-        self._content: dict[tuple[int, int], dict[str, Any]] = {}
+        self._paths = rank_paths(directory)
+        self.tp, self.pp, self.ep = (max(values) + 1 for values in zip(*self._paths))
+        if (num_experts or 1) % self.ep:
+            raise UserError(
+                f"checkpoint: {directory} has {self.ep} expert ranks, which {num_experts or 0} experts lack"
+            )
+        self._num_local_experts = (num_experts or 0) // self.ep
+        self._content: dict[tuple[int, int, int], dict[str, Any]] = {}
         self._check_schedule()
         self.places = self._number_layers()
         self._check_ranks_agree()
 
-    def content(self, tp_rank: int, pp_rank: int) -> dict[str, Any]:
-        """One rank's dictionary."""
-        key = (tp_rank, pp_rank)
+    def content(self, tp_rank: int, pp_rank: int, ep_rank: int | None = None) -> dict[str, Any]:
+        """One rank's dictionary; by default that of the first expert rank, which holds all dense layers."""
+        if ep_rank is None:
+            ep_rank = min(e for t, p, e in self._paths if (t, p) == (tp_rank, pp_rank))
+        key = (tp_rank, pp_rank, ep_rank)
         if key not in self._content:
-            name = rank_directory_name(tp_rank, pp_rank, self.pp)
-            directory = self.directory / name
-            if self.pp == 1 and not directory.is_dir():
-                directory = self.directory / f"{name}_000"
-            self._content[key] = load_rank_file(directory / FILE_NAME)
+            self._content[key] = load_rank_file(self._paths[key] / FILE_NAME)
         return self._content[key]
 
     def tensors(self, name: str) -> list[Tensor]:
-        """All tensor-parallel ranks' tensors of one mcore name, in rank order."""
-        pp_rank, key, stored = self.places[name]
-        return [self.content(rank, pp_rank)[key][stored] for rank in range(self.tp)]
+        """All tensor-parallel ranks' tensors of one mcore name, in rank order; an expert's maybe once for each copy."""
+        place = self.places[name]
+        ep_rank, slot = place.expert or (None, None)
+        found = [self.content(t, place.stage, ep_rank)[place.key][place.stored] for t in self.holders(name)]
+        if not layouts.is_stacked_experts(place.stored):
+            return found
+        first = place.stored.endswith("weight1")
+        return [self._slice(stack, first, slot) for stack in found]
+
+    def holders(self, name: str) -> list[int]:
+        """Tensor-parallel ranks whose files hold a tensor, in order."""
+        place = self.places[name]
+        ep_rank = None if place.expert is None else place.expert[0]
+        return sorted({t for t, p, e in self._paths if p == place.stage and ep_rank in (None, e)})
+
+    def _slice(self, stack: Tensor, first: bool, slot: int) -> Tensor:
+        """[out, in] of one expert in weight1 [h, experts * out] (first) or weight2 [experts * in, h]."""
+        rows, columns = stack.shape
+        experts = self._num_local_experts
+        dims = (columns // experts, rows) if first else (columns, rows // experts)
+        return slice_of_stack(stack, dims, slot)
 
     def args(self) -> Mapping[str, Any]:
         """Arguments of the program that wrote the checkpoint; empty when there are none."""
@@ -152,21 +190,33 @@ class RankFiles:
                 name = layouts.with_layer(name, next_layer + slots.index(slot))
             if name == EMBEDDING and name in places:
                 name = EMBEDDING_AGAIN
-            if name in places:
-                raise UserError(
-                    f"checkpoint: {name} is twice in {self.directory}, in stages {places[name][0]}, {pp_rank}"
-                )
-            places[name] = (pp_rank, key, stored)
+            for whole, expert in self._holders(name):
+                if whole in places:
+                    stages = f"{places[whole].stage}, {pp_rank}"
+                    raise UserError(f"checkpoint: {whole} is twice in {self.directory}, in stages {stages}")
+                places[whole] = Place(pp_rank, key, stored, expert)
         return next_layer + len(slots)
+
+    def _holders(self, name: str) -> list[tuple[str, tuple[int, int] | None]]:
+        """(name in the whole model, Place.expert) of what files hold under a name; all expert ranks hold the same."""
+        if self._num_local_experts == 0 or layouts.held_experts(name, self._num_local_experts, 0) is None:
+            return [(name, None)]
+        index = layouts.expert_index(name)
+        found = []
+        for ep_rank in range(self.ep):
+            names = layouts.held_experts(name, self._num_local_experts, ep_rank)
+            slots = range(self._num_local_experts) if index is None else (index,)
+            found += [(whole, (ep_rank, slot)) for whole, slot in zip(names, slots)]
+        return found
 
     def _check_ranks_agree(self) -> None:
         for p in range(self.pp):
             first = {(k, n) for k in self.model_keys(0, p) for n in self.content(0, p)[k] if not is_extra_state(n)}
-            for rank in range(1, self.tp):
-                content = self.content(rank, p)
+            for rank, e in [(t, e) for t, stage, e in sorted(self._paths) if stage == p]:
+                content = self.content(rank, p, e)
                 keys = self.model_keys(rank, p)
                 names = [f"{k}.{n}" for k in keys for n in content[k] if not is_extra_state(n)]
-                check_names([f"{k}.{n}" for k, n in first], names, f"{self.directory} rank {rank}, stage {p}")
+                check_names([f"{k}.{n}" for k, n in first], names, str(self._paths[rank, p, e]))
 
 
 class MegatronSource(TensorSource):
@@ -183,7 +233,7 @@ class MegatronSource(TensorSource):
 
     def __init__(self, directory: str | Path, shape: ModelShape) -> None:
         super().__init__(shape, str(directory))
-        self.files = RankFiles(Path(directory))
+        self.files = RankFiles(Path(directory), shape.num_moe_experts)
         self._check_args()
         self._check_tensors()
 
@@ -191,7 +241,7 @@ class MegatronSource(TensorSource):
         return self.files.tensors(name)[0].dtype
 
     def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
-        pair, tensors = self.pairs[name], self.files.tensors(name)
+        pair, tensors = self.pairs[name], self._shards(name)
         if pair.layout.tp_dim is None:
             for rank, other in enumerate(tensors[1:], start=1):
                 if not torch.equal(tensors[0], other):
@@ -202,8 +252,26 @@ class MegatronSource(TensorSource):
             return tensors[0][start:stop]
         return self._gather(pair, tensors, part, start, stop)
 
+    def _shards(self, name: str) -> list[Tensor]:
+        """The tensor-parallel slices of a tensor, in rank order: of an expert one of each copy.
+
+        Raises:
+            UserError: an expert is cut into more slices than files hold.
+        """
+        tensors, layout = self.files.tensors(name), self.pairs[name].layout
+        if not layout.expert:
+            return tensors
+        size = self.dims(name)[layout.tp_dim] // tensors[0].shape[layout.tp_dim]
+        by_rank = {rank % size: tensor for rank, tensor in zip(self.files.holders(name), tensors)}
+        if sorted(by_rank) != list(range(size)):
+            raise UserError(
+                f"checkpoint: {name} in {self.origin} is cut into {size} slices, of which the files hold "
+                f"{sorted(by_rank)}; it is incomplete"
+            )
+        return [by_rank[rank] for rank in range(size)]
+
     def _gather(self, pair: TensorPair, tensors: list[Tensor], part: int, start: int, stop: int) -> Tensor:
-        dim, tp = pair.layout.tp_dim, self.files.tp
+        dim, tp = pair.layout.tp_dim, len(tensors)
         pieces, offset = [], 0
         for tensor in tensors:
             local = layouts.unpack(tensor, pair.layout.packing, self.shape, tp)[part]
@@ -239,29 +307,61 @@ class MegatronSource(TensorSource):
                 check_equal(embedding, copy, f"the embeddings of the first and last stage in {self.origin}", why[again])
         check_names(list(self.pairs), found, self.origin)
         for name, pair in self.pairs.items():
-            tensors = self.files.tensors(name)
+            tensors = self._shards(name)
             check_one_dtype(name, [tensor.dtype for tensor in tensors], self.origin)
+            size = len(tensors)
             for tensor in tensors:
-                padded = tensor.shape[0] * self.files.tp if pair.layout.packing == "vocab" else None
-                check_dims(
-                    name, layouts.local_shape(name, self.shape, self.files.tp, padded), tensor.shape, self.origin
-                )
+                padded = tensor.shape[0] * size if pair.layout.packing == "vocab" else None
+                check_dims(name, layouts.local_shape(name, self.shape, size, padded), tensor.shape, self.origin)
                 if padded is not None:
                     layouts.vocab_range(self.shape.vocab_size, padded, 0, self.files.tp)
 
 
-def _sizes(directory: Path) -> tuple[int, int]:
-    """(tp, pp) from the names of the rank directories, all of which must be there."""
-    ranks = set()
+def rank_paths(directory: Path) -> dict[tuple[int, int, int], Path]:
+    """(tensor rank, stage, expert rank) -> directory of the rank's file.
+
+    A second number alone is the stage, unless the files were written without stages and with expert parallelism.
+
+    Raises:
+        UserError: directories are missing, or have other names.
+    """
+    numbers: dict[tuple[int, ...], Path] = {}
     for path in directory.glob("mp_rank_*"):
         match = _RANK.fullmatch(path.name)
-        if match is None or match.group(3) is not None:
-            raise UserError(f"checkpoint: {path} is not a dense model's rank; legal: mp_rank_<tp>[_<pp>]")
-        ranks.add((int(match.group(1)), int(match.group(2) or 0)))
-    if not ranks:
+        if match is None:
+            raise UserError(f"checkpoint: {path} is not a rank; legal: mp_rank_<tp>[_<pp>][_<ep>]")
+        numbers[tuple(int(number) for number in match.groups() if number is not None)] = path
+    if not numbers:
         raise UserError(f"checkpoint: no mp_rank_* directories in {directory}")
-    tp, pp = (max(values) + 1 for values in zip(*ranks))
-    missing = [rank_directory_name(t, p, pp) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
+    lengths = {len(key) for key in numbers}
+    if len(lengths) > 1:
+        raise UserError(f"checkpoint: the names of mp_rank_* directories in {directory} are of different kinds")
+    kind = lengths.pop()
+    experts_second = kind == 2 and max(numbers)[1:] != (0,) and _second_number_is_expert(numbers)
+    paths = {}
+    for key, path in numbers.items():
+        tp_rank, second, third = (*key, 0, 0)[:3]
+        paths[(tp_rank, 0, second) if experts_second else (tp_rank, second, third)] = path
+    _check_complete(paths, directory)
+    return paths
+
+
+def _second_number_is_expert(numbers: Mapping[tuple[int, ...], Path]) -> bool:
+    """Whether mp_rank_00_001 is an expert rank: its file then holds the whole depth of the model, as all others do."""
+    held = []
+    for _, path in (min(numbers.items()), max(numbers.items())):
+        content = load_rank_file(path / FILE_NAME)
+        names = content.get("model", content.get("model0", {}))
+        held.append(EMBEDDING in names and any(plain_name(name).startswith("decoder.final") for name in names))
+    return all(held)
+
+
+def _check_complete(paths: Mapping[tuple[int, int, int], Path], directory: Path) -> None:
+    tp, pp, ep = (max(values) + 1 for values in zip(*paths))
+    pairs = {(t, e) for t, _, e in paths}
+    missing = [(t, p, e) for p in range(pp) for t, e in sorted(pairs) if (t, p, e) not in paths]
+    missing += [(t, 0, 0) for t in range(tp) if all(t != rank for rank, _ in pairs)]
+    missing += [(0, 0, e) for e in range(ep) if all(e != rank for _, rank in pairs)]
     if missing:
-        raise UserError(f"checkpoint: {directory} is incomplete: {', '.join(missing[:4])} is not there")
-    return tp, pp
+        names = ", ".join(rank_directory_name(t, p, pp, e, ep) for t, p, e in missing[:4])
+        raise UserError(f"checkpoint: {directory} is incomplete: {names} is not there")

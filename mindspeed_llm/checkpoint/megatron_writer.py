@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mindspeed_llm.checkpoint.expert_files import ExpertLayout, slice_of_stack, stack_dims, stored_name
 from mindspeed_llm.checkpoint.megatron import FILE_NAME, rank_directory_name
 from mindspeed_llm.checkpoint.megatron_args import megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, fused_name
@@ -35,12 +36,14 @@ class MegatronLayout:
         tp: tensor-parallel size.
         padded_vocab: rows of the padded vocabulary over all ranks.
         transformer_impl: "local", or "transformer_engine" for that library's spelling of the norms.
+        experts: how routed experts are cut and stored.
     """
 
     layers: LayerMap
     tp: int
     padded_vocab: int
     transformer_impl: str = "local"
+    experts: ExpertLayout = ExpertLayout()
 
     def to_json(self) -> dict[str, Any]:
         """A json record of the layout."""
@@ -50,6 +53,9 @@ class MegatronLayout:
             "chunks": [[list(chunk) for chunk in stage] for stage in self.layers.chunks],
             "padded_vocab_size": self.padded_vocab,
             "transformer_impl": self.transformer_impl,
+            "expert_parallel_size": self.experts.ep,
+            "expert_tensor_parallel_size": self.experts.within(self.tp),
+            "grouped_experts": self.experts.grouped,
         }
 
 
@@ -72,6 +78,8 @@ class MegatronWriter:
         iteration: int,
     ) -> None:
         layouts.check_tensor_parallel(shape, layout.tp)
+        self.etp = layout.experts.within(layout.tp)
+        layouts.check_expert_parallel(shape, layout.experts.ep, self.etp)
         if layout.transformer_impl not in ("local", "transformer_engine"):
             raise UserError(
                 f"checkpoint: transformer-impl {layout.transformer_impl!r}; legal: local, transformer_engine"
@@ -83,7 +91,9 @@ class MegatronWriter:
             )
         self.directory, self.shape, self.layout = directory, shape, layout
         self.dtypes, self.iteration = dtypes, iteration
-        self._ranks: list[dict[str, Any]] = []
+        self._ranks: dict[tuple[int, int], dict[str, Any]] = {}
+        self._files = layout.experts.files(layout.tp)
+        self._num_local_experts = (shape.num_moe_experts or 0) // layout.experts.ep
 
     def stage_names(self, pp_rank: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """(mcore name with global index, [(model key, name in the file), ...]) of a stage, in model order."""
@@ -101,18 +111,19 @@ class MegatronWriter:
                     places.append((layers.pp - 1, layers.vpp - 1, OUTPUT_LAYER))
             else:
                 places = [(layers.pp - 1, layers.vpp - 1, pair.mcore)]
-            here = [(self._key(v), self._spelled(name)) for p, v, name in places if p == pp_rank]
+            with_experts = layer is not None and self.shape.is_moe_layer(layer)
+            here = [(self._key(v), self._spelled(name, with_experts)) for p, v, name in places if p == pp_rank]
             if here:
                 yield pair.mcore, here
 
     def open_stage(self, pp_rank: int) -> None:
-        """Lay out and map the files of all tensor-parallel ranks of a stage."""
-        self._ranks = []
-        for tp_rank in range(self.layout.tp):
-            path = self._path(tp_rank, pp_rank)
+        """Lay out and map the files of all tensor- and expert-parallel ranks of a stage."""
+        self._ranks = {}
+        for tp_rank, ep_rank in self._files:
+            path = self._path(tp_rank, pp_rank, ep_rank)
             path.parent.mkdir(parents=True)
-            _lay_out(path, self._content(tp_rank, pp_rank))
-            self._ranks.append(_map_shared(path))
+            _lay_out(path, self._content(pp_rank, ep_rank))
+            self._ranks[tp_rank, ep_rank] = _map_shared(path)
 
     def write(self, name: str, places: list[tuple[str, str]], tensor: Tensor) -> None:
         """Fill every rank's share of one tensor of the open stage.
@@ -122,23 +133,32 @@ class MegatronWriter:
             places: from `stage_names`.
             tensor: unsharded and unpadded, any floating type.
         """
-        for tp_rank, content in enumerate(self._ranks):
-            piece = layouts.shard(tensor, name, self.shape, tp_rank, self.layout.tp, self.layout.padded_vocab)
+        owner, slot = self._expert_place(name)
+        for (tp_rank, ep_rank), content in self._ranks.items():
+            if owner is None:
+                piece = layouts.shard(tensor, name, self.shape, tp_rank, self.layout.tp, self.layout.padded_vocab)
+            elif owner == ep_rank:
+                piece = layouts.shard(tensor, name, self.shape, tp_rank % self.etp, self.etp)
+            else:
+                continue
             for key, stored in places:
-                content[key][stored].copy_(piece)
+                target = content[key][stored]
+                if layouts.is_stacked_experts(stored):
+                    target = slice_of_stack(target, self._local_shape(name), slot)
+                target.copy_(piece)
 
     def close_stage(self, pp_rank: int) -> None:
         """Unmap the files of a stage, correct their checksums, and wait until they are on disk."""
-        self._ranks = []
-        for tp_rank in range(self.layout.tp):
-            path = self._path(tp_rank, pp_rank)
+        self._ranks = {}
+        for tp_rank, ep_rank in self._files:
+            path = self._path(tp_rank, pp_rank, ep_rank)
             update_checksums(path)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
 
     def discard(self) -> None:
         """Remove what was written, after a failure."""
-        self._ranks = []
+        self._ranks = {}
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def num_bytes(self) -> int:
@@ -147,15 +167,23 @@ class MegatronWriter:
         for pp_rank in range(self.layout.layers.pp):
             for name, places in self.stage_names(pp_rank):
                 rows = torch.Size(self._local_shape(name)).numel()
-                total += rows * self.dtypes[name].itemsize * self.layout.tp * len(places)
+                owner = self._expert_place(name)[0]
+                copies = sum(owner in (None, ep_rank) for _, ep_rank in self._files)
+                total += rows * self.dtypes[name].itemsize * copies * len(places)
         return total
 
-    def _content(self, tp_rank: int, pp_rank: int) -> dict[str, Any]:
+    def _content(self, pp_rank: int, ep_rank: int) -> dict[str, Any]:
         content: dict[str, Any] = {self._key(v): {} for v in range(self.layout.layers.vpp)}
         with FakeTensorMode():
             for name, places in self.stage_names(pp_rank):
+                if self._expert_place(name)[0] not in (None, ep_rank):
+                    continue
+                dims = self._local_shape(name)
                 for key, stored in places:
-                    content[key][stored] = torch.empty(self._local_shape(name), dtype=self.dtypes[name])
+                    if layouts.is_stacked_experts(stored):
+                        dims = stack_dims(stored, self._local_shape(name), self._num_local_experts)
+                    if stored not in content[key]:
+                        content[key][stored] = torch.empty(dims, dtype=self.dtypes[name])
         content.update(checkpoint_version=3.0, iteration=self.iteration, args=self._args())
         return content
 
@@ -172,6 +200,9 @@ class MegatronWriter:
                 "padded_vocab_size": layout.padded_vocab,
                 "tensor_model_parallel_size": layout.tp,
                 "pipeline_model_parallel_size": layers.pp,
+                "expert_model_parallel_size": layout.experts.ep,
+                "expert_tensor_parallel_size": self.etp,
+                "moe_grouped_gemm": layout.experts.grouped,
                 "virtual_pipeline_model_parallel_size": layers.vpp if layers.vpp > 1 else None,
                 "num_layers_per_virtual_pipeline_stage": longest if layers.vpp > 1 else None,
                 "num_layer_list": ",".join(str(len(s[0])) for s in layers.chunks) if uneven else None,
@@ -190,14 +221,25 @@ class MegatronWriter:
     def _key(self, vpp_rank: int) -> str:
         return "model" if self.layout.layers.vpp == 1 else f"model{vpp_rank}"
 
-    def _spelled(self, name: str) -> str:
-        return fused_name(name) if self.layout.transformer_impl == "transformer_engine" else name
+    def _spelled(self, name: str, with_experts: bool) -> str:
+        engine = self.layout.transformer_impl == "transformer_engine"
+        if layouts.expert_index(name) is not None:
+            return stored_name(name, self.shape, self.layout.experts, engine)
+        # In a layer with experts the norm before them stands for itself.
+        return name if not engine or (with_experts and ".pre_mlp_layernorm." in name) else fused_name(name)
+
+    def _expert_place(self, name: str) -> tuple[int | None, int | None]:
+        """(expert-parallel rank, number on that rank) of an expert's tensor; (None, None) for what all ranks hold."""
+        expert = layouts.expert_index(name)
+        return (None, None) if expert is None else divmod(expert, self._num_local_experts)
 
     def _local_shape(self, name: str) -> tuple[int, ...]:
-        return layouts.local_shape(name, self.shape, self.layout.tp, self.layout.padded_vocab)
+        size = self.layout.tp if layouts.expert_index(name) is None else self.etp
+        return layouts.local_shape(name, self.shape, size, self.layout.padded_vocab)
 
-    def _path(self, tp_rank: int, pp_rank: int) -> Path:
-        return self.directory / rank_directory_name(tp_rank, pp_rank, self.layout.layers.pp) / FILE_NAME
+    def _path(self, tp_rank: int, pp_rank: int, ep_rank: int) -> Path:
+        name = rank_directory_name(tp_rank, pp_rank, self.layout.layers.pp, ep_rank, self.layout.experts.ep)
+        return self.directory / name / FILE_NAME
 
 
 def _lay_out(path: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mindspeed_llm.checkpoint.expert_files import sequential_name
+
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
@@ -16,13 +18,13 @@ _LAYER_PREFIX = re.compile(r"(decoder\.layers\.\d+\.)(.*)")
 
 
 def plain_name(name: str) -> str:
-    """The local-spec spelling of a tensor that may be spelled as Transformer Engine's layers do."""
+    """The local-spec spelling of a tensor that may be spelled as Transformer Engine's layers (or experts) do."""
     match = _LAYER_PREFIX.match(name)
     if match:
         for fused, plain in _FUSED_NORMS:
             if match.group(2).startswith(fused):
                 return match.group(1) + plain + match.group(2).removeprefix(fused)
-    return name
+    return sequential_name(name)
 
 
 def fused_name(name: str) -> str:

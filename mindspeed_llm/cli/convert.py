@@ -89,11 +89,23 @@ def _base_shape(config: RunConfig, found: Found) -> ModelShape:
 
 def _layout(config: RunConfig, found: Found) -> dict[str, Any]:
     """The layout that the options describe, as `convert` takes it."""
+    from mindspeed_llm.checkpoint.expert_files import ExpertLayout
     from mindspeed_llm.parallel.layer_map import split_of_options
 
     tp, pp = config.convert.target_tensor_parallel_size, config.convert.target_pipeline_parallel_size
-    layers = _base_shape(config, found).num_layers
-    return {"tp": tp, "pp": pp, **split_of_options(config.parallel, layers, pp)}
+    shape = _base_shape(config, found)
+    layout = {"tp": tp, "pp": pp, **split_of_options(config.parallel, shape.num_layers, pp)}
+    experts = ExpertLayout(
+        config.convert.target_expert_parallel_size,
+        config.parallel.expert_tensor_parallel_size,
+        config.experts.moe_grouped_gemm,
+    )
+    if experts != ExpertLayout() and shape.num_moe_experts is None:
+        raise UserError(
+            "convert: --target-expert-parallel-size, --expert-tensor-parallel-size and --moe-grouped-gemm have no "
+            "meaning for a model without experts; try: leave them out"
+        )
+    return {**layout, "experts": experts} if shape.num_moe_experts is not None else layout
 
 
 def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any]) -> None:
@@ -106,9 +118,11 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
     from mindspeed_llm.models.layouts import layer_index
     from mindspeed_llm.parallel.layer_map import layer_map
 
+    experts = layout.pop("experts", None)
     sizes, shape = (layout["tp"], layout["pp"]), _base_shape(config, found)
     split = any(layout[name] for name in layout if name not in ("tp", "pp"))
-    if sizes == (1, 1) and not split:
+    expert_parallel = experts.ep if experts is not None else 1
+    if sizes == (1, 1) and not split and expert_parallel == 1:
         return
     if found.format != "megatron":
         raise UserError(
@@ -116,6 +130,12 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
             f"meaning from {found.format} to hf, because neither has one; legal: 1 x 1; try: leave it out"
         )
     files = MegatronSource(found.directory, shape).files
+    if expert_parallel not in (1, files.ep):
+        legal = " or ".join(map(str, sorted({1, files.ep})))
+        raise UserError(
+            f"convert: --target-expert-parallel-size {expert_parallel} is wrong, because {found.path} has {files.ep} "
+            f"and a Hugging Face directory has no layout; legal: {legal}; try: leave it out"
+        )
     if sizes not in ((1, 1), (files.tp, files.pp)):
         legal = " or ".join(dict.fromkeys(("1 x 1", f"{files.tp} x {files.pp}")))
         raise UserError(
@@ -127,8 +147,8 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
     layers = layer_map(shape.num_layers, files.pp, **given | {"vpp": chunks})
     for layer in range(shape.num_layers):
         p, v, slot = layers.place(layer)
-        name = f"decoder.layers.{layer}.mlp.linear_fc2.weight"
-        stage, key, stored = files.places[name]
+        name = f"decoder.layers.{layer}.self_attention.linear_proj.weight"
+        stage, key, stored, _ = files.places[name]
         if (stage, int(key.removeprefix("model") or 0), layer_index(stored)) != (p, v, slot):
             raise UserError(
                 f"convert: the layer split is wrong, because {found.path} keeps layer {layer} in stage {stage} as "

@@ -17,6 +17,7 @@ class ConvertConfig:
     save_model_type: str = option("mg", help="format to write", choices=("hf", "mg"))
     target_tensor_parallel_size: int = option(1, help="tensor-parallel size of what is written", check=at_least(1))
     target_pipeline_parallel_size: int = option(1, help="pipeline stages of what is written", check=at_least(1))
+    target_expert_parallel_size: int = option(1, help="expert-parallel size of what is written", check=at_least(1))
     hf_cfg_dir: str | None = option(help="mg to hf: where config.json and the tokenizer come from")
     params_dtype: str | None = option(
         help="type of the written tensors; default: as read", choices=("fp32", "bf16", "fp16")

@@ -84,7 +84,11 @@ class ExpertConfig:
         kind="identity",
         level="advanced",
     )
-    moe_grouped_gemm: bool = option(help="one matrix product for all local experts", level="advanced")
+    moe_grouped_gemm: bool = option(
+        help="one matrix product for all local experts; converting: stack them in weight1 and weight2",
+        level="advanced",
+        doors=(*TRAINING_DOORS, "inference", "convert"),
+    )
     moe_token_dispatcher_type: str = option(
         "alltoall",
         help="alltoall sends tokens to their experts; allgather gives every rank all tokens (few experts, short rows)",
