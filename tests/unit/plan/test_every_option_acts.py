@@ -34,6 +34,10 @@ NO_SHAPE = dict.fromkeys(SHAPE, ABSENT)
 LLAMA3 = {"rope_scaling_type": "llama3", "rope_scaling_factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "rope_scaling_original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 2.0, "rope_scaling_original_max_position_embeddings": 64}
+LATENT = {
+    "multi_latent_attention": True, "kv_lora_rank": 20, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 10,
+    "group_query_attention": ABSENT, "num_query_groups": ABSENT,
+}  # fmt: skip
 WSD = {"lr_decay_style": "WSD"}
 TWO_STAGES = {"pipeline_model_parallel_size": 2}
 MOE = {"num_experts": 4}
@@ -109,6 +113,16 @@ CASES: dict[str, Case] = {
     "high_freq_factor": case(8.0, before=4.0, **LLAMA3),
     "beta_fast": case(16.0, **YARN),
     "beta_slow": case(2.0, **YARN),
+    "rope_scaling_mscale": case(0.7, **YARN, rope_scaling_mscale_all_dim=1.0),
+    "rope_scaling_mscale_all_dim": case(0.7, **YARN, rope_scaling_mscale=1.0),
+    "multi_latent_attention": case(True, refused="before", **{**LATENT, "multi_latent_attention": ABSENT}),
+    "q_lora_rank": case(24, **LATENT),
+    "kv_lora_rank": case(32, **LATENT),
+    "qk_head_dim": case(16, **LATENT),
+    "qk_pos_emb_head_dim": case(4, **LATENT),
+    "v_head_dim": case(16, **LATENT),
+    "mtp_num_layers": case(1, **LATENT),
+    "mtp_loss_scaling_factor": case(0.3, **LATENT, mtp_num_layers=1),
     "normalization": case("LayerNorm", before="RMSNorm", refused="after"),
     "norm_epsilon": case(1e-6),
     "swiglu": case(ABSENT, before=True, refused="after"),
