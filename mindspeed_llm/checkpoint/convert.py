@@ -62,7 +62,7 @@ def convert(
     embedding_as_layer: bool = False,
     loss_as_layer: bool = False,
     *,
-    experts: ExpertLayout = ExpertLayout(),
+    experts: ExpertLayout | None = None,
     dtype: str | torch.dtype | None = None,
     hf_cfg_dir: str | Path | None = None,
     transform: Transform | None = None,
@@ -82,8 +82,9 @@ def convert(
         load_type: "hf" or "mg" to insist on a format ("mg" stands for mp_rank files and torch_dist); None detects it.
         save_type: "mg" (mp_rank files) or "hf".
         tp, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer: layout to write, see
-            `parallel.layer_map`; vpp counts model chunks per stage. For "hf" they must be left alone (tp and pp may repeat the sizes of the Megatron checkpoint read).
-        experts: how routed experts are cut and stored; like the layout, for "mg" only.
+            `parallel.layer_map`; vpp counts model chunks per stage. For "hf" they must be left alone (tp and pp may
+            repeat the sizes of the Megatron checkpoint read).
+        experts: how routed experts are cut and stored, for "mg" only; None is one by one, on one expert rank.
         dtype: type of the written weights ("fp32", "bf16", "fp16" or a torch type); None keeps each tensor's. The
             router's score biases keep theirs: rounding them changes which experts are chosen.
         hf_cfg_dir: where config.json and the tokenizer come from; needed only when neither the checkpoint nor save_dir
@@ -124,7 +125,7 @@ def convert(
         )
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
     layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
-    layout = MegatronLayout(layers, tp, padded, transformer_impl, experts)
+    layout = MegatronLayout(layers, tp, padded, transformer_impl, experts or ExpertLayout())
     return _convert_to_megatron(source, dtypes, Path(save_dir), config_files, layout, found, transform, say)
 
 

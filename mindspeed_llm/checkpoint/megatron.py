@@ -287,7 +287,7 @@ class MegatronSource(TensorSource):
     def _check_args(self) -> None:
         recorded, ours = self.files.args(), megatron_args(self.shape)
         for name in ARGS_THAT_CHANGE_OUTPUTS:
-            if recorded.get(name) is not None and recorded[name] != ours[name]:
+            if recorded.get(name) is not None and name in ours and recorded[name] != ours[name]:
                 raise UserError(
                     f"checkpoint: {self.origin} was written with {name}={recorded[name]}, but the model's config says "
                     f"{ours[name]}; try: the config.json that belongs to it"

@@ -13,6 +13,8 @@ ARGS_THAT_CHANGE_OUTPUTS = (
     "rotary_percent",
     "swiglu",
     "untie_embeddings_and_output_weights",
+    "moe_router_topk",
+    "moe_router_score_function",
 )
 """Arguments that a wrong config.json could contradict without any tensor having another shape."""
 
@@ -50,4 +52,27 @@ def megatron_args(shape: ModelShape) -> dict[str, Any]:
         "qk_pos_emb_head_dim": shape.qk_pos_emb_head_dim,
         "v_head_dim": shape.v_head_dim,
         "mtp_num_layers": shape.mtp_num_layers or None,
+        **expert_args(shape),
+    }
+
+
+def expert_args(shape: ModelShape) -> dict[str, Any]:
+    """Architecture arguments of a mixture-of-experts model; none for a dense one."""
+    if shape.num_moe_experts is None:
+        return {}
+    pattern = [int(shape.is_moe_layer(layer)) for layer in range(shape.num_layers)]
+    return {
+        "num_experts": shape.num_moe_experts,
+        "moe_layer_freq": pattern,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": shape.moe_shared_expert_gate,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_router_score_function": shape.moe_router_score_function,
+        # megatron has no division by the sum of scores from a softmax, which is the softmax over the chosen ones
+        "moe_router_pre_softmax": shape.moe_router_pre_softmax and not shape.norm_topk_prob,
+        "moe_router_num_groups": shape.moe_router_num_groups,
+        "moe_router_group_topk": shape.moe_router_group_topk,
+        "moe_router_topk_scaling_factor": shape.moe_router_topk_scaling_factor,
+        "moe_router_enable_expert_bias": shape.moe_router_enable_expert_bias,
     }

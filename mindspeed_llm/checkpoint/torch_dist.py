@@ -33,6 +33,8 @@ from mindspeed_llm.models.shape import ModelShape
 METADATA = ".metadata"
 _NUMBERED = re.compile(r"decoder\.layers\.\d+\.")
 _STACKED = "decoder.layers."
+# what megatron-core calls all experts of a layer, stacked along an axis (after the layers' axis, if there is one)
+_EXPERTS = ".experts.experts."
 # entries of a training state that are no model weights
 _TRAINING_STATE = re.compile(r"(chained_\d+\.|optimizer\b|opt_param_scheduler|rng_state|rerun_state_machine)")
 _METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
@@ -49,10 +51,14 @@ _METADATA_GLOBALS = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a model tensor lies: the global tensor's key, and its layer along the stacked axis if there is one."""
+    """Where a model tensor lies: the global tensor's key, and its place along the axes it is stacked along.
+
+    Attributes:
+        stack: its layer, its expert, both or neither.
+    """
 
     key: str
-    layer: int | None
+    stack: tuple[int, ...]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -82,6 +88,7 @@ class TorchDistSource(TensorSource):
         self._metadata = self._read_metadata()
         self._boxes = self._index_boxes()
         self._stored = self._find_tensors()
+        self._last_read: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
@@ -128,12 +135,17 @@ class TorchDistSource(TensorSource):
         for key, metadata in self._metadata.state_dict_metadata.items():
             if is_extra_state(key.split("/")[0]) or _TRAINING_STATE.match(key) or not hasattr(metadata, "chunks"):
                 continue
+            by_layer: dict[str, tuple[int, ...]] = {key: ()}
             if key.startswith(_STACKED) and not _NUMBERED.match(key):
                 rest = key.removeprefix(_STACKED)
-                for layer in range(metadata.size[0]):
-                    stored[plain_name(f"{_STACKED}{layer}.{rest}")] = _Stored(key, layer)
-            else:
-                stored[plain_name(key)] = _Stored(key, None)
+                by_layer = {f"{_STACKED}{layer}.{rest}": (layer,) for layer in range(metadata.size[0])}
+            for name, stack in by_layer.items():
+                if _EXPERTS not in name:
+                    stored[plain_name(name)] = _Stored(key, stack)
+                    continue
+                for expert in range(metadata.size[len(stack)]):
+                    one = name.replace(_EXPERTS, f".experts.local_experts.{expert}.")
+                    stored[one] = _Stored(key, (*stack, expert))
         return stored
 
     def _check(self) -> None:
@@ -154,14 +166,12 @@ class TorchDistSource(TensorSource):
         return self._metadata.state_dict_metadata[self._stored[name].key]
 
     def _found_dims(self, name: str) -> tuple[int, ...]:
-        size = tuple(self._tensor_metadata(name).size)
-        return size if self._stored[name].layer is None else size[1:]
+        return tuple(self._tensor_metadata(name).size)[len(self._stored[name].stack) :]
 
     def _read_box(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
         """A box [start, stop) per dimension of one tensor, put together from the stored boxes that overlap it."""
         stored, metadata = self._stored[name], self._tensor_metadata(name)
-        stacked = stored.layer is not None
-        wanted = [(stored.layer, stored.layer + 1), *box] if stacked else list(box)
+        wanted = [*((place, place + 1) for place in stored.stack), *box]
         out = torch.empty([stop - start for start, stop in wanted], dtype=metadata.properties.dtype)
         covered = 0
         for chunk in metadata.chunks:
@@ -180,17 +190,21 @@ class TorchDistSource(TensorSource):
             raise UserError(
                 f"checkpoint: {name} in {self.origin} covers {covered} of {out.numel()} values; it is incomplete"
             )
-        return out[0] if stacked else out
+        return out[(0,) * len(stored.stack)]
 
     def _read_stored(self, key: str, offsets: tuple[int, ...]) -> Tensor:
         info = next((info for at, info in self._boxes.get(key, ()) if at == offsets), None)
         if info is None or getattr(info, "transform_descriptors", None):
             what = "is not stored" if info is None else "is stored compressed"
             raise UserError(f"checkpoint: {key} at {list(offsets)} {what} in {self.origin}")
+        if self._last_read is not None and self._last_read[0] == (key, offsets):
+            return self._last_read[1]  # a box of several experts, which are asked for one after another
         path = self.directory / info.relative_path
         try:
             with path.open("rb") as file:
                 file.seek(info.offset)
-                return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+                tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
+        self._last_read = ((key, offsets), tensor)
+        return tensor
