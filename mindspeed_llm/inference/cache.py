@@ -15,7 +15,7 @@ def cache_dtype(params_dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class Cache:
-    """Keys and values of b rows, [b, g, s_max, d] per layer; rows may have different lengths.
+    """Keys [b, g, s_max, d] and values [b, g, s_max, d_v] of b rows per layer; rows may have different lengths.
 
     Args:
         layer_numbers: of this rank's layers, as megatron counts them.
@@ -23,6 +23,7 @@ class Cache:
         num_groups: key/value heads on this rank, g.
         max_length: s_max, prompt plus answer.
         head_dim: d.
+        value_dim: d_v; None for d.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class Cache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        value_dim: int | None = None,
     ):
-        size = (num_rows, num_groups, max_length, head_dim)
+        rows, widths = (num_rows, num_groups, max_length), (head_dim, value_dim or head_dim)
         # Zeros, not garbage: masked positions are multiplied by 0, which NaN would survive.
         self.layers = {
-            number: (torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
+            number: tuple(torch.zeros(*rows, width, dtype=dtype, device=device) for width in widths)
             for number in layer_numbers
         }
         self.lengths = [0] * num_rows
@@ -75,7 +77,7 @@ class CacheRows:
         assert all(cache.lengths[i] == self.start for i in indices), "rows of different length"
 
     def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value [s, b, g, d]; return all so far, [s_all, b, g, d]."""
+        """Store key [s, b, g, d] and value [s, b, g, d_v]; return all so far, s_all of each."""
         stop = self.start + key.shape[0]
         both = []
         for tensor, new in zip(self.cache.layers[layer_number], (key, value)):

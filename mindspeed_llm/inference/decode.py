@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mindspeed_llm.inference.cache import Cache
 from mindspeed_llm.models.attention import SelfAttention
 from mindspeed_llm.models.gpt import LanguageModel
+from mindspeed_llm.models.mlp import MLP
 from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
 from mindspeed_llm.ops.rotary import rotary_table, rotate
 
@@ -78,6 +79,35 @@ class DecodeStep:
         """cos and sin, [2, positions, 1, 1, r/2]."""
         inv_freq, factor = rope_frequencies(self.shape, seq_len)
         return rotary_table(positions[None].to(self.device), inv_freq.to(self.device), factor, self.dtype)
+
+
+class ModelStep:
+    """What `DecodeStep` does, by the model's own forward pass: for layers that it has no lean form of."""
+
+    def __init__(self, model: LanguageModel, cache: Cache):
+        self.model, self.cache = model, cache
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to each row: [b] -> logits [b, v]; rows of one length at a time."""
+        logits: dict[int, Tensor] = {}
+        by_length: dict[int, list[int]] = {}
+        for row, length in enumerate(self.cache.lengths):
+            by_length.setdefault(length, []).append(row)
+        for length, rows in by_length.items():
+            context = self.cache.rows(rows)
+            positions = torch.full((1, 1), length, device=tokens.device)
+            out = self.model(tokens[rows][:, None], position_ids=positions, inference_context=context)
+            context.advance(1)
+            logits.update(zip(rows, out[:, -1]))
+        return torch.stack([logits[row] for row in range(len(tokens))])
+
+
+def decode_step(model: LanguageModel, cache: Cache, max_length: int) -> DecodeStep | ModelStep:
+    """How one token more is computed for this model; arguments as of `DecodeStep`."""
+    plain = all(
+        isinstance(layer.self_attention, SelfAttention) and isinstance(layer.mlp, MLP) for layer in model.decoder.layers
+    )
+    return DecodeStep(model, cache, max_length) if plain else ModelStep(model, cache)
 
 
 class Positions:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.inference.cache import Cache, cache_dtype
-from mindspeed_llm.inference.decode import DecodeStep
+from mindspeed_llm.inference.decode import decode_step
 from mindspeed_llm.inference.logits import filter_scores, penalize_repetition
 from mindspeed_llm.inference.settings import GenerationSettings
 from mindspeed_llm.models.gpt import LanguageModel
@@ -183,9 +183,10 @@ class CachedRunner:
             shape.kv_channels,
             cache_dtype(model.config.params_dtype, weight.device),
             weight.device,
+            shape.value_channels,
         )
         self.device = weight.device
-        self.decode = DecodeStep(model, self.cache, longest)
+        self.decode = decode_step(model, self.cache, longest)
 
     def prefill(self) -> Tensor:
         """Logits [b, v] after the prompts."""

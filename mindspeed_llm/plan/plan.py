@@ -28,7 +28,8 @@ from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 # Names that people know from upstream's --model-type-hf.
 UPSTREAM_FAMILIES = {
     "llama2": "llama", "llama3": "llama", "llama31": "llama", "codellama": "llama", "mistral": "llama", "yi": "llama",
-    "qwen2": "qwen", "qwen25": "qwen", "qwen3": "qwen",
+    "qwen2": "qwen", "qwen25": "qwen", "qwen3": "qwen", "deepseek2": "deepseek", "deepseek2-lite": "deepseek",
+    "deepseek3": "deepseek",
     "qwen2-moe": "qwen_moe", "qwen3-moe": "qwen_moe",
 }  # fmt: skip
 LONGEST_DEFAULT_SEQUENCE = 4096
@@ -133,6 +134,11 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
     if shape is None:
         raise UserError("\n".join(problems))
+    if adapters is not None and (shape.multi_latent_attention or shape.mtp_num_layers):
+        problems.append(
+            "lora: adapters for latent attention and multi-token prediction are not implemented; legal: models with "
+            "query groups; try: --trainable REGEX without adapters"
+        )
     shape, stored_shape = _try(problems, lambda: _without_predictions(config, shape, weights, resume), (shape, shape))
     if adapter_source is not None and weights is not None:
         _try(problems, lambda: check_base(adapter_source, weights, stored_shape), None)

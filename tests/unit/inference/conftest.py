@@ -6,7 +6,7 @@ import torch
 from mindspeed_llm.checkpoint.toy import make_toy
 
 torch.set_num_threads(1)
-FAMILIES = ("llama", "qwen3")
+FAMILIES = ("llama", "qwen3", "deepseek_v3")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mindspeed_llm.inference import engine
 from mindspeed_llm.inference.beam import beam_search
+from mindspeed_llm.inference.decode import DecodeStep
 from mindspeed_llm.inference.engine import decode_steps, new_answers
 from mindspeed_llm.inference.logits import filter_scores, penalize_repetition
 from mindspeed_llm.inference.settings import GenerationSettings
@@ -54,8 +54,7 @@ def frequent_tokens(answers, count):
     return tuple(dict.fromkeys(answer[(5 * n + 4) % len(answer)] for n, answer in enumerate(answers)))[:count]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("family, penalty", [("llama", 1.0), ("llama", 1.3), ("qwen3", 1.0), ("deepseek_v3", 1.3)])
 def test_greedy_tokens_are_those_of_transformers(load, reference, family, penalty):
     loaded = load(family)
     expected = theirs(reference(family), loaded, PROMPTS, (), repetition_penalty=penalty)
@@ -93,9 +92,9 @@ def test_beam_search_is_that_of_transformers(load, reference, family, options):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_comparison_notices_a_wrong_position(load, reference, family, monkeypatch):
     loaded = load(family)
-    table = engine.DecodeStep._table
+    table = DecodeStep._table
     # From the sixth position on, every token believes it stands one place further.
-    monkeypatch.setattr(engine.DecodeStep, "_table", lambda self, p, n: table(self, p + (p > 5).long(), n))
+    monkeypatch.setattr(DecodeStep, "_table", lambda self, p, n: table(self, p + (p > 5).long(), n))
     assert ours(loaded, PROMPTS) != theirs(reference(family), loaded, PROMPTS, ())
 
 
