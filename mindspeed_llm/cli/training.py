@@ -35,9 +35,7 @@ def run_door(parsed: Parsed) -> RunResult | None:
     say_notes([*parsed.notes, *plan.notes])
     config.data.seq_length = plan.seq_length
     if config.logging.dry_run:
-        from mindspeed_llm.plan.show import show_plan
-
-        show_plan(plan)
+        _dry_run(plan)
         return None
     if not config.data.data_path:
         raise UserError("--data-path is missing: preprocessed files or raw data to train on")
@@ -53,6 +51,17 @@ def run_door(parsed: Parsed) -> RunResult | None:
 
         save_final_as_hf(plan)
     return result
+
+
+def _dry_run(plan: Plan) -> None:
+    from mindspeed_llm.plan.show import show_plan
+
+    show_plan(plan)
+    rank = plan.config.logging.check_rank
+    if rank is not None:
+        from mindspeed_llm.training.check_rank import check_rank
+
+        print(f" {check_rank(plan, rank)}")
 
 
 def tokenizer_of(plan: Plan) -> Tokenizer | None:

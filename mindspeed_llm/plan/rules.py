@@ -78,9 +78,10 @@ def expert_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
     """Conditions on expert parallelism; a model without experts has none to share."""
     ep, etp, experts = layout.ep, layout.expert_tp, shape.num_moe_experts
     if experts is None:
-        asked = ep > 1 or layout.etp is not None
+        if ep == 1 and layout.etp is None:
+            return []
         says = "expert parallelism is for models with experts, and this one has none"
-        return [Rule("experts", says, False, "no --expert-model-parallel-size, no --expert-tensor-parallel-size")] * asked
+        return [Rule("experts", says, False, "no --expert-model-parallel-size, no --expert-tensor-parallel-size")]
     width, per_stage = shape.moe_ffn_hidden_size, layout.world_size // layout.pp
     sizes = [d for d in divisors(experts) if per_stage % (etp * d) == 0]
     tensor = [d for d in divisors(width) if d <= layout.tp and per_stage % (ep * d) == 0]

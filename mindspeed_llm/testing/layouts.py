@@ -28,8 +28,11 @@ from mindspeed_llm.models.layouts import held_experts, layout_of, unshard
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layout import Coordinates
 from mindspeed_llm.plan.plan import Plan, resolve
+from mindspeed_llm.testing.mutations import MUTATIONS
 from mindspeed_llm.training.data import DataPart, TrainingData
 from mindspeed_llm.training.loop import Progress, TrainingLoop
+from mindspeed_llm.training.run import make_optimizer
+from mindspeed_llm.training.setup import build, gather_parameters, placement, start_processes
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 # Copies of a tensor on several ranks are reduced by the same collective, or computed by the same operations.
@@ -108,10 +111,6 @@ def train(
         UserError: what the plan refuses.
         AssertionError: copies of a tensor differ between ranks.
     """
-    from mindspeed_llm.testing.mutations import MUTATIONS
-    from mindspeed_llm.training.run import make_optimizer
-    from mindspeed_llm.training.setup import build, start_processes
-
     with mock.patch.dict(os.environ, _environment()):
         plan = _plan(model, flags, len(rows), steps, door)
         start_processes(plan)
@@ -122,9 +121,7 @@ def train(
         recorder = _Recorder(plan, built, inner if optimizer == "adamw" else None, learning_rate)
         loop = TrainingLoop(plan, built, recorder, scheduler, data, None, Progress(), steps, None)
         results = [loop.step()[0] for _ in range(steps)]
-        for wrapped in built.wrapped:
-            if wrapped.ddp_config.overlap_param_gather:  # the last step's weights come with the next forward pass
-                wrapped.start_param_sync(force_sync=True)
+        gather_parameters(built)
         parameters = {p: p.detach() for chunk in built.chunks for p in chunk.parameters()}
         weights = gather(plan, built.chunks, parameters)
     return Trained([r.loss for r in results], [r.trained_tokens for r in results], recorder.gradients, weights)
@@ -201,19 +198,17 @@ def gather(plan: Plan, chunks: Sequence[torch.nn.Module], values: Mapping[Tensor
         for name, parameter in chunk.named_parameters():
             if parameter in values:
                 value = values[parameter].float().cpu().clone()
-                local |= _by_whole_names(name, value, plan, here, number)
+                local |= _by_whole_names(name, value, plan, number)
     everything = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object((here, local), everything)
     return assemble(everything, plan.shape) if everything is not None else {}
 
 
-def _by_whole_names(name: str, value: Tensor, plan: Plan, here: Coordinates, chunk: int) -> Tensors:
-    """A parameter of one rank's model chunk by its name in the whole model, stacked experts one by one."""
-    from mindspeed_llm.checkpoint.load import Placement
-
-    layout = plan.layout
-    name = Placement(layout.layers, here.tp, layout.tp, here.pp, chunk).global_name(name)
-    experts = held_experts(name, (plan.shape.num_moe_experts or 0) // layout.ep, here.ep)
+def _by_whole_names(name: str, value: Tensor, plan: Plan, chunk: int) -> Tensors:
+    """A parameter of one of this rank's model chunks by its name in the whole model, stacked experts one by one."""
+    here = placement(plan, chunk)
+    name = here.global_name(name)
+    experts = held_experts(name, (plan.shape.num_moe_experts or 0) // here.ep, here.ep_rank)
     if experts is None:
         return {name: value}
     slices = [part.flatten(0, -2) if part.dim() > 2 else part for part in value.chunk(len(experts))]

@@ -20,6 +20,8 @@ from mindspeed_llm.plan.memory import parameters_by_stage
 from mindspeed_llm.plan.plan import Plan
 
 SMALL_HEAD, SMALL_LATENT, SMALL_WIDTH, SMALL_VOCABULARY = 4, 8, 8, 256
+# Tokens of a rank for each of the ranks that share the experts.
+TOKENS_FOR_EXPERTS = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class RankCheck:
     planned: int
     tensors: int
     seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank}: {self.parameters:,} parameters in {self.tensors} tensors, as planned; a narrow model of "
+            f"this layout took one step with pretended communication ({self.seconds:.1f} s)"
+        )
 
 
 def check_rank(plan: Plan, rank: int) -> RankCheck:
@@ -72,9 +80,13 @@ def _check(plan: Plan, rank: int) -> RankCheck:
 
 
 def _pretend(plan: Plan, rank: int) -> None:
-    """Be one rank of a fake process group."""
+    """Be one rank of a fake process group, in a process that nothing else uses."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    new_group = dist.new_group
+    # Groups that are asked for with gloo would look for their peers. Before megatron's view of torch takes the function.
+    dist.new_group = lambda *args, **named: new_group(*args, **{**named, "backend": None})
 
     from mindspeed_llm.training.setup import start_processes
 
@@ -87,10 +99,11 @@ def _pretend(plan: Plan, rank: int) -> None:
 
 def _build_without_memory(plan: Plan) -> tuple[int, int]:
     """(parameters, tensors) of the rank's part of the model."""
-    from mindspeed_llm.training.setup import build_chunks
+    from mindspeed_llm.models.build import build_chunks
+    from mindspeed_llm.training.setup import build_options
 
     with _on_meta():
-        chunks = build_chunks(plan, initialize=False)
+        chunks = build_chunks(plan.shape, build_options(plan, initialize=False))
     tensors = [p for chunk in chunks for p in chunk.parameters()]
     return sum(p.numel() for p in tensors), len(tensors)
 
@@ -117,7 +130,8 @@ def small_plan(plan: Plan) -> Plan:
     config = plan.config
     config.training.micro_batch_size = 1
     split = layout.sequence_split
-    rows = layout.dp * layout.pp
+    unit = 2 * split.multiple * split.ranks * layout.tp
+    tokens = layout.ep * TOKENS_FOR_EXPERTS if shape.num_moe_experts else 1
     small = small_shape(shape, layout.tp, layout.expert_tp)
     return replace(
         plan,
@@ -126,8 +140,8 @@ def small_plan(plan: Plan) -> Plan:
         weights=None,
         resume=None,
         adapter_source=None,
-        global_batch_size=rows,
-        seq_length=2 * split.multiple * split.ranks * layout.tp,
+        global_batch_size=layout.dp * layout.pp,
+        seq_length=-(-tokens // (shape.moe_router_topk * unit)) * unit,
         padded_vocab_size=SMALL_VOCABULARY * layout.tp,
     )
 
@@ -165,6 +179,8 @@ def _step(plan: Plan) -> None:
     for chunk in model.chunks:
         # Stages would tell each other shapes, and a pretended message says nothing.
         chunk.config.variable_seq_lengths = False
+        # Counts of tokens are this rank's own, whoever seems to send them, so each rank must have some for each other.
+        chunk.config.moe_router_force_load_balancing = True
     optimizer, _ = make_optimizer(plan, model, train_iters=1)
     ids = torch.randint(0, plan.shape.vocab_size, (plan.seq_length,)).numpy()
     batch = collate_padded([{"input_ids": ids, "labels": ids}], 0, plan.seq_length)

@@ -15,8 +15,8 @@ from mindspeed_llm.plan.grid import (
     fold,
     grid_rows,
     grid_tables,
-    rank_at,
     ranges,
+    rank_at,
     stage_text,
 )
 from mindspeed_llm.plan.rules import layout_rules

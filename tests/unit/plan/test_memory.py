@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.memory import estimate, parameters_per_device
+from mindspeed_llm.parallel.layer_map import layer_map
+from mindspeed_llm.parallel.layout import ParallelLayout
+from mindspeed_llm.plan.memory import estimate, micro_batches_in_flight, parameters_by_stage
 
 SHAPE = ModelShape("llama", 4, 128, 320, 8, 4, 16, 1009, 256)
 TOKENS = 256
@@ -14,12 +16,16 @@ FACTOR = 1.1
 """The activation estimate is right within this factor either way; the other parts are exact."""
 
 
-def estimated(shape=SHAPE, **changes):
+def layout(shape=SHAPE, world=1, pp=1, vpp=None, **sizes):
+    return ParallelLayout(layer_map(shape.num_layers, pp, vpp), world, **sizes)
+
+
+def estimated(shape=SHAPE, where=None, **changes):
     arguments = dict(
-        tp=1, pp=1, dp=1, padded_vocab=1009, dtype_bytes=4, trainable_share=1.0, tokens_per_microbatch=TOKENS,
-        micro_batches=1, sequence_parallel=False, distributed_optimizer=False, recompute=None, loss_chunk=TOKENS,
+        padded_vocab=1009, dtype_bytes=4, adapter_parameters=None, tokens_per_microbatch=TOKENS, micro_batches=1,
+        sequence_parallel=False, distributed_optimizer=False, recompute=None, loss_chunk=TOKENS,
     )  # fmt: skip
-    return estimate(shape, **arguments | changes)
+    return estimate(shape, where or layout(shape), **arguments | changes)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -31,12 +37,12 @@ def test_weights_are_counted_exactly(tied):
     initialize_distributed()
     model = build_model(shape, BuildOptions(initialize=False, padded_vocab_size=1009))
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters_per_device(shape, tp=1, pp=1, padded_vocab=1009) == parameters == shape.num_parameters()
+    (whole,) = parameters_by_stage(shape, layout(shape), 1009)
+    assert whole.dense == whole.total == parameters == shape.num_parameters()
     found = estimated(shape)
     assert (found.weights, found.gradients, found.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
-    half = estimated(shape, dtype_bytes=2, trainable_share=0.5)
-    assert half.weights == 2 * parameters
-    assert half.optimizer == pytest.approx(12 * parameters / 2, rel=1e-5)
+    half = estimated(shape, dtype_bytes=2, adapter_parameters=1000)
+    assert (half.weights, half.gradients, half.optimizer) == (2 * parameters, 4000, 12000)
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])
@@ -75,8 +81,49 @@ def test_activations_are_right_within_a_factor(recompute, request):
 
 def test_layouts_share():
     whole = estimated()
-    assert estimated(tp=2, padded_vocab=1010).weights < 0.51 * whole.weights
-    assert estimated(dp=4, distributed_optimizer=True).optimizer == pytest.approx(whole.optimizer / 4, rel=1e-6)
-    assert estimated(dp=4).optimizer == whole.optimizer
+    tensor = layout(world=2, tp=2)
+    assert estimated(where=tensor, padded_vocab=1010).weights < 0.51 * whole.weights
+    data = layout(world=4)
+    assert estimated(where=data, distributed_optimizer=True).optimizer == pytest.approx(whole.optimizer / 4, rel=1e-6)
+    assert estimated(where=data).optimizer == whole.optimizer
+    context = layout(world=4, cp=4)
+    assert estimated(where=context, distributed_optimizer=True).optimizer == pytest.approx(whole.optimizer / 4, 1e-6)
+    assert estimated(where=context).activations < 0.5 * whole.activations
     assert estimated(recompute="full").activations < 0.6 * whole.activations
-    assert estimated(tp=2, sequence_parallel=True).activations < estimated(tp=2).activations < whole.activations
+    cut = estimated(where=tensor, padded_vocab=1010)
+    shared = estimated(where=tensor, padded_vocab=1010, sequence_parallel=True)
+    assert shared.activations < cut.activations < whole.activations
+
+
+MOE = dataclasses.replace(
+    SHAPE, family="qwen_moe", num_moe_experts=8, moe_ffn_hidden_size=64, moe_layers=(1, 2, 3), qk_layernorm=True
+)
+LATENT = dataclasses.replace(
+    SHAPE, family="deepseek", kv_channels=24, num_query_groups=8, multi_latent_attention=True, q_lora_rank=32,
+    kv_lora_rank=16, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12, mtp_num_layers=1, num_moe_experts=8,
+    moe_ffn_hidden_size=64, moe_layers=(2, 3), moe_shared_expert_intermediate_size=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SHAPE, MOE, LATENT], ids=["dense", "experts", "latent"])
+def test_the_parts_of_all_devices_are_the_model(shape):
+    (whole,) = parameters_by_stage(shape, layout(shape), 1009)
+    assert whole.total == shape.num_parameters()
+    if shape.num_moe_experts is None:
+        return
+    shared = layout(shape, 16, pp=2, tp=2, ep=4, etp=1)
+    stages = parameters_by_stage(shape, shared, 1010)
+    assert sum(stage.expert for stage in stages) * 4 == whole.expert
+    assert stages[1].expert > stages[0].expert  # the first layers have none
+    found = estimated(shape, where=shared, padded_vocab=1010, distributed_optimizer=True)
+    # Dense state is shared by 4 data-parallel ranks, that of the experts by its 2 replicas.
+    here = stages[found.stage]
+    assert found.optimizer == int(8 * (here.dense / 4 + here.expert / 2))
+
+
+def test_the_first_stage_holds_the_most_micro_batches():
+    four = layout(pp=4, world=4)
+    assert [micro_batches_in_flight(four, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert micro_batches_in_flight(four, 0, 2) == 2
+    # Rank 0 of 2 stages x 2 chunks runs 2 + 2 + 1 forward passes of a chunk before its first backward pass.
+    assert micro_batches_in_flight(layout(pp=2, vpp=2, world=2), 0, 8) == 2.5
