@@ -19,6 +19,7 @@ class MicroBatch:
     Attributes:
         input_ids, labels, position_ids: [b, s] int64; labels are shifted, -100 where there is no loss. Concatenated
             batches have b = 1.
+        padding: [b, s] bool, what fills the rows up.
         cu_seqlens: [d + 1] int32, bounds of the d documents in a concatenated row, None for padded batches.
         max_seqlen: tokens of the longest document, None for padded batches.
         num_tokens: tokens without padding.
@@ -28,6 +29,7 @@ class MicroBatch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    padding: torch.Tensor
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
     num_tokens: int
@@ -62,7 +64,7 @@ def collate_padded(
         labels[row, :length] = sample["labels"]
     # Padding does not lengthen the sequence, by which some models choose their rotary frequencies.
     positions = np.broadcast_to(np.arange(width, dtype=np.int64).clip(max=max(lengths) - 1), input_ids.shape)
-    return _micro_batch(input_ids, labels, positions.copy(), None, sum(lengths))
+    return _micro_batch(input_ids, labels, positions.copy(), np.array(lengths), None)
 
 
 def collate_concatenated(
@@ -98,18 +100,20 @@ def collate_concatenated(
     positions = np.concatenate([*(np.arange(size, dtype=np.int64) for size in documents), padding])[None]
     documents += [tail] if tail else []
     bounds = np.concatenate([[0], np.cumsum(documents)]).astype(np.int32)
-    return _micro_batch(input_ids, labels, positions, bounds, num_tokens)
+    return _micro_batch(input_ids, labels, positions, np.array([num_tokens]), bounds)
 
 
 def _micro_batch(
-    input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, bounds: np.ndarray | None, num_tokens: int
+    input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, lengths: np.ndarray, bounds: np.ndarray | None
 ) -> MicroBatch:
+    """`lengths` [b]: tokens of each row, the rest being padding."""
     return MicroBatch(
         input_ids=torch.from_numpy(np.ascontiguousarray(input_ids, np.int64)),
         labels=torch.from_numpy(np.ascontiguousarray(labels, np.int64)),
         position_ids=torch.from_numpy(positions),
+        padding=torch.from_numpy(np.arange(input_ids.shape[1]) >= lengths[:, None]),
         cu_seqlens=None if bounds is None else torch.from_numpy(bounds),
         max_seqlen=None if bounds is None else int(np.diff(bounds).max()),
-        num_tokens=num_tokens,
+        num_tokens=int(lengths.sum()),
         num_trained_tokens=int(np.count_nonzero(labels != IGNORE_INDEX)),
     )

@@ -108,6 +108,7 @@ class LanguageModel(GPTModel):
         last_position_only: bool = False,
         gather_logits: bool | None = None,
         further: Sequence[tuple[Tensor, Tensor]] | None = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """One stage's forward pass.
 
@@ -122,13 +123,16 @@ class LanguageModel(GPTModel):
             last_position_only: logits of the last position alone, [b, 1, v].
             gather_logits: collect the logits of all tensor-parallel ranks; default: when a cache is given.
             further: with multi-token prediction (token ids, labels) of each prediction layer, as
-                `prediction_targets.further_targets` makes them of whole rows; None makes them here, where rows are whole.
+                `prediction_targets.further_targets` makes them of whole rows; None makes them here, where rows are
+                whole.
+            padding_mask: bool [b, s], True for tokens that routers of experts leave out of counts and auxiliary losses;
+                given on all ranks or none.
 
         Returns:
             Before the last stage: hidden states [s, b, h]. Last stage with labels: the SUM of the labelled tokens'
             losses, a scalar (fp32); with multi-token prediction [1 + prediction layers] sums, the model's own first, of
-            which `prediction_targets.objective` is what is minimised. Without labels: logits [b, s, v] of the true vocabulary
-            when gathered, else [b, s, v_local] with -inf in the padded columns.
+            which `prediction_targets.objective` is what is minimised. Without labels: logits [b, s, v] of the true
+            vocabulary when gathered, else [b, s, v_local] with -inf in the padded columns.
 
         Raises:
             ValueError: an attention mask, ids outside the vocabulary, or shapes that do not fit together.
@@ -141,19 +145,22 @@ class LanguageModel(GPTModel):
             self._check_cache_is_used(packed_seq_params)
         decoder_input = self._embed(input_ids) if self.pre_process else None
         table = self._rotary_table(input_ids, position_ids, packed_seq_params)
+        if padding_mask is not None and self.config.sequence_parallel:
+            padding_mask = padding_mask.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
             inference_context=inference_context,
             rotary_pos_emb=table,
             packed_seq_params=packed_seq_params,
+            padding_mask=padding_mask,
         )
         if not self.post_process:
             return hidden_states
         if labels is not None and self.mtp_process:
             if further is None:
                 further = self._further_targets(input_ids, labels, packed_seq_params)
-            return self._losses(hidden_states, labels, further, table, packed_seq_params)
+            return self._losses(hidden_states, labels, further, table, packed_seq_params, padding_mask)
         if labels is not None:
             return self._loss_sum(hidden_states, labels)
         gather = inference_context is not None if gather_logits is None else gather_logits
@@ -252,11 +259,12 @@ class LanguageModel(GPTModel):
         further: Sequence[tuple[Tensor, Tensor]],
         table: Tensor,
         packed: PackedSeqParams | None,
+        padding_mask: Tensor | None,
     ) -> Tensor:
         """[1 + prediction layers] loss sums."""
         losses = [self._loss_sum(hidden_states, labels)]
         for layer, (ids, targets) in zip(self.mtp.layers, further, strict=True):
-            hidden_states = layer(self._embed(ids), hidden_states, table, packed)
+            hidden_states = layer(self._embed(ids), hidden_states, table, packed, padding_mask)
             losses.append(self._loss_sum(hidden_states, targets))
         return torch.stack(losses)
 

@@ -72,10 +72,11 @@ class MLP(MegatronModule):
             tp_group=self.tp_group,
         )
 
-    def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor | None]:
-        """Output and linear_fc2's bias, which the layer adds; `padding_mask` is for expert layers and must be None."""
-        if padding_mask is not None:
-            raise ValueError("padding_mask is for expert layers; a dense MLP computes each token by itself")
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Output and linear_fc2's bias, which the layer adds.
+
+        megatron's layer gives `padding_mask` to dense and expert layers alike; each token is computed by itself here.
+        """
         intermediate, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(self.activate(intermediate))
 

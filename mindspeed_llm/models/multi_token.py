@@ -68,7 +68,12 @@ class MultiTokenPredictionLayer(MegatronModule):
         self.final_layernorm = norm(config, hidden_size, epsilon)
 
     def forward(
-        self, embedded: Tensor, hidden_states: Tensor, table: Tensor, packed_seq_params: PackedSeqParams | None
+        self,
+        embedded: Tensor,
+        hidden_states: Tensor,
+        table: Tensor,
+        packed_seq_params: PackedSeqParams | None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """One prediction further.
 
@@ -78,20 +83,26 @@ class MultiTokenPredictionLayer(MegatronModule):
                 rank's share of s under sequence parallelism.
             table: rotary table of the model's own positions; a shift of all positions changes no score.
             packed_seq_params: documents of a packed row.
+            padding_mask: [b, s] for the router of a layer with experts, as the layers of the model get it.
 
         Returns:
             [s, b, h], normalised.
         """
 
         def run(embedded: Tensor, hidden_states: Tensor) -> Tensor:
-            return self._run(embedded, hidden_states, table, packed_seq_params)
+            return self._run(embedded, hidden_states, table, packed_seq_params, padding_mask)
 
         if self.config.recompute_granularity == "full" and self.training:
             return tensor_parallel.checkpoint(run, self.config.distribute_saved_activations, embedded, hidden_states)
         return run(embedded, hidden_states)
 
     def _run(
-        self, embedded: Tensor, hidden_states: Tensor, table: Tensor, packed_seq_params: PackedSeqParams | None
+        self,
+        embedded: Tensor,
+        hidden_states: Tensor,
+        table: Tensor,
+        packed_seq_params: PackedSeqParams | None,
+        padding_mask: Tensor | None,
     ) -> Tensor:
         # As in megatron's TransformerBlock: shards of a sequence draw different dropout masks.
         sharded = self.config.sequence_parallel
@@ -102,7 +113,11 @@ class MultiTokenPredictionLayer(MegatronModule):
             if sharded:
                 joined = tensor_parallel.scatter_to_sequence_parallel_region(joined, group=self.tp_group)
             out, _ = self.transformer_layer(
-                joined, attention_mask=None, rotary_pos_emb=table, packed_seq_params=packed_seq_params
+                joined,
+                attention_mask=None,
+                rotary_pos_emb=table,
+                packed_seq_params=packed_seq_params,
+                padding_mask=padding_mask,
             )
         return self.final_layernorm(out)
 

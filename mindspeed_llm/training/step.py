@@ -56,6 +56,8 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
         tuple(own_tokens(x, config.sequence_split).to(device, non_blocking=True) for x in pair)
         for pair in further_targets(whole.input_ids, whole.labels, whole.cu_seqlens, config.shape.mtp_num_layers)
     ]
+    # Routers of experts alone tell padding apart; they need to agree on whether there is any.
+    padded = config.num_moe_experts is not None and bool(whole.padding.any())
     labels = batch.labels.to(device, non_blocking=True)
     output = model(
         input_ids=batch.input_ids.to(device, non_blocking=True),
@@ -64,6 +66,7 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
         labels=labels,
         packed_seq_params=packed_params(batch, device),
         further=further,
+        padding_mask=batch.padding.to(device, non_blocking=True) if padded else None,
     )
 
     def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -86,6 +89,7 @@ def own_share(batch: MicroBatch, split: SequenceSplit) -> MicroBatch:
         input_ids=own_tokens(batch.input_ids, split),
         labels=labels,
         position_ids=own_tokens(batch.position_ids, split),
+        padding=own_tokens(batch.padding, split),
         num_trained_tokens=int((labels != IGNORE_INDEX).sum()),
     )
 

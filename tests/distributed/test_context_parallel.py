@@ -144,8 +144,15 @@ def stretched(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(toy_llama, toy_qwen, windowed, stretched):
-    return {"llama": toy_llama, "qwen": toy_qwen, "windowed": windowed, "stretched": stretched}
+def deepseek(tmp_path_factory):
+    """Latent attention, experts whose router counts tokens, multi-token prediction."""
+    return make_toy("deepseek_v3", tmp_path_factory.mktemp("toy") / "deepseek")
+
+
+@pytest.fixture(scope="module")
+def models(toy_llama, toy_qwen, windowed, stretched, deepseek):
+    named = {"llama": toy_llama, "qwen": toy_qwen, "windowed": windowed, "stretched": stretched}
+    return named | {"deepseek": deepseek}
 
 
 JOINED = "--micro-batch-size 2"
@@ -168,6 +175,9 @@ def alone(models, model, batch, rows, more=""):
     return KNOWN[key]
 
 
+# Losses of the router, which leave out the padding that sharing a row takes.
+BALANCED = "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1 --moe-z-loss-coeff 0.01"
+
 TWO = [
     ("llama", JOINED, "documents", RING, ""),
     ("llama", JOINED, "documents", ULYSSES, ""),
@@ -178,6 +188,8 @@ TWO = [
     ("windowed", PADDED, "rows", ULYSSES, ""),
     ("stretched", PADDED, "rows", RING, ""),
     ("llama", JOINED, "documents", RING, "--lora-r 4"),
+    ("deepseek", JOINED, "documents", RING, BALANCED),
+    ("deepseek", PADDED, "rows", ULYSSES, BALANCED),
 ]  # fmt: skip
 
 

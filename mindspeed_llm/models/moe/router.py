@@ -41,13 +41,19 @@ class Router(TopKRouter):
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return F.linear(input.to(dtype), self.weight.to(dtype))
 
-    def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
-        """Logits [s, b, e] -> weights [s * b, e] and where they are not zero, [s * b, e] bool."""
-        if padding_mask is not None:
-            raise ValueError("padding_mask is not read: every position of a row is routed")
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [s, b, e] -> weights [s * b, e] and where they are not zero, [s * b, e] bool.
+
+        Padding (`padding_mask` [s, b] True) is routed as any token, but auxiliary losses and the counts for the score
+        bias leave it out: how much there is of it depends on the layout.
+        """
         config, shape = self.config, self.config.shape
         rows = logits.shape[1]
-        logits = self._with_z_loss(logits.flatten(0, 1))
+        counted = torch.ones_like(logits[..., :1], dtype=torch.bool)
+        if padding_mask is not None:
+            counted = ~padding_mask.unsqueeze(-1)
+        counted = counted.flatten(0, 1)  # [s * b, 1]
+        logits = self._with_z_loss(logits.flatten(0, 1), counted)
         weights, experts = choose_experts(logits, shape, self.expert_bias)
         probs, routing_map = routing_tables(weights, experts, shape.num_moe_experts)
         if config.moe_expert_capacity_factor is not None:
@@ -56,52 +62,57 @@ class Router(TopKRouter):
                 probs, routing_map, capacity, config.moe_token_drop_policy, config.moe_pad_expert_input_to_capacity
             )
         if self._learns():
-            probs = self._with_load_balancing(probs, logits, rows)
+            probs = self._with_load_balancing(probs, logits, counted, rows)
             if self.enable_expert_bias:
-                self.local_tokens_per_expert += routing_map.sum(dim=0)
+                self.local_tokens_per_expert += (routing_map & counted).sum(dim=0)
         return probs, routing_map
 
     def _learns(self) -> bool:
         """Whether this pass is the one whose gradients count: not evaluation, nor the first pass of recomputation."""
         return self.training and torch.is_grad_enabled()
 
-    def _with_z_loss(self, logits: Tensor) -> Tensor:
+    def _with_z_loss(self, logits: Tensor, counted: Tensor) -> Tensor:
         coefficient = self.config.moe_z_loss_coeff
         if not coefficient or not self._learns():
             return logits
-        loss = z_loss(logits, logits.shape[0] * self.tp_cp_group.size())
+        loss = z_loss(logits[counted.squeeze(-1)], self._sum_over_ranks(counted.sum()))
         return self.auxiliary_losses.attach(logits, Z_LOSS, loss, coefficient)
 
-    def _with_load_balancing(self, probs: Tensor, logits: Tensor, rows: int) -> Tensor:
+    def _with_load_balancing(self, probs: Tensor, logits: Tensor, counted: Tensor, rows: int) -> Tensor:
         """Attach the load-balancing losses to the weights; logits [s * b, e] with b = rows, the row varying fastest."""
         kinds, coefficients = load_balancing(self.config)
         if not any(coefficients):
             return probs
         chosen, scores = compute_routing_scores_for_aux_loss(logits.float(), self.topk, self.score_function)
+        chosen, scores = chosen & counted, scores * counted
         losses = {"aux_loss": self._by_batch, "seq_aux_loss": self._by_sequence, "global_aux_loss": self._by_global}
         for kind, coefficient in zip(kinds, coefficients):
             if coefficient > 0:
-                loss = losses[kind](scores, chosen, rows)
+                loss = losses[kind](scores, chosen, counted, rows)
                 probs = self.auxiliary_losses.attach(probs, LOAD_BALANCING[kind], loss, coefficient)
         return probs
 
-    def _by_batch(self, scores: Tensor, chosen: Tensor, rows: int) -> Tensor:
-        counts = reduce_from_tensor_model_parallel_region(chosen.sum(dim=0), self.tp_cp_group)
-        return load_balancing_loss(scores, counts, self.topk, scores.shape[0] * self.tp_cp_group.size())
+    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
+        """Counts of this rank's tokens, summed over the ranks that share a micro-batch."""
+        return reduce_from_tensor_model_parallel_region(counts, self.tp_cp_group)
 
-    def _by_sequence(self, scores: Tensor, chosen: Tensor, rows: int) -> Tensor:
+    def _by_batch(self, scores: Tensor, chosen: Tensor, counted: Tensor, rows: int) -> Tensor:
+        counts = self._sum_over_ranks(chosen.sum(dim=0))
+        return load_balancing_loss(scores, counts, self.topk, self._sum_over_ranks(counted.sum()))
+
+    def _by_sequence(self, scores: Tensor, chosen: Tensor, counted: Tensor, rows: int) -> Tensor:
         """The mean over rows of each row's own loss."""
         by_row = chosen.unflatten(0, (-1, rows)).sum(dim=0)  # [b, e]
-        counts = reduce_from_tensor_model_parallel_region(by_row, self.tp_cp_group)
-        length = scores.shape[0] // rows * self.tp_cp_group.size()
-        shares = scores.unflatten(0, (-1, rows)).sum(dim=0) * counts
-        return shares.sum() * (scores.shape[1] / self.topk) / length**2 / rows
+        counts = self._sum_over_ranks(by_row)
+        lengths = self._sum_over_ranks(counted.unflatten(0, (-1, rows)).sum(dim=0))  # [b, 1]
+        shares = scores.unflatten(0, (-1, rows)).sum(dim=0) * counts / lengths**2
+        return shares.sum() * (scores.shape[1] / self.topk) / rows
 
-    def _by_global(self, scores: Tensor, chosen: Tensor, rows: int) -> Tensor:
+    def _by_global(self, scores: Tensor, chosen: Tensor, counted: Tensor, rows: int) -> Tensor:
         """As `_by_batch`, with the choices of all micro-batches of the global batch so far, on all replicas."""
         counts = reduce_from_tensor_model_parallel_region(chosen.sum(dim=0), self.tp_dp_cp_group)
         self.global_tokens_per_expert += counts
         self.ga_steps += 1
         replicas = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
         mean_counts = self.global_tokens_per_expert / (self.ga_steps * replicas)
-        return load_balancing_loss(scores, mean_counts, self.topk, scores.shape[0] * self.tp_cp_group.size())
+        return load_balancing_loss(scores, mean_counts, self.topk, self._sum_over_ranks(counted.sum()))
