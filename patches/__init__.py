@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspeed_llm.patches.core import utils
 from mindspeed_llm.patches.core.optimizer import distrib_optimizer
-from mindspeed_llm.patches.core.tensor_parallel import layers
+from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
 from mindspeed_llm.patches.core.transformer.moe import moe_utils
 from mindspeed_llm.patching import Patch
@@ -12,5 +12,5 @@ from mindspeed_llm.patching import Patch
 
 def catalogue() -> tuple[Patch, ...]:
     """Every patch of this package."""
-    modules = (utils, layers, distrib_optimizer, torch_norm, dot_product_attention, moe_utils)
+    modules = (utils, layers, mappings, distrib_optimizer, torch_norm, dot_product_attention, moe_utils)
     return tuple(patch for module in modules for patch in module.PATCHES)
