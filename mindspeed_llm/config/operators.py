@@ -13,6 +13,11 @@ class OperatorConfig:
     use_fused_rmsnorm: bool = option(True, help="norm as one operator", level="advanced")
     use_fused_swiglu: bool = option(True, help="SiLU gate as one operator", level="advanced")
     use_fused_rotary_pos_emb: bool = option(True, help="rotary embedding as one operator", level="advanced")
+    gradient_accumulation_fusion: bool = option(
+        help="add weight gradients to their fp32 sums inside the matrix product; needs Apex's kernel",
+        level="expert",
+        doors=TRAINING_DOORS,
+    )
     loss_chunk_size: int | None = option(
         help="labelled tokens whose logits exist at once in the loss; default: by memory",
         level="expert",

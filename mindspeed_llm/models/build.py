@@ -46,6 +46,7 @@ class BuildOptions:
             needs the count from the loss function); False averages micro-batches instead.
         mtp_loss_scaling_factor: weight of the mean loss of the multi-token prediction layers beside the model's own.
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
+        gradient_accumulation_fusion: megatron-core's linears add weight gradients to `main_grad` themselves.
         experts: how routed experts are computed and balanced.
         variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
         seed: of the initial weights.
@@ -74,6 +75,7 @@ class BuildOptions:
     calculate_per_token_loss: bool = True
     mtp_loss_scaling_factor: float = 0.1
     loss_chunk_size: int | None = None
+    gradient_accumulation_fusion: bool = False
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     variable_seq_lengths: bool = False
     seed: int = 1234
@@ -157,7 +159,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=options.gradient_accumulation_fusion,
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.detect import Found
 from mindspeed_llm.checkpoint.load import fewer_predictions, truncated_shape
 from mindspeed_llm.config.run import RunConfig, all_options
@@ -33,6 +35,8 @@ UPSTREAM_FAMILIES = {
     "qwen2-moe": "qwen_moe", "qwen3-moe": "qwen_moe",
 }  # fmt: skip
 LONGEST_DEFAULT_SEQUENCE = 4096
+# Apex's extension, by the name under which megatron-core imports it.
+ACCUMULATING_PRODUCT = "fused_weight_gradient_mlp_cuda"
 
 
 @dataclass
@@ -163,6 +167,12 @@ def _try(problems, action, otherwise):
         return otherwise
 
 
+def can_accumulate_in_product() -> bool:
+    """Whether megatron-core's linears can add weight gradients to their sums inside the matrix product."""
+    on_cuda = accelerator.current().device_type == "cuda"
+    return on_cuda and importlib.util.find_spec(ACCUMULATING_PRODUCT) is not None
+
+
 def _check_combinations(config: RunConfig) -> list[str]:
     t, o, p, r = config.training, config.optimizer, config.parallel, config.runtime
     problems = []
@@ -219,6 +229,11 @@ def _check_combinations(config: RunConfig) -> list[str]:
         asked and bool({"freeze", "trainable_layers", "frozen_layers"} & set(partial)),
         "--freeze, --trainable-layers and --frozen-layers have no meaning with LoRA: the base is frozen already; "
         "--trainable REGEX trains parameters beside the adapters",
+    )
+    refuse(
+        config.operators.gradient_accumulation_fusion and not can_accumulate_in_product(),
+        f"--gradient-accumulation-fusion needs a CUDA device and Apex's {ACCUMULATING_PRODUCT}, which is not there; "
+        "leave the flag out",
     )
     c = config.checkpoint
     refuse(

@@ -135,6 +135,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_num_layers=c.training.recompute_num_layers,
         mtp_loss_scaling_factor=c.training.mtp_loss_scaling_factor,
         loss_chunk_size=c.operators.loss_chunk_size,
+        gradient_accumulation_fusion=c.operators.gradient_accumulation_fusion,
         experts=expert_options(plan),
         variable_seq_lengths=plan.pipeline_parallel_size > 1,
         seed=c.data.seed,

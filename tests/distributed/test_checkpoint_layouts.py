@@ -124,7 +124,7 @@ def two_steps(toy_qwen, words, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "processes, layout",
-    [(1, ""), (2, f"{VPP2} --use-distributed-optimizer"), (4, f"{PP2} {TP2}"), (4, f"{PP2} --num-layer-list 1,3 {OVERLAPS}")],
+    [(1, ""), (2, f"{VPP2} {SHARED}"), (4, f"{PP2} {TP2}"), (4, f"{PP2} --num-layer-list 1,3 {OVERLAPS}")],
 )  # fmt: skip
 @pytest.mark.parametrize("precision", ["", "--bf16"])
 def test_what_passes_through_another_layout_keeps_every_bit(two_steps, words, tmp_path, precision, processes, layout):

@@ -13,6 +13,7 @@ LAYOUTS = {
     "tensor": "--tensor-model-parallel-size 2",
     "tensor and sequence": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pipeline": "--pipeline-model-parallel-size 2",
+    "interleaved pipeline": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
     "ring": "--context-parallel-size 2",
     "heads": "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo",
     "data": "",

@@ -189,6 +189,7 @@ CASES: dict[str, Case] = {
     "use_fused_rmsnorm": case(False),
     "use_fused_swiglu": case(False),
     "use_fused_rotary_pos_emb": case(False),
+    "gradient_accumulation_fusion": case(True, refused="after"),
     "loss_chunk_size": case(17),
     # training
     "stage": case("other", refused="after"),
@@ -248,6 +249,7 @@ CASES: dict[str, Case] = {
     "allow_random_init": case(True, refused="before", load="@new"),
     "allow_change": case(["seed"], refused="before", load="@run", seed=7, **NO_SHAPE),
     "log_interval": case(2),
+    "world_size": case(2, dry_run=True),
 }
 
 # Options that act only while something runs, and the test that sees it.
@@ -261,6 +263,7 @@ ELSEWHERE = {
     "log_throughput": "tests/unit/plan/test_options_of_a_run.py::test_log_throughput_adds_to_the_line",
     "hub": "tests/unit/cli/test_hub_names.py::test_the_hub_is_the_one_asked_for",
     "dry_run": "tests/unit/training/test_runs.py::test_dry_run_shows_the_plan_and_starts_nothing",
+    "check_rank": "tests/unit/plan/test_scale.py::test_a_rank_of_a_large_run_is_built_and_stepped_here",
     "loss_curve": "tests/unit/training/test_runs.py::test_a_loss_curve_and_tensorboard_are_written",
     "tensorboard_dir": "tests/unit/training/test_runs.py::test_a_loss_curve_and_tensorboard_are_written",
 }
