@@ -115,19 +115,20 @@ def sharded_optimizer_state(optimizer: Any, model_state: Mapping[str, Any], *, l
         loading: describe what is wanted, without gathering what is there.
 
     Returns:
-        key in the checkpoint -> ShardedTensor (or factory of them).
+        name on this rank -> ShardedTensor (or factory of them), whose key several local names can share: all experts
+        of a layer are one tensor in the checkpoint.
     """
     if loading:
         allocate_moments(optimizer)
-    shards = {id(sharded.data): sharded for sharded in _leaves(model_state)}
+    shards = {id(sharded.data): (name, sharded) for name, sharded in _leaves(model_state)}
     state: dict[str, Any] = {}
     for own in own_states(optimizer):
-        sharded = shards[id(own.parameter)]
+        local, sharded = shards[id(own.parameter)]
         for name in (*MOMENTS, MASTER) if is_mixed(own.parameter) else MOMENTS:
             data = torch.empty_like(own.parameter, dtype=torch.float32) if loading else own.whole(name)
             key = f"optimizer.state.{name}.{sharded.key}"
             more = {"dtype": torch.float32} if hasattr(sharded, "dtype") else {}
-            state[key] = replace(sharded, key=key, data=data.detach(), **more)
+            state[f"{name}.{local}"] = replace(sharded, key=key, data=data.detach(), **more)
     return state
 
 
@@ -139,13 +140,13 @@ def load_optimizer_state(
 
     Args:
         model_state: as there.
-        loaded: key -> tensor of the parameter's local shape.
+        loaded: name on this rank -> tensor of the parameter's local shape.
         step: updates done so far, for the bias correction.
     """
-    shards = {id(sharded.data): sharded for sharded in _leaves(model_state)}
+    names = {id(sharded.data): name for name, sharded in _leaves(model_state)}
     for own in own_states(optimizer):
         for name, held in own.values().items():
-            tensor = loaded[f"optimizer.state.{name}.{shards[id(own.parameter)].key}"]
+            tensor = loaded[f"{name}.{names[id(own.parameter)]}"]
             held.view(-1).copy_(tensor.flatten()[own.start : own.stop])
     for part in optimizer_parts(optimizer):
         for state in part.optimizer.state.values():
@@ -192,10 +193,10 @@ def allocate_moments(optimizer: Any) -> None:
             }
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterator[Any]:
-    """ShardedTensors and factories in nested dicts."""
-    for value in tree.values():
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, ShardedTensor or factory) in nested dicts."""
+    for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value)
+            yield from _leaves(value, f"{prefix}{name}.")
         elif hasattr(value, "replica_id") and isinstance(getattr(value, "data", None), Tensor):
-            yield value
+            yield prefix + name, value

@@ -1,5 +1,10 @@
 """Multi-token prediction trains the same model at every layout, and its loss stands beside the model's own."""
 
+import os
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+
 import pytest
 
 from mindspeed_llm.checkpoint.toy import make_toy
@@ -62,3 +67,52 @@ def test_the_comparison_notices(model, alone, mutation, layout):
         assert "differs between ranks" in str(noticed)
     else:
         assert compare(found, alone).gradient > 1e-3
+
+
+def door(words, rows, saved):
+    """Training through the door; (lm losses, mtp losses) by the log lines of the last rank."""
+    import torch.distributed as dist
+
+    from mindspeed_llm.cli.training import run_door
+    from mindspeed_llm.config.parser import parse
+
+    here = {"WORLD_SIZE": dist.get_world_size(), "RANK": dist.get_rank(), "LOCAL_WORLD_SIZE": dist.get_world_size()}
+    os.environ.update({name: str(value) for name, value in here.items()}, MINDSPEED_LLM_CACHE=str(saved) + "-cache")
+    common = f"--data-path {rows} --seq-length 64 --global-batch-size 4 --micro-batch-size 2 --lr 1e-3 --split 100,0 "
+    written = StringIO()
+    with redirect_stdout(written):
+        run_door(parse("posttrain", f"{words} {common} {WEIGHT} --prompt-type chatml --progress lines".split()))
+    found = re.findall(r"lm loss: (\S+) .*?mtp loss: (\S+) ", written.getvalue())
+    return [float(main) for main, _ in found], [float(mtp) for _, mtp in found]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    import json
+
+    file = tmp_path_factory.mktemp("data") / "rows.json"
+    words = "the keys and values of a head come from one latent that all heads share".split()
+    file.write_text(
+        json.dumps(
+            [{"instruction": " ".join(words[: 3 + i % 5]), "output": " ".join(words[i % 7 :])} for i in range(16)]
+        )
+    )
+    return str(file)
+
+
+def test_a_run_is_saved_at_one_layout_continued_at_another_and_exported(model, rows, tmp_path):
+    from safetensors.torch import load_file
+
+    from mindspeed_llm.checkpoint.convert import convert
+
+    start = f"--load {model} --train-iters 3"
+    main, predicted = pool(1).run(door, start, rows, tmp_path / "one")[0]
+    assert len(main) == 3 and all(later < first for first, later in zip(predicted, predicted[1:]))
+    saved = f"--save {tmp_path / 'run'} --exit-interval 2 --pipeline-model-parallel-size 2"
+    begun = pool(2).run(door, f"{start} {saved}", rows, tmp_path / "two")[-1]
+    again = f"--load {tmp_path / 'run'} --save {tmp_path / 'run'} --train-iters 3 {LAYOUTS['tp2 sp']}"
+    ended = pool(2).run(door, again, rows, tmp_path / "two")[-1]
+    assert begun[0] + ended[0] == pytest.approx(main, rel=1e-5)
+    assert begun[1] + ended[1] == pytest.approx(predicted, rel=1e-5)
+    exported = convert(tmp_path / "run", tmp_path / "hf", save_type="hf", quiet=True)
+    assert load_file(exported / "model.safetensors").keys() == load_file(f"{model}/model.safetensors").keys()
