@@ -8,6 +8,8 @@ from mindspeed_llm.parallel.layout import ParallelLayout
 
 # Wider and longer grids are folded in the middle.
 MOST_COLUMNS, MOST_STAGES = 6, 12
+# Width kept for what a stage holds, when the table is too wide.
+LAYERS_WIDTH = 36
 GAP = "..."
 
 
@@ -132,7 +134,8 @@ def _table(title: str, rows: list[list[str]]):
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, name in enumerate(rows[0]):
-        table.add_column(name, overflow="fold", justify="left" if number == 1 else "right")
+        width = min(max(len(row[number]) for row in rows), LAYERS_WIDTH) if number == 1 else None
+        table.add_column(name, overflow="fold", min_width=width, justify="left" if number == 1 else "right")
     for row in rows[1:]:
         table.add_row(*row)
     return table

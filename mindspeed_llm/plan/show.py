@@ -112,7 +112,8 @@ def _weights(plan: Plan) -> list[tuple[str, str]]:
 
 def _layout(plan: Plan) -> list[tuple[str, str]]:
     p, layout = plan.config.parallel, plan.layout
-    sizes = f"tensor {layout.tp} x pipeline {layout.pp} x context {layout.cp} x data {layout.dp}"
+    context = f" x context {layout.cp}" if layout.cp > 1 else ""
+    sizes = f"tensor {layout.tp} x pipeline {layout.pp}{context} x data {layout.dp}"
     rows = [
         ("processes", f"{plan.world_size} = {sizes}"),
         ("sequence parallel", "yes" if plan.sequence_parallel else "no"),

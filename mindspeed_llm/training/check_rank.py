@@ -125,7 +125,7 @@ def _on_meta():
 
 
 def small_plan(plan: Plan) -> Plan:
-    """The same layout for a narrow model, from random weights, with one micro-batch for each pipeline stage."""
+    """The same layout for a narrow model, from random weights, with as few micro-batches as the schedule takes."""
     shape, layout = plan.shape, plan.layout
     config = plan.config
     config.training.micro_batch_size = 1
@@ -140,7 +140,7 @@ def small_plan(plan: Plan) -> Plan:
         weights=None,
         resume=None,
         adapter_source=None,
-        global_batch_size=layout.dp * layout.pp,
+        global_batch_size=layout.dp * (layout.pp if layout.vpp else 2),
         seq_length=-(-tokens // (shape.moe_router_topk * unit)) * unit,
         padded_vocab_size=SMALL_VOCABULARY * layout.tp,
     )
