@@ -24,7 +24,20 @@ BIASED = dataclasses.replace(
     window_size=5,
     window_layers=(1, 3),
 )
-SHAPES = {"llama": LLAMA, "qwen3": QWEN3, "biased": BIASED}
+LATENT = dataclasses.replace(
+    LLAMA,
+    family="deepseek",
+    num_query_groups=6,
+    kv_channels=20,
+    multi_latent_attention=True,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_head_dim=12,
+    qk_pos_emb_head_dim=8,
+    v_head_dim=10,
+    rotary_interleaved=True,
+)
+SHAPES = {"llama": LLAMA, "qwen3": QWEN3, "biased": BIASED, "latent": LATENT}
 
 
 def batch():

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mindspeed_llm.checkpoint.convert import convert
+from mindspeed_llm.checkpoint.expert_files import ExpertLayout
 from mindspeed_llm.checkpoint.hf import HfSource
 from mindspeed_llm.checkpoint.toy import edit_config, make_toy
 from mindspeed_llm.checkpoint.verify import verify
@@ -160,9 +161,9 @@ def same_tensors(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("tp, pp, ep", [(1, 1, 1), (2, 2, 1)])
-def test_conversion_there_and_back_keeps_every_bit(with_prediction, tp, pp, ep, tmp_path):
-    convert(with_prediction, tmp_path / "mg", tp=tp, pp=pp, quiet=True)
+@pytest.mark.parametrize("tp, pp, ep, grouped", [(1, 1, 1, False), (2, 1, 2, True), (1, 2, 2, False), (2, 2, 1, True)])
+def test_conversion_there_and_back_keeps_every_bit(with_prediction, tp, pp, ep, grouped, tmp_path):
+    convert(with_prediction, tmp_path / "mg", tp=tp, pp=pp, experts=ExpertLayout(ep, grouped=grouped), quiet=True)
     convert(tmp_path / "mg", tmp_path / "hf", save_type="hf", quiet=True)
     assert same_tensors(with_prediction, tmp_path / "hf")
 
@@ -195,3 +196,55 @@ def test_prediction_layers_are_dropped_only_when_asked(with_prediction, tmp_path
     convert(tmp_path / "all", tmp_path / "one", save_type="hf", mtp_num_layers=1, quiet=True)
     assert shape_from_hf(read_hf_config(tmp_path / "one")).mtp_num_layers == 1
     assert len(HfSource(tmp_path / "one").names()) < len(HfSource(with_prediction).names())
+
+
+def resolved(words):
+    from mindspeed_llm.config.parser import parse
+    from mindspeed_llm.plan.plan import resolve
+
+    parsed = parse("posttrain", [*words.split(), "--train-iters", "1"])
+    return resolve(parsed.config, parsed.problems)
+
+
+FROM_FLAGS = (
+    "--num-layers 4 --hidden-size 48 --ffn-hidden-size 80 --num-attention-heads 6 --vocab-size 131 --swiglu "
+    "--disable-bias-linear --normalization RMSNorm --untie-embeddings-and-output-weights --allow-random-init "
+)
+LATENT = (
+    "--multi-latent-attention --kv-lora-rank 16 --qk-nope-head-dim 12 --qk-rope-head-dim 8 --v-head-dim 10 "
+    "--qk-layernorm "
+)
+
+
+def test_a_shape_comes_from_flags_alone():
+    shape = resolved(FROM_FLAGS + LATENT + "--q-lora-rank 24 --mtp-num-layers 1").shape
+    assert (shape.family, shape.kv_channels, shape.num_query_groups, shape.qk_layernorm) == ("deepseek", 20, 6, False)
+    assert shape.rotary_interleaved and shape.mtp_num_layers == 1 and shape.q_lora_rank == 24
+    assert len(tensor_pairs(shape)) == 5 * 11 + 4 + 3
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--kv-lora-rank 16", "--multi-latent-attention is missing"),
+        ("--mtp-num-layers 1", "--mtp-num-layers: only DeepSeek"),
+        ("--multi-latent-attention --kv-lora-rank 16", "--qk-head-dim is missing"),
+        (LATENT + "--group-query-attention --num-query-groups 2", "leave the flag out"),
+        (LATENT + "--model-type-hf qwen3", "--multi-latent-attention: needs --model-type-hf deepseek"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        resolved(FROM_FLAGS + flags)
+
+
+def test_what_contradicts_the_checkpoint_is_refused(with_prediction):
+    load = f"--load {with_prediction} "
+    assert resolved(load + "--mtp-num-layers 1").shape.mtp_num_layers == 1
+    for flags, words in {
+        "--mtp-num-layers 3": "--mtp-num-layers: 3 contradicts",
+        "--v-head-dim 64": "--v-head-dim: 64 contradicts",
+        "--lora-r 4": "lora: adapters for latent attention",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            resolved(load + flags)
