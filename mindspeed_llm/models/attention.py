@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from megatron.core import parallel_state, tensor_parallel
@@ -15,6 +16,7 @@ from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.norm import RMSNorm
 from mindspeed_llm.models.rope import softmax_scale
 from mindspeed_llm.ops.attention import attention
+from mindspeed_llm.ops.attention_masked import masked_attention
 from mindspeed_llm.ops.rotary import apply_rotary, split_qkv_rotary
 from mindspeed_llm.parallel.context_attention import ContextParallelAttention
 from mindspeed_llm.parallel.setup import head_exchange_group
@@ -39,13 +41,25 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale(config.shape)
         self.dropout = config.attention_dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """q [s, b, n, d], k [s_k, b, g, d], v [s_k, b, g, d_v] -> [s, b, n * d_v]; see ops.attention."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """q [s, b, n, d], k [s_k, b, g, d], v [s_k, b, g, d_v] -> [s, b, n * d_v].
+
+        Args:
+            cu_seqlens: documents of a packed row, see ops.attention.
+            hidden: a mask that takes the place of causal order, see ops.attention_masked.
+        """
         dropout = self.dropout if self.training else 0.0
-        if dropout == 0.0:
-            return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size, scale=self.scale)
         # Heads differ between tensor-parallel ranks, so their masks come from the stream that differs too.
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            if hidden is not None:
+                return masked_attention(query, key, value, hidden, dropout=dropout, scale=self.scale)
             return attention(
                 query,
                 key,
@@ -114,7 +128,7 @@ class CausalSelfAttention(MegatronModule):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: None = None,
+        attention_mask: Tensor | None = None,
         inference_context: KeyValueCache | None = None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -124,7 +138,8 @@ class CausalSelfAttention(MegatronModule):
 
         Args:
             hidden_states: [s, b, h] (a rank's share of s under sequence parallelism).
-            attention_mask: must be None: causal order, windows and documents are all there is.
+            attention_mask: bool [b or 1, 1, s, s] over the whole sequence, True where a query does not see a key; it
+                takes the place of causal order. None for causal attention, windows and documents.
             inference_context: a KeyValueCache, or None.
             rotary_pos_emb: table of ops.rotary.rotary_table for these positions; None for no rotation.
             packed_seq_params: thd documents in a batch of one.
@@ -133,19 +148,21 @@ class CausalSelfAttention(MegatronModule):
         Returns:
             Output [s, b, h] and linear_proj's bias, which the layer adds.
         """
-        if attention_mask is not None or any(value is not None for value in unused_by_megatron.values()):
-            given = [name for name, value in unused_by_megatron.items() if value is not None] or ["attention_mask"]
-            raise ValueError(f"{', '.join(given)} cannot be given: attention here is causal, windowed or packed only")
+        if given := [name for name, value in unused_by_megatron.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} cannot be given: nothing here reads it")
+        others = (inference_context, packed_seq_params, self.core_attention.window_size)
+        if attention_mask is not None and any(other is not None for other in others):
+            raise ValueError("attention_mask goes without sliding window, packed documents and cache")
         query, key, value = self.query_key_value(hidden_states, rotary_pos_emb)
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         if inference_context is not None:
             key, value = inference_context.update(self.layer_number, key, value)
         if self.checkpoint_core_attention and self.training:
             context = tensor_parallel.checkpoint(
-                lambda q, k, v: self.core_attention(q, k, v, cu_seqlens), False, query, key, value
+                lambda q, k, v: self.core_attention(q, k, v, cu_seqlens, attention_mask), False, query, key, value
             )
         else:
-            context = self.core_attention(query, key, value, cu_seqlens)
+            context = self.core_attention(query, key, value, cu_seqlens, attention_mask)
         return self.linear_proj(context)
 
     def query_key_value(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

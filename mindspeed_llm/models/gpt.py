@@ -101,7 +101,7 @@ class LanguageModel(GPTModel):
         self,
         input_ids: Tensor | None,
         position_ids: Tensor | None = None,
-        attention_mask: None = None,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         inference_context: KeyValueCache | None = None,
@@ -116,7 +116,8 @@ class LanguageModel(GPTModel):
             input_ids: [b, s] (packed: [1, t]); read by the first stage.
             position_ids: [b, s] or [1, s]; None counts from 0, in each document when packed. Under context parallelism
                 a rank gets the tokens, labels and positions of its `context_split.SequenceSplit.ranges`.
-            attention_mask: must be None: attention is causal, so right padding needs no mask.
+            attention_mask: bool [b or 1, 1, s, s] over whole sequences, True where a position does not see another; it
+                takes the place of causal order. None for causal attention, where right padding needs no mask.
             labels: [b, s], labels[i] being the target at position i; -100 is ignored.
             packed_seq_params: documents of a packed row, qkv_format 'thd', cu_seqlens_q ending at t.
             inference_context: a KeyValueCache (models.attention); the queries are the newest positions.
@@ -135,10 +136,11 @@ class LanguageModel(GPTModel):
             vocabulary when gathered, else [b, s, v_local] with -inf in the padded columns.
 
         Raises:
-            ValueError: an attention mask, ids outside the vocabulary, or shapes that do not fit together.
+            ValueError: a mask where other things decide what is seen, ids outside the vocabulary, or shapes that do not
+                fit together.
         """
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be None: attention is causal; pad on the right and label -100")
+        if attention_mask is not None and self.config.shape.mtp_num_layers:
+            raise ValueError("attention_mask must be None: multi-token prediction layers are causal")
         if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
             raise ValueError(f"packed_seq_params.qkv_format must be 'thd', not {packed_seq_params.qkv_format!r}")
         if inference_context is not None:
@@ -149,7 +151,7 @@ class LanguageModel(GPTModel):
             padding_mask = padding_mask.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
         hidden_states = self.decoder(
             hidden_states=decoder_input,
-            attention_mask=None,
+            attention_mask=attention_mask,
             inference_context=inference_context,
             rotary_pos_emb=table,
             packed_seq_params=packed_seq_params,

@@ -7,6 +7,7 @@ import importlib
 OPERATORS = (
     "attention",
     "attention_blocks",
+    "attention_masked",
     "attention_part",
     "cross_entropy",
     "grouped_matmul",

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mindspeed_llm.ops.attention_blocks import blocks_of, by_head, by_key_head
+from mindspeed_llm.ops.attention_blocks import blocks_of, by_head, by_key_head, write_rows
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 
@@ -89,8 +89,8 @@ def part_by_rows(
         rows = rows_of[:, start:stop].flatten(1, 2)
         scores = _scores(rows, key[:, first:last], start + shift - first, stop - start, window_size, scale)
         row_lse = scores.logsumexp(-1, keepdim=True)
-        _write(lse[start:stop], row_lse)
-        _write(out[start:stop], torch.bmm(scores.sub_(row_lse).exp_(), value[:, first:last]))
+        write_rows(lse[start:stop], row_lse)
+        write_rows(out[start:stop], torch.bmm(scores.sub_(row_lse).exp_(), value[:, first:last]))
     return out.view(s, b, n, -1), lse.view(s, b, n)
 
 
@@ -122,7 +122,7 @@ def part_backward_by_rows(
         weights = scores.sub_(row_lse).exp_()
         grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_rows)
         grad_scores = torch.bmm(grad_rows, value[:, columns].transpose(1, 2)).sub_(row_minus).mul_(weights).mul_(scale)
-        _write(grad_query[start:stop], torch.bmm(grad_scores, key[:, columns]))
+        write_rows(grad_query[start:stop], torch.bmm(grad_scores, key[:, columns]))
         grad_key[:, columns] += torch.bmm(grad_scores.transpose(1, 2), rows)
     grad_key, grad_value = (x.unflatten(0, (b, g)).permute(2, 0, 1, 3) for x in (grad_key, grad_value))
     return grad_query.view(s, b, n, d), grad_key, grad_value
@@ -147,12 +147,6 @@ def _scores(rows: Tensor, key: Tensor, shift: int, s: int, window_size: int | No
         hidden |= column <= position - window_size
     scores.unflatten(1, (s, -1)).masked_fill_(hidden[:, None, :], float("-inf"))
     return scores
-
-
-def _write(rows: Tensor, product: Tensor) -> None:
-    """Put a block's product [b g, s r, d] into its place, rows [s, b, g, r, d]."""
-    s, b, g, r, d = rows.shape
-    rows.permute(1, 2, 0, 3, 4).copy_(product.view(b, g, s, r, d))
 
 
 def _wide(x: Tensor) -> torch.dtype:

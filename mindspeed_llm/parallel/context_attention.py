@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mindspeed_llm.ops.attention import attention
+from mindspeed_llm.ops.attention_masked import masked_attention
 from mindspeed_llm.parallel.context_exchange import gather_heads, gather_tokens, repeat_key_heads
 from mindspeed_llm.parallel.context_ring import Ring, RingProblem, ring_attention
 from mindspeed_llm.parallel.context_split import SequenceSplit
@@ -38,18 +39,34 @@ class ContextParallelAttention(nn.Module):
         self.ring = Ring(group, split, ring_window) if split.ring > 1 else None
         self.window_size, self.scale = window_size, scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """q [s, b, n, d], k [s, b, g, d], v [s, b, g, e] of this rank's tokens -> [s, b, n * e].
 
         Args:
             cu_seqlens: bounds of the documents of the whole sequence, as in ops.attention.
+            hidden: mask of the whole sequence in place of causal order, as in ops.attention_masked.
+
+        Raises:
+            ValueError: a mask is given and the ranks form a ring, or `cu_seqlens` does not fit.
         """
+        if hidden is not None and self.ring is not None:
+            raise ValueError("a ring computes causal attention only; attention_mask needs ulysses_cp_algo")
         length = query.shape[0] * self.split.ranks
         group, num_heads = self.exchange_group, query.shape[2]
         if group is not None:
             key, value = repeat_key_heads(key, group.size()), repeat_key_heads(value, group.size())
             query, key, value = (gather_tokens(x, group) for x in (query, key, value))
-        context = self._attend(query, key, value, cu_seqlens, length)
+        if hidden is not None:
+            context = masked_attention(query, key, value, hidden, scale=self.scale)
+        else:
+            context = self._attend(query, key, value, cu_seqlens, length)
         if group is None:
             return context
         return gather_heads(context.unflatten(2, (num_heads // group.size(), -1)), group).flatten(2)

@@ -65,12 +65,13 @@ def gradients_stay():
 MISTAKES = {None: nullcontext, "no rescale": no_rescale, "positions": plain_positions, "sums stay": gradients_stay}
 
 
-def attend(ulysses, ring_window, heads, groups, widths, bounds, window, mistake=None):
+def attend(ulysses, ring_window, heads, groups, widths, bounds, window, mistake=None, masked=False):
     """Largest relative error of this rank's output and gradients against the formula on the whole sequence."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     from mindspeed_llm.ops.attention import reference
+    from mindspeed_llm.ops.attention_masked import masked_scores
     from mindspeed_llm.parallel.context_attention import ContextParallelAttention
     from mindspeed_llm.parallel.context_split import SequenceSplit
     from mindspeed_llm.parallel.setup import head_exchange_group, initialize_distributed
@@ -85,7 +86,11 @@ def attend(ulysses, ring_window, heads, groups, widths, bounds, window, mistake=
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
     grad = torch.randn(length, batch, heads * e, generator=generator, dtype=torch.float64)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
-    expected = reference(q, k, v, cu_seqlens=cu_seqlens, window_size=window)
+    hidden = torch.rand(batch, 1, length, length, generator=generator) < 0.5 if masked else None
+    if masked:
+        expected = masked_scores(q, k, v, hidden, 0.0, None)
+    else:
+        expected = reference(q, k, v, cu_seqlens=cu_seqlens, window_size=window)
     expected = [expected.detach(), *torch.autograd.grad(expected, (q, k, v), grad)]
 
     def cut(x):
@@ -100,7 +105,7 @@ def attend(ulysses, ring_window, heads, groups, widths, bounds, window, mistake=
     )
     mine = [cut(x.detach()).requires_grad_() for x in (q, k, v)]
     with MISTAKES[mistake]():
-        out = attention(*mine, cu_seqlens)
+        out = attention(*mine, cu_seqlens, hidden)
         found = [out.detach(), *torch.autograd.grad(out, mine, cut(grad))]
     return [float((f - cut(x)).abs().max() / x.abs().max()) for f, x in zip(found, expected)]
 
@@ -119,6 +124,13 @@ def test_attention_of_four_ranks_is_the_formula(way, bounds):
     ):
         for errors in pool(4).run(attend, *WAYS[way], heads, groups, widths, bounds, window):
             assert max(errors) < 1e-12, (heads, groups, widths, window, errors)
+
+
+def test_ranks_that_exchange_heads_take_masks_of_any_form_and_a_ring_does_not():
+    for errors in pool(4).run(attend, *WAYS["exchange"], 8, 2, (8, 4), None, None, None, True):
+        assert max(errors) < 1e-12
+    with pytest.raises(ValueError, match="a ring computes causal attention only"):
+        pool(4).run(attend, *WAYS["both"], 4, 2, (8, 8), None, None, None, True)
 
 
 @pytest.mark.parametrize("mistake", ["no rescale", "sums stay"])

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from mindspeed_llm.models import layouts
-from mindspeed_llm.models.build import BuildOptions, build_model
+from mindspeed_llm.models.build import BuildOptions, build_model, model_config
 from mindspeed_llm.models.hf_config import shape_from_hf
 from mindspeed_llm.models.initialize import draw
 from mindspeed_llm.models.mapping import tensor_pairs
@@ -225,10 +225,10 @@ def test_the_plain_formulas_can_be_selected_and_give_the_same_gradients():
         model(ids(1, 16), labels=ids(1, 16, seed=2), packed_seq_params=packed([0, 7, 16])).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
+    used = ("attention", "rms_norm", "rotary", "split_qkv_rotary", "swiglu")
     for shape in (LLAMA, dataclasses.replace(LLAMA, qk_layernorm=True, window_size=4)):
         fused = gradients(shape, None)
-        operators = registry.chosen()
-        assert operators.keys() == {"attention", "rms_norm", "rotary", "split_qkv_rotary", "swiglu"}
+        operators = {name: registry.chosen()[name] for name in used}
         assert registry.REFERENCE not in operators.values()
         try:
             for operator in operators:
@@ -260,17 +260,48 @@ def test_inputs_that_would_be_computed_wrongly_are_refused():
     model = build_model(LLAMA)
     with pytest.raises(ValueError, match=r"input_ids must be in \[0, 131\)"):
         model(torch.tensor([[131]]))  # a padded row of the embedding
-    with pytest.raises(ValueError, match="attention_mask must be None"):
+    with pytest.raises(ValueError, match="a mask must be bool"):
         model(ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
+    windowed = build_model(dataclasses.replace(LLAMA, window_size=3))
+    with pytest.raises(ValueError, match="attention_mask goes without sliding window"):
+        windowed(ids(1, 4), attention_mask=torch.zeros(1, 1, 4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="labels must be in"):
         model(ids(1, 4), labels=torch.full((1, 4), 131))
 
 
-def test_context_parallelism_is_refused():
+def test_a_mask_of_any_form_takes_the_place_of_causal_order():
+    reference = hf_model("llama")
+    model = from_hf(reference).eval()
+    rows = ids(2, 9)
+    hidden = torch.ones(2, 1, 9, 9, dtype=torch.bool).triu(1)
+    hidden[0, :, :, :4] = False  # the first row begins with four tokens that see each other
+    hidden[1, :, 2:, 1] = True  # nobody sees the second token of the second row
+    additive = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        found, causal = model(rows, attention_mask=hidden), model(rows)
+        expected = reference(rows, attention_mask=additive).logits
+    torch.testing.assert_close(found[..., :131], expected, rtol=1e-4, atol=1e-4)
+    assert (found - causal)[..., :131].abs().max() > 0.1
+
+
+def test_dropped_attention_weights_are_refused_under_context_parallelism():
     from mindspeed_llm.errors import UserError
 
-    with pytest.raises(UserError, match="context-parallel-size: 2"):
-        build_model(LLAMA, BuildOptions(context_parallel_size=2))
+    with pytest.raises(UserError, match="attention_dropout: 0.1 is wrong"):
+        model_config(LLAMA, BuildOptions(context_parallel_size=2, attention_dropout=0.1))
+
+
+def test_generation_is_refused_under_context_parallelism():
+    from mindspeed_llm.errors import UserError
+    from mindspeed_llm.inference.engine import check_model
+
+    model = build_model(LLAMA)
+    check_model(model)
+    model.config.context_parallel_size = 2
+    with pytest.raises(UserError, match="context parallel > 1 is not possible"):
+        check_model(model)
+    with pytest.raises(ValueError, match="position_ids must be given under context parallelism"):
+        model(ids(1, 4))
 
 
 def test_the_vocabulary_padding_can_be_dictated_by_a_checkpoint():
