@@ -121,10 +121,7 @@ def grid_tables(layout: ParallelLayout, shape: ModelShape) -> list:
     chunks = f", {layout.vpp} chunks per stage" if layout.vpp else ""
     tables = [_table(f"ranks: {layout.world_size} = {sizes}{chunks}", grid_rows(layout, shape))]
     if shape.num_moe_experts and layout.ep > 1:
-        title = (
-            f"ranks of the experts: each stage = replicas {layout.edp} x expert parallel {layout.ep} x expert tensor "
-            f"{layout.expert_tp}"
-        )
+        title = f"experts: replicas {layout.edp} x parallel {layout.ep} x tensor {layout.expert_tp}"
         tables.append(_table(title, expert_rows(layout, shape)))
     return tables
 

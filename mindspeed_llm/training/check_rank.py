@@ -10,9 +10,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
@@ -42,8 +45,8 @@ class RankCheck:
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank}: {self.parameters:,} parameters in {self.tensors} tensors, as planned; a narrow model of "
-            f"this layout took one step with pretended communication ({self.seconds:.1f} s)"
+            f"rank {self.rank}: {self.parameters:,} parameters in {self.tensors} tensors, as planned; a narrow model "
+            f"of this layout took one step with pretended communication ({self.seconds:.1f} s)"
         )
 
 
@@ -85,7 +88,7 @@ def _pretend(plan: Plan, rank: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     new_group = dist.new_group
-    # Groups that are asked for with gloo would look for their peers. Before megatron's view of torch takes the function.
+    # Groups asked for with gloo would look for their peers. To be done before megatron's view of torch is made.
     dist.new_group = lambda *args, **named: new_group(*args, **{**named, "backend": None})
 
     from mindspeed_llm.training.setup import start_processes
@@ -108,20 +111,27 @@ def _build_without_memory(plan: Plan) -> tuple[int, int]:
     return sum(p.numel() for p in tensors), len(tensors)
 
 
-def _on_meta():
-    """A context in which every new tensor has a shape and no memory, whatever device it is asked for on."""
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Every new tensor has a shape and no memory, whatever device it is asked for on; there is nothing to reduce."""
     import torch
+    import torch.distributed as dist
     from torch.overrides import TorchFunctionMode
     from torch.utils._device import _device_constructors
 
+    meta = torch.device("meta")
+
     class OnMeta(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            kwargs = dict(kwargs or {})
             if function in _device_constructors():
-                kwargs["device"] = torch.device("meta")
-            return function(*args, **kwargs)
+                return function(*args, **{**(kwargs or {}), "device": meta})
+            if function is torch.Tensor.to and args[0].device == meta:
+                return args[0]
+            return function(*args, **(kwargs or {}))
 
-    return OnMeta()
+    # Copies of tied embeddings are made equal while the model is built.
+    with OnMeta(), mock.patch.object(dist, "all_reduce", lambda *args, **named: None):
+        yield
 
 
 def small_plan(plan: Plan) -> Plan:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,17 @@ def test_large_worlds_are_folded():
     assert len(rows) == 1 + 12 and all(len(row) == 8 for row in rows)
     assert rows[1][-2:] == [GAP, "510-511"] and rows[-1][0] == "31" and rows[-1][-1] == "16382-16383"
     assert rows[-2] == [GAP] * 8
+
+
+def test_the_documentation_shows_what_is_drawn():
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=110)
+    for table in grid_tables(layout(vpp=2, ep=4, etp=1), MOE):
+        console.print(table)
+    drawn = "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+    assert drawn in (Path(__file__).parents[3] / "docs/parallelism.md").read_text()
 
 
 def test_tables_fit_a_terminal():
