@@ -65,13 +65,14 @@ class Pool:
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
+        """End the processes: those that wait for work leave by themselves, which ends their own helpers too."""
         for pipe in self._pipes:
             pipe.close()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
