@@ -76,6 +76,39 @@ def _prediction_one_off() -> Iterator[None]:
         yield
 
 
+def _routing_changed(change: Callable) -> AbstractContextManager:
+    """`change` of (weights, expert numbers), both [t, k], stands for the weights of the chosen experts."""
+    from mindspeed_llm.models.moe.routing import choose_experts
+
+    def changed(logits, shape, score_bias=None):
+        weights, experts = choose_experts(logits, shape, score_bias)
+        return change(weights, experts), experts
+
+    return _patched("mindspeed_llm.models.moe.router.choose_experts", changed)
+
+
+def _routing_weights_swapped() -> AbstractContextManager:
+    """The experts of a token get each other's weights."""
+    return _routing_changed(lambda weights, experts: weights.roll(1, dims=-1))
+
+
+def _expert_dropped() -> AbstractContextManager:
+    """What the first expert computes is lost."""
+    return _routing_changed(lambda weights, experts: weights.masked_fill(experts == 0, 0.0))
+
+
+def _expert_gradients_per_rank() -> AbstractContextManager:
+    """Gradients of experts are averaged over ranks, as those of dense layers would be without a sum over tokens."""
+    from mindspeed_llm.models.moe.experts import expert_weight
+
+    def scaled(config, *size):
+        weight = expert_weight(config, *size)
+        weight.register_hook(lambda gradient: gradient / config.expert_model_parallel_size)
+        return weight
+
+    return _patched("mindspeed_llm.models.moe.experts.expert_weight", scaled)
+
+
 def _skip(*arguments, **named) -> None:
     return None
 
@@ -88,4 +121,7 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {
     "rotary not interleaved": _rotary_not_interleaved,
     "scores without mscale": _no_mscale,
     "prediction one off": _prediction_one_off,
+    "routing weights swapped": _routing_weights_swapped,
+    "an expert dropped": _expert_dropped,
+    "expert gradients per rank": _expert_gradients_per_rank,
 }
