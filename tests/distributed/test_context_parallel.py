@@ -1,5 +1,8 @@
 """Ranks that share each sequence train the same model as one process; attention alone is compared first, in fp64."""
 
+import itertools
+import json
+import os
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
@@ -254,3 +257,85 @@ def test_the_comparison_notices_a_loss_averaged_on_each_rank(models):
     arguments = (flags, ROWS["documents"], 3, "sgd", 0.1, "posttrain", "loss mean per rank")
     found = pool(2).run(train, str(models["llama"]), *arguments)[0]
     assert compare(found, alone(models, "llama", JOINED, "documents")).gradient > 1e-3
+
+
+def post_train(words, cache):
+    """Training losses of the post-training door on this rank (known on the last)."""
+    import torch.distributed as dist
+
+    from mindspeed_llm.cli.training import run_door
+    from mindspeed_llm.config.parser import parse
+
+    world = str(dist.get_world_size())
+    here = {"WORLD_SIZE": world, "RANK": str(dist.get_rank()), "LOCAL_WORLD_SIZE": world, "MINDSPEED_LLM_CACHE": cache}
+    with mock.patch.dict(os.environ, here):
+        result = run_door(parse("posttrain", [*words.split(), "--progress", "lines", "--num-threads", "1"]))
+    return [loss for _, loss in result.history.train]
+
+
+def test_a_run_goes_on_with_the_dropout_of_every_rank_or_at_another_layout(toy_llama, tmp_path):
+    rows = [{"instruction": "count", "input": "", "output": "and one " * (n + 3)} for n in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    common = f"--data-path {tmp_path}/rows.json --prompt-type chatml --split 1 --seq-length 128 --global-batch-size 4 "
+    common += "--lr 1e-3 --train-iters 4 --use-distributed-optimizer"
+    shared = f"{common} --context-parallel-size 2"
+    cache = str(tmp_path / "cache")
+
+    def steps(processes, words):
+        return pool(processes).run(post_train, words, cache)[-1]
+
+    for dropout, layouts, rel in (("--hidden-dropout 0.2", [(2, shared)], 0), ("", [(1, common), (4, shared)], 1e-5)):
+        start = f"--load {toy_llama} {dropout} {shared}"
+        whole = steps(2, start)
+        for number, (processes, words) in enumerate(layouts):
+            out = tmp_path / f"out{dropout[-1:]}{number}"
+            first = steps(2, f"{start} --save {out} --exit-interval 2")
+            last = steps(processes, f"--load {out} {dropout} {words} --save {out}")
+            assert first + last == pytest.approx(whole, rel=rel, abs=0)
+
+
+def drawn(sizes):
+    """What this rank's default stream gives first."""
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    initialize_distributed(**sizes)
+    return float(torch.rand(()))
+
+
+def test_shares_of_a_sequence_draw_other_dropout_masks_and_copies_the_same():
+    assert len(set(pool(2).run(drawn, {"context_parallel_size": 2}))) == 2
+    assert len(set(pool(2).run(drawn, {"tensor_parallel_size": 2}))) == 1
+
+
+def order_of_events():
+    """What a rank of a ring does in a forward and a backward pass, in its order."""
+    from mindspeed_llm.parallel import context_ring
+
+    events, send, compute = [], context_ring.dist.batch_isend_irecv, context_ring.attention_part
+    back = context_ring.attention_part_backward
+
+    def noted(name, function):
+        def call(*arguments, **named):
+            events.append(name(arguments) if callable(name) else name)
+            return function(*arguments, **named)
+
+        return call
+
+    def kind(arguments):
+        sums = (context_ring.OUTER_SUMS, context_ring.INNER_SUMS)
+        return "sums" if arguments[0][0].tag in sums else "keys"
+
+    with (
+        mock.patch.object(context_ring.dist, "batch_isend_irecv", noted(kind, send)),
+        mock.patch.object(context_ring, "attention_part", noted("compute", compute)),
+        mock.patch.object(context_ring, "attention_part_backward", noted("back", back)),
+    ):
+        attend(1, 1, 4, 2, (8, 8), None, None)
+    return [event for event, _ in itertools.groupby(events)]
+
+
+def test_the_next_keys_are_under_way_while_a_rank_computes():
+    # The parts of the last keys follow those of the last but one: nothing is sent between them.
+    forward = ["keys", "compute"] * 3
+    backward = ["keys", "back", "sums"] * 3 + ["back", "sums"]
+    assert pool(4).run(order_of_events) == [forward + backward] * 4
