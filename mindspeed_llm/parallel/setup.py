@@ -95,8 +95,8 @@ class _Made:
 _made = _Made()
 
 
-def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
-    """megatron's parallel state for these sizes, in place of an earlier one.
+def release_groups() -> None:
+    """End megatron's parallel state and its groups, but stay in the process group.
 
     megatron forgets its groups without ending them, and each gloo group keeps threads that wake up all the time: a
     process that makes many parallel states, as a test session does, would end up doing little else.
@@ -109,6 +109,14 @@ def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
         for group in _made.groups:
             if group in distributed_c10d._world.pg_map:  # megatron ends some of them itself
                 dist.destroy_process_group(group)
+    _made.sizes, _made.world, _made.groups, _made.head_exchange = None, None, [], None
+
+
+def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:
+    """megatron's parallel state for these sizes, in place of an earlier one."""
+    from megatron.core import parallel_state
+
+    release_groups()
     before = set(distributed_c10d._world.pg_map)
     tensor_size, pipeline_size, virtual_stages, context_size, expert_size, expert_tensor_size, ulysses_size = sizes
     parallel_state.initialize_model_parallel(

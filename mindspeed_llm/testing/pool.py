@@ -19,6 +19,7 @@ import pickle
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -34,6 +35,7 @@ class Pool:
         self.world_size = world_size
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._resting = True
 
     def run(self, function: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
         """Call `function(*args)` on every rank.
@@ -52,9 +54,11 @@ class Pool:
             TimeoutError: naming the ranks that did not answer.
         """
         path, name = _address(function)
+        _rest_all_but(self)
         if not self._processes:
             self._start()
         message = pickle.dumps((path, name, args))
+        self._resting = False
         for pipe in self._pipes:
             pipe.send_bytes(message)
         results, failure = self._collect(timeout)
@@ -63,6 +67,13 @@ class Pool:
         if failure is not None:
             raise failure
         return [results[rank] for rank in range(self.world_size)]
+
+    def rest(self) -> None:
+        """Let the processes end their parallel state: the threads of its gloo groups take time even when idle."""
+        if not self._resting:
+            for pipe in self._pipes:
+                pipe.send_bytes(pickle.dumps(None))
+            self._resting = True
 
     def close(self) -> None:
         """End the processes: those that wait for work leave by themselves, which ends their own helpers too."""
@@ -73,7 +84,7 @@ class Pool:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._resting = [], [], True
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -107,6 +118,16 @@ class Pool:
                     failure = error
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return results, failure
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _rest_all_but(active: Pool) -> None:
+    for other in _pools:
+        if other is not active:
+            other.rest()
+    _pools.add(active)
 
 
 @functools.cache
@@ -173,7 +194,16 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
-            path, name, args = pickle.loads(pipe.recv_bytes())
+            message = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        if message is None:
+            _release_groups()
+            continue
+        path, name, args = message
         pipe.send_bytes(_answer((path, name), args))
+
+
+def _release_groups() -> None:
+    if "mindspeed_llm.parallel.setup" in sys.modules:
+        sys.modules["mindspeed_llm.parallel.setup"].release_groups()

@@ -30,6 +30,7 @@ KINDS = {
     "packed": ("dense", JOINED, DOCUMENTS),
     "tied": ("tied", JOINED, ONE),
     "experts": ("experts", JOINED, DOCUMENTS),
+    "even": ("experts", "--no-padding-free --pad-to-seq-length --seq-length 24 --micro-batch-size 2", ONE),
     "latent": ("latent", JOINED, DOCUMENTS),
     "predicting": ("predicting", JOINED, DOCUMENTS),
 }
@@ -69,7 +70,7 @@ MATRIX = {
     "tp2 ep2 sp grouped": (4, "experts latent"),
     "tp2 ep2 etp1 sp": (4, "experts predicting"),
     "ep4 zero grouped": (4, "experts"),
-    "pp2 ep2 allgather": (4, "experts"),
+    "tp2 ep2 sp allgather": (4, "even"),
     "tp2 pp2 sp zero full": (8, "dense packed tied"),
     "tp2 pp2 cp2 sp": (8, "packed latent"),
     "tp2 pp2 vpp ep2 sp zero": (8, "experts predicting"),

@@ -69,3 +69,18 @@ def test_a_failure_that_every_rank_answered_leaves_the_processes_in_use():
 def test_what_cannot_be_sent_is_refused():
     with pytest.raises(ValueError, match="top level of a file"):
         pool(2).run(lambda: None)
+
+
+def groups_of_a_parallel_state(make):
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    if make:
+        initialize_distributed(tensor_parallel_size=2)
+    return len(torch.distributed.distributed_c10d._world.pg_map)
+
+
+def test_a_pool_that_is_not_used_ends_its_groups():
+    made = pool(2).run(groups_of_a_parallel_state, True)[0]
+    assert pool(2).run(groups_of_a_parallel_state, False)[0] == made > 5
+    pool(1).run(rank_and_sum, 0)
+    assert pool(2).run(groups_of_a_parallel_state, False) == [1, 1]
