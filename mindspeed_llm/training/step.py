@@ -188,9 +188,9 @@ def _reduce(sums: list[float], batches: list[MicroBatch], parallel_state: Any) -
 
 
 def attention_pairs(batch: MicroBatch) -> int:
-    """Query-key pairs of causal attention inside the documents of a micro-batch."""
+    """Query-key pairs of causal attention inside the documents of a micro-batch, without padding."""
     if batch.cu_seqlens is None:
-        rows, width = batch.input_ids.shape
-        return rows * width * (width + 1) // 2
-    lengths = batch.cu_seqlens.diff().long()
+        lengths = (~batch.padding).sum(dim=1)
+    else:
+        lengths = batch.cu_seqlens.long().clamp(max=batch.num_tokens).diff()
     return int((lengths * (lengths + 1) // 2).sum())

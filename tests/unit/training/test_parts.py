@@ -106,3 +106,16 @@ def test_flops_against_the_count_by_hand():
     assert full == 6 * (matmul * 10 + 32 * 8 * 4) + 12 * 2 * 8 * 55
     frozen = training_flops(shape, tokens=10, attention_pairs=55, output_tokens=4, frozen_base=True)
     assert frozen == 4 * (matmul * 10 + 32 * 8 * 4) + 12 * 2 * 8 * 55
+
+
+def test_pairs_of_attention_are_counted_without_padding():
+    from mindspeed_llm.data.collate import collate_concatenated, collate_padded
+    from mindspeed_llm.training.step import attention_pairs
+
+    samples = [{"input_ids": list(range(n)), "labels": [-100] * n} for n in (3, 5)]
+    for batch in (
+        collate_padded(samples, 0, pad_to_multiple_of=8),
+        collate_concatenated(samples, 0, pad_to_multiple_of=16),
+        collate_concatenated(samples, 0),
+    ):
+        assert attention_pairs(batch) == 6 + 15
