@@ -48,6 +48,7 @@ def layout_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
     size = tp * layout.pp * layout.cp
     rules += _stage_rules(shape, layout)
     rules += expert_rules(shape, layout)
+    rules += prediction_rules(shape, layout)
     rules.append(
         Rule(
             "launch",
@@ -59,6 +60,19 @@ def layout_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
         )
     )
     return rules
+
+
+def prediction_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
+    """Conditions on multi-token prediction layers, which follow the last layer on the last stage."""
+    if not shape.mtp_num_layers:
+        return []
+    h, tp, last = shape.hidden_size, layout.tp, layout.layers.layers(layout.pp - 1, layout.layers.vpp - 1)
+    sizes = ", ".join(map(str, divisors(h)))
+    says = "the last stage holds the last layer, after which multi-token prediction goes on"
+    return [
+        Rule("parallel", f"hidden_size {h} % tensor parallel {tp} = 0 (multi-token prediction)", h % tp == 0, sizes),
+        Rule("pipeline", says, bool(last), "--noop-layers that leave a layer to the last stage and chunk"),
+    ]
 
 
 def _stage_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:

@@ -248,3 +248,11 @@ def test_what_contradicts_the_checkpoint_is_refused(with_prediction):
     }.items():
         with pytest.raises(UserError, match=words):
             resolved(load + flags)
+
+
+def test_a_layout_that_prediction_layers_cannot_take_is_refused(with_prediction, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    load = f"--load {with_prediction} --pipeline-model-parallel-size 3 "
+    assert resolved(load + "--noop-layers 0,1").layout.pp == 3
+    with pytest.raises(UserError, match="the last stage holds the last layer"):
+        resolved(load + "--noop-layers 4,5")
