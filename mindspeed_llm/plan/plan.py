@@ -21,7 +21,7 @@ from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.continuity import continue_run
-from mindspeed_llm.plan.experts import expert_problems
+from mindspeed_llm.plan.experts import adapted_experts, expert_problems
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
 from mindspeed_llm.plan.peft_settings import read_peft_settings
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
@@ -153,6 +153,7 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     problems += expert_problems(config, shape, layout)
+    problems += adapted_experts(shape, adapters)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
         raise UserError("\n".join(problems))
