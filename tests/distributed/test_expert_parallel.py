@@ -1,8 +1,15 @@
 """Experts spread over processes train the same model as one process, with the losses that balance them."""
 
+import json
+import os
+import pydoc_data.topics
+
 import pytest
+import torch.distributed as dist
 
 from mindspeed_llm.checkpoint.toy import make_toy
+from mindspeed_llm.cli.training import run_door
+from mindspeed_llm.config.parser import parse
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
 from mindspeed_llm.testing.pool import pool
 
@@ -62,3 +69,38 @@ def test_mistakes_with_experts_are_noticed(toy, rows, alone, mutation):
     found = pool(world).run(train, *arguments)[0]
     with pytest.raises(AssertionError):
         assert_same(found, alone)
+
+
+def run(words, cache):
+    """The pre-training door on this rank: losses of the log lines, known on the last rank."""
+    here = {"WORLD_SIZE": dist.get_world_size(), "RANK": dist.get_rank(), "LOCAL_WORLD_SIZE": dist.get_world_size()}
+    os.environ.update({k: str(v) for k, v in here.items()}, MINDSPEED_LLM_CACHE=cache)
+    result = run_door(parse("pretrain", [*words.split(), "--progress", "lines", "--num-threads", "1"]))
+    return [loss for _, loss in result.history.train]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    topics = pydoc_data.topics.topics
+    path.write_text("".join(json.dumps({"text": topics[name][:600]}) + "\n" for name in sorted(topics)[:20]))
+    return path
+
+
+def test_a_run_from_scratch_goes_on_with_its_experts_elsewhere(toy, corpus, tmp_path, capfd):
+    """Random initial weights and a resumed state are the same for any spread of experts, stacked or not."""
+    words = (
+        f"--hf-config {toy} --tokenizer-name-or-path {toy} --data-path {corpus} --seq-length 48 --train-iters 4 "
+        "--lr 1e-3 --global-batch-size 4 --split 1 --eval-iters 0 --moe-aux-loss-coeff 0.1 "
+    )
+    cache, out = str(tmp_path / "cache"), tmp_path / "out"
+    expected = pool(1).run(run, words, cache)[0]
+    spread = "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-grouped-gemm "
+    first = pool(4).run(run, f"{words} {spread} --save {out} --exit-interval 2", cache)[-1]
+    again = words.replace(f"--hf-config {toy}", f"--load {out}")
+    alone = pool(1).run(run, again, cache)[0]
+    whole = f"{again} {SEQUENCE} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2 --moe-grouped-gemm"
+    elsewhere = pool(2).run(run, whole, cache)[-1]
+    assert first + alone == pytest.approx(expected, rel=1e-5)
+    assert first + elsewhere == pytest.approx(expected, rel=1e-5)
+    assert "load_balancing_loss: 1." in capfd.readouterr().out
