@@ -174,6 +174,8 @@ CASES: dict[str, Case] = {
     "sequence_parallel": case(True, tensor_model_parallel_size=2),
     "context_parallel_size": case(2),
     "context_parallel_algo": case("ulysses_cp_algo", context_parallel_size=2),
+    "expert_model_parallel_size": case(2, **MOE),
+    "expert_tensor_parallel_size": case(1, tensor_model_parallel_size=2, sequence_parallel=True, **MOE),
     "cp_window_size": case(2, context_parallel_size=4),
     "ulysses_degree_in_cp": case(2, before=1, context_parallel_size=4, context_parallel_algo="hybrid_cp_algo"),
     "use_distributed_optimizer": case(True),
