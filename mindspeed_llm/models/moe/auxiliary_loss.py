@@ -97,10 +97,7 @@ def take(chunks: Iterable[nn.Module], num_micro_batches: int) -> dict[str, float
     from megatron.core import parallel_state
 
     chunks = list(chunks)
-    config = _config(chunks[0])
-    names = enabled_losses(config)
-    if not names:
-        return {}
+    names = enabled_losses(_config(chunks[0]))
     found = routers(chunks)
     sums = [sum(float(router.auxiliary_losses.sums.get(name, 0.0)) for router in found) for name in names]
     for router in found:
@@ -114,6 +111,11 @@ def take(chunks: Iterable[nn.Module], num_micro_batches: int) -> dict[str, float
         dist.all_reduce(tensor, group=parallel_state.get_pipeline_model_parallel_group())
     means = totals / (layers * num_micro_batches)
     return dict(zip(names, means.tolist()))
+
+
+def is_enabled(chunks: list[nn.Module]) -> bool:
+    """Whether the routers of a model add anything to its loss."""
+    return bool(enabled_losses(_config(chunks[0])))
 
 
 def enabled_losses(config) -> list[str]:
