@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mindspeed_llm.config.run import RunConfig, door_options
+from mindspeed_llm.config.run import RunConfig, all_options, door_options
 from mindspeed_llm.config.schema import Option
 from mindspeed_llm.config.upstream import upstream_flags
 from mindspeed_llm.errors import UserError
@@ -62,7 +62,7 @@ def parse(door: str, argv: Sequence[str]) -> Parsed:
         elif flag in upstream_flags():
             _note_upstream(parsed, flag)
         else:
-            parsed.problems.append(_unknown(flag, flags))
+            parsed.problems.append(_unknown(flag, flags, door))
     return parsed
 
 
@@ -179,7 +179,10 @@ def _note_upstream(parsed: Parsed, flag: str) -> None:
         parsed.notes.append(f"{flag} has no effect here: {row.reason}")
 
 
-def _unknown(flag: str, flags: dict[str, Any]) -> str:
+def _unknown(flag: str, flags: dict[str, Any], door: str) -> str:
+    for o in all_options().values():
+        if flag in (*o.flags, *o.off_flags):
+            return f"{flag} is no option of {door}; legal with: {', '.join(o.doors)}"
     return f"{flag} is unknown{_nearest(flag, list(flags))}"
 
 

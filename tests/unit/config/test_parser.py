@@ -53,8 +53,9 @@ def test_upstream_flags_without_meaning_are_noted_with_their_values():
     assert parsed.config.training.train_iters == 3
 
 
-def test_flags_of_other_doors_are_unknown():
-    assert parse("preprocess", ["--lr", "1"]).problems == ["--lr is unknown"]
+def test_flags_of_other_doors_are_refused_with_the_doors_that_have_them():
+    said = "--lr is no option of preprocess; legal with: pretrain, posttrain"
+    assert parse("preprocess", ["--lr", "1"]).problems == [said]
 
 
 def test_yaml_yields_to_the_command_line(tmp_path):
