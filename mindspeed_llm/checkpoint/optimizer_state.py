@@ -3,8 +3,8 @@
 Every kind of optimizer (fp32, mixed precision, distributed) gives and takes the same three tensors of a parameter's own
 shape: `optimizer.state.exp_avg.<name>`, `optimizer.state.exp_avg_sq.<name>` and, in mixed precision,
 `optimizer.state.fp32_param.<name>`. So a checkpoint written by one kind at one layout continues with another kind at
-another layout. (megatron-core's own fully reshardable form moves values when one of several buckets ends in padding, and
-asks that every rank holds a part of the state.)
+another layout. (megatron-core's own fully reshardable form moves values when one of several buckets ends in padding,
+and asks that every rank holds a part of the state.)
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def training_state(
     """The tree that dist_checkpointing saves or, as a template, loads."""
     state: dict[str, Any] = sharded_model_state(chunks, only)
     if optimizer is not None:
-        state["optimizer"] = sharded_optimizer_state(optimizer, state, loading=loading)
+        tensors = sharded_optimizer_state(optimizer, state, loading=loading)
+        if tensors:  # a stage that trains nothing has none
+            state["optimizer"] = tensors
         if not loading:
             state["optimizer_step"] = optimizer_step(optimizer)
             state["grad_scaler"] = grad_scaler_state(optimizer)

@@ -228,14 +228,22 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     load_model_state(model, loaded)
     if not c.no_load_optim:
         shards = sharded_model_state(model.chunks, only)
-        load_optimizer_state(optimizer, shards, loaded["optimizer"], loaded["optimizer_step"])
+        load_optimizer_state(optimizer, shards, loaded.get("optimizer", {}), loaded["optimizer_step"])
         load_grad_scaler_state(optimizer, loaded["grad_scaler"])
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     else:
         optimizer.reload_model_params()
     if with_rng:
         restore_rng_state(loaded["rng_state"])
+    elif not same_layout and draws_masks(plan) and is_leader():
+        print(" resume: at another layout dropout starts from the seed again; its masks are others than without a stop")
     return Progress(**source.record["progress"])
+
+
+def draws_masks(plan: Plan) -> bool:
+    """Whether training drops anything out."""
+    rates = [plan.config.model.hidden_dropout, plan.config.model.attention_dropout, plan.shape.attention_dropout]
+    return any(rates) or (plan.adapters is not None and plan.adapters.dropout > 0)
 
 
 def load_model_state(model: TrainingModel, loaded: dict[str, Any]) -> None:

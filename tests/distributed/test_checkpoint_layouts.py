@@ -90,6 +90,18 @@ def test_layouts_take_over_adapters_from_each_other(toy_qwen, words, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_stage_that_trains_nothing_takes_part(toy_qwen, words, tmp_path):
+    """Its optimizer has no state: the second stage's, then the first's when layer 0 lives alone with layer 2."""
+    options, cache = words
+    options += " --trainable-layers first:1"
+    expected = start(1, "", f"{options} --load {toy_qwen} --exit-interval 3", cache)
+    found = []
+    for number, layout in enumerate([PP2, f"{VPP2} {SHARED}", f"{PP2} {SHARED}"]):
+        source = toy_qwen if number == 0 else tmp_path
+        found += start(2, layout, f"{options} --load {source} --save {tmp_path} --exit-interval 1", cache)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def stored(directory, vocab_size):
     """Every tensor of the newest checkpoint, without padding of the vocabulary, and the step."""
     from megatron.core import dist_checkpointing

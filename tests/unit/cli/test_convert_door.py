@@ -173,3 +173,25 @@ def test_all_problems_come_together(capsys):
         "--lorad is unknown",
     ):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        ("--target-pipeline-parallel-size 3 --num-layer-list 1,3,2 --target-tensor-parallel-size 2", [1, 3, 2]),
+        ("--target-pipeline-parallel-size 4 --account-for-embedding-in-pipeline-split "
+         "--account-for-loss-in-pipeline-split", [1, 2, 2, 1]),
+        ("--target-pipeline-parallel-size 3 --num-virtual-stages-per-pipeline-rank 2", [2, 2, 2]),
+    ],
+)  # fmt: skip
+def test_megatron_files_are_cut_again_for_another_layout(chunked, six_layers, tmp_path, layout, sizes):
+    formats = "--load-model-type mg --save-model-type mg"
+    convert(f"--load-dir {chunked} --save-dir {tmp_path / 'mg'} {formats} {layout}")
+    found = []
+    for file in sorted(tmp_path.glob("mg/iter_*/mp_rank_00_*/*.pt")):
+        content = torch.load(file, weights_only=False)
+        chunks = [content[key] for key in sorted(content) if key.startswith("model")]
+        found.append(sum(len({n.split(".")[2] for n in chunk if ".layers." in n}) for chunk in chunks))
+    assert found == sizes
+    convert(f"--load-dir {tmp_path / 'mg'} --save-dir {tmp_path / 'hf'} --save-model-type hf")
+    assert same_tensors(six_layers, tmp_path / "hf")

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
+from mindspeed_llm.config.parallel import ParallelConfig
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.parallel.layer_map import even_split, layer_map
+from mindspeed_llm.parallel.layer_map import even_split, layer_map, layers_of_options
 
 
 def flattened(layers):
@@ -78,3 +79,43 @@ def test_noop_layers_and_virtual_chunks_go_together():
 def test_illegal_combinations_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         layer_map(**arguments)
+
+
+@pytest.mark.parametrize(
+    "num_layers, pp, vpp, embedding, loss, sizes",
+    [
+        (7, 2, None, True, False, (3, 4)),
+        (7, 2, None, False, True, (4, 3)),
+        (6, 4, None, True, True, (1, 2, 2, 1)),
+        (6, 2, 2, True, True, (1, 2, 2, 1)),
+        (2, 4, None, True, True, (0, 1, 1, 0)),
+    ],
+)
+def test_embedding_and_loss_count_as_layers(num_layers, pp, vpp, embedding, loss, sizes):
+    layers = layer_map(num_layers, pp, vpp, embedding_as_layer=embedding, loss_as_layer=loss)
+    assert layers.built_sizes == sizes and flattened(layers) == list(range(num_layers))
+
+
+def test_a_built_model_numbers_its_layers_without_gaps():
+    layers = layer_map(6, 2, 2, noop_layers=[0, 7])
+    assert layers.layers(0, 0) == {1: 0} and layers.built_layers(0, 0) == (0,)
+    assert layers.built_sizes == (1, 2, 2, 1)
+
+
+def test_options_say_the_same_split_in_two_ways():
+    by_size, by_count = ParallelConfig(), ParallelConfig()
+    by_size.num_layers_per_virtual_pipeline_stage = by_count.num_virtual_stages_per_pipeline_rank = 2
+    assert layers_of_options(by_size, 8, 2) == layers_of_options(by_count, 8, 2) == layer_map(8, 2, 2)
+    by_size.num_virtual_stages_per_pipeline_rank = 2
+    with pytest.raises(UserError, match="exclude each other"):
+        layers_of_options(by_size, 8, 2)
+
+
+@pytest.mark.parametrize("split", [dict(embedding_as_layer=True), dict(loss_as_layer=True)])
+def test_ends_that_count_need_stages_and_an_even_split(split):
+    with pytest.raises(UserError, match="need pipeline-parallel-size > 1"):
+        layer_map(3, 1, **split)
+    with pytest.raises(UserError, match="cannot be combined with --account-for"):
+        layer_map(3, 2, layer_list=[1, 2], **split)
+    with pytest.raises(UserError, match=r"4 layers \+ (embedding|loss) over 2 stages is uneven"):
+        layer_map(4, 2, **split)
