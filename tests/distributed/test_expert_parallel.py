@@ -104,3 +104,14 @@ def test_a_run_from_scratch_goes_on_with_its_experts_elsewhere(toy, corpus, tmp_
     assert first + alone == pytest.approx(expected, rel=1e-5)
     assert first + elsewhere == pytest.approx(expected, rel=1e-5)
     assert "load_balancing_loss: 1." in capfd.readouterr().out
+
+
+def test_score_biases_follow_the_load_of_all_processes(tmp_path, rows):
+    """DeepSeek's router: after each step the biases move by what all processes sent to each expert."""
+    directory = str(make_toy("deepseek_v3", tmp_path / "deepseek", num_hidden_layers=2, num_mtp_layers=0))
+    words = "--micro-batch-size 1 --moe-router-bias-update-rate "
+    expected = pool(1).run(train, directory, words + "0.3", rows)[0]
+    found = pool(2).run(train, directory, words + "0.3 --expert-model-parallel-size 2 --moe-grouped-gemm", rows)[0]
+    assert_same(found, expected)
+    still = pool(1).run(train, directory, words + "0", rows)[0]
+    assert still.losses[0] == expected.losses[0] and abs(still.losses[2] - expected.losses[2]) > 1e-4
