@@ -167,9 +167,7 @@ def _assign(values: dict[str, Any], extra: dict[str, Any], name: str, rule: Conf
             legal = "a positive whole number" if kind == "int" else f"a {kind}"
             raise UserError(f"config: {name}={value!r} in config.json is wrong; legal: {legal}")
         if values.get(target, value) != value:
-            raise UserError(
-                f"config: {name}={value!r} in config.json contradicts another field: {values[target]!r}"
-            )
+            raise UserError(f"config: {name}={value!r} in config.json contradicts another field: {values[target]!r}")
         values[target] = float(value) if kind == "float" else value
 
 
