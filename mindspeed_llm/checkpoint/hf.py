@@ -23,8 +23,8 @@ from mindspeed_llm.checkpoint.source import (
     unpack_groups,
 )
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models.family import get_family
 from mindspeed_llm.models.families.llama import HF_LAYER
+from mindspeed_llm.models.family import get_family
 from mindspeed_llm.models.hf_config import prediction_field, read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import absent_rules
 from mindspeed_llm.models.shape import ModelShape

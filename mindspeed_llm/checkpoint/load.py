@@ -58,7 +58,7 @@ class Placement:
         return layouts.with_layer(local, here[index])
 
     def stored_name(self, local: str, shape: ModelShape) -> str:
-        """As `global_name`, with an expert's number in the whole model, and one name for all copies of tied embeddings."""
+        """As `global_name`, with an expert's number in the whole model, and one name for copies of tied embeddings."""
         name = self.global_name(local)
         if layouts.expert_index(name) is not None:
             return layouts.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)[0]
