@@ -85,25 +85,26 @@ class Watch:
     def _say_where(self) -> None:
         """Publish where this rank stands; the first rank that waits collects and prints, once for a batch."""
         waits, place = whereabouts(self.main_thread)
-        word = f"{self.beats}|{'waits' if waits else 'works'}|{socket.gethostname()}|{place}"
+        batch, seconds = self.beats, time.monotonic() - self.last_beat
+        word = f"{batch}|{'waits' if waits else 'works'}|{socket.gethostname()}|{place}"
         self.store.set(f"{LATE}/of/{self.rank}", word)
-        if not waits or self.said_at == self.beats:
+        if not waits or self.said_at == batch:
             return
-        self.said_at = self.beats
-        if self.store.compare_set(f"{LATE}/{self.beats}", "", str(self.rank)).decode() != str(self.rank):
+        self.said_at = batch
+        if self.store.compare_set(f"{LATE}/{batch}", "", str(self.rank)).decode() != str(self.rank):
             return
         if self.stopped.wait(3 * POLL_SECONDS):
             return
-        known = {rank: self._word_of(rank) for rank in range(self.world_size)}
-        print(late_line(known, time.monotonic() - self.last_beat), file=sys.stderr, flush=True)
+        known = {rank: self._word_of(rank, batch) for rank in range(self.world_size)}
+        print(late_line(known, seconds), file=sys.stderr, flush=True)
 
-    def _word_of(self, rank: int) -> str | None:
+    def _word_of(self, rank: int, batch: int) -> str | None:
         """What a rank has published about this batch, or the one before if it has not begun this one."""
         key = f"{LATE}/of/{rank}"
         if not self.store.check([key]):
             return None
-        beats, _, word = self.store.get(key).decode().partition("|")
-        return word if int(beats) >= self.beats - 1 else None
+        number, _, word = self.store.get(key).decode().partition("|")
+        return word if int(number) >= batch - 1 else None
 
 
 def late_line(known: dict[int, str | None], seconds: float) -> str:

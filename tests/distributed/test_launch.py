@@ -33,12 +33,12 @@ TrainingLoop.step = failing
 """
 LATE = """
 from mindspeed_llm.parallel import watch
-watch.LATE_SHARE = 0.005  # of ten minutes
+watch.LATE_SHARE = 0.002  # of ten minutes
 from mindspeed_llm.training.data import TrainingData
 original = TrainingData.micro_batches
 def slow_storage(self, consumed, *rest):
     if rank == 1 and consumed == 2:
-        time.sleep(9)
+        time.sleep(8)
     return original(self, consumed, *rest)
 TrainingData.micro_batches = slow_storage
 """
