@@ -59,7 +59,19 @@ def grouped_mm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     if x.dtype != torch.bfloat16 or not aligned or x.shape[0] == 0:
         return by_group(x, weight, group_sizes)
     ends = group_sizes.to(device=x.device, dtype=torch.int32, non_blocking=True).cumsum(0, dtype=torch.int32)
-    return torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
+    return _ContiguousGradient.apply(torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; the kernel's backward pass refuses gradients that are expanded or transposed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 @register("grouped_matmul", REFERENCE, priority=-1)

@@ -17,7 +17,7 @@ from mindspeed_llm.models.moe.auxiliary_loss import load_balancing_loss, routers
 from mindspeed_llm.models.moe.options import ExpertOptions
 from mindspeed_llm.models.moe.routing import choose_experts, drop_tokens, routing_tables
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.ops.grouped_matmul import by_group, reference
+from mindspeed_llm.ops.grouped_matmul import by_group, grouped_mm, reference
 from mindspeed_llm.parallel.setup import initialize_distributed
 
 torch.set_num_threads(1)
@@ -230,3 +230,17 @@ def test_a_bf16_model_can_route_in_fp32(toys):
     ids = torch.randint(0, 997, (1, 9), generator=torch.Generator().manual_seed(3))
     model.train()(ids, labels=ids).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_torchs_grouped_kernel_computes_the_same_and_anything_else_goes_by_group():
+    generator, counts = torch.Generator().manual_seed(1), torch.tensor([7, 0, 13])
+    x, weight = torch.randn(20, 16, generator=generator), torch.randn(3, 8, 16, generator=generator)
+    for dtype, columns in ((torch.bfloat16, 8), (torch.bfloat16, 5), (torch.float32, 8)):
+        results = []
+        for function in (grouped_mm, by_group):
+            a, w = x.to(dtype).requires_grad_(), weight[:, :columns].to(dtype).contiguous().requires_grad_()
+            out = function(a, w, counts)
+            out.sum().backward()  # a gradient that is one number everywhere, expanded
+            results.append((out, a.grad, w.grad))
+        for ours, expected in zip(*results):
+            torch.testing.assert_close(ours, expected, atol=1e-1 if dtype == torch.bfloat16 else 1e-5, rtol=2e-2)
