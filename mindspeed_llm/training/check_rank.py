@@ -7,6 +7,7 @@ of the same layout with the same layers, heads and experts, but narrow, takes on
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import time
@@ -137,7 +138,7 @@ def _on_meta() -> Iterator[None]:
 def small_plan(plan: Plan) -> Plan:
     """The same layout for a narrow model, from random weights, with as few micro-batches as the schedule takes."""
     shape, layout = plan.shape, plan.layout
-    config = plan.config
+    config = copy.deepcopy(plan.config)
     config.training.micro_batch_size = 1
     split = layout.sequence_split
     unit = 2 * split.multiple * split.ranks * layout.tp
@@ -145,6 +146,7 @@ def small_plan(plan: Plan) -> Plan:
     small = small_shape(shape, layout.tp, layout.expert_tp)
     return replace(
         plan,
+        config=config,
         shape=small,
         stored_shape=small,
         weights=None,
