@@ -94,7 +94,7 @@ def expert_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:
     if experts is None:
         if ep == 1 and layout.etp is None:
             return []
-        says = "expert parallelism is for models with experts, and this one has none"
+        says = f"the model has experts for expert parallel {ep} x expert tensor parallel {etp}"
         return [Rule("experts", says, False, "no --expert-model-parallel-size, no --expert-tensor-parallel-size")]
     width, per_stage = shape.moe_ffn_hidden_size, layout.world_size // layout.pp
     sizes = [d for d in divisors(experts) if per_stage % (etp * d) == 0]
