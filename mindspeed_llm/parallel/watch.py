@@ -27,6 +27,8 @@ from mindspeed_llm.errors import UserError
 POLL_SECONDS = 1.0
 # A rank that fails by itself, or is ended by its launcher, gets this long before the watch ends it.
 GRACE_SECONDS = 5.0
+# A rank that waits this long in a collective after the launcher's store is gone waits for nobody.
+ALONE_SECONDS = 20.0
 # Share of the collectives' time limit after which a step without progress is looked into.
 LATE_SHARE = 0.5
 FAILURE, LATE = "mindspeed_llm/first_failure", "mindspeed_llm/late"
@@ -71,8 +73,16 @@ class Watch:
                 if time.monotonic() - self.last_beat > self.late_after:
                     self._say_where()
         except RuntimeError:
-            # The store is gone: its host has ended, and so will this process, with a message of its own.
-            return
+            self._outlive_store()
+
+    def _outlive_store(self) -> None:
+        """The host of the store has ended. This rank may have work left, but whom would it still hear from?"""
+        waits_since = time.monotonic()
+        while not self.stopped.wait(POLL_SECONDS):
+            if not whereabouts(self.main_thread)[0]:
+                waits_since = time.monotonic()
+            elif time.monotonic() - waits_since > ALONE_SECONDS:
+                self._leave("the launcher's store is gone, its host has ended")
 
     def _leave(self, failure: str) -> None:
         """End this process, unless it ends by itself first."""

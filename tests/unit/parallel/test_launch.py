@@ -107,3 +107,28 @@ def test_a_watch_says_who_is_late_once_for_a_batch(capsys, monkeypatch):
     waiting.beat()
     waiting._say_where()
     assert "rank 1 does not answer" in capsys.readouterr().err  # what it said was about a batch long ago
+
+
+class GoneStore:
+    """A store whose host has ended."""
+
+    def check(self, keys):
+        raise RuntimeError("connection reset")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_only_a_rank_that_waits_leaves_when_the_store_is_gone(monkeypatch, waits):
+    monkeypatch.setattr("mindspeed_llm.parallel.watch.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("mindspeed_llm.parallel.watch.ALONE_SECONDS", 0.05)
+    monkeypatch.setattr("mindspeed_llm.parallel.watch.whereabouts", lambda thread: (waits, "somewhere"))
+    watch = Watch(GoneStore(), 1, 2, 10.0)
+    left = []
+
+    def leave(why):
+        left.append(why)
+        watch.stopped.set()
+
+    monkeypatch.setattr(watch, "_leave", leave)
+    threading.Timer(0.5, watch.stopped.set).start()
+    watch._run()
+    assert bool(left) == waits and (not waits or "store is gone" in left[0])
