@@ -3,6 +3,7 @@
 import json
 import os
 import pydoc_data.topics
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from mindspeed_llm.cli.training import run_door
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
 from mindspeed_llm.testing.pool import pool
+from mindspeed_llm.training.report import Reporter
 
 SEQUENCE = "--tensor-model-parallel-size 2 --sequence-parallel"
 EQUAL_ROWS = "--no-padding-free --pad-to-seq-length --seq-length 24"
@@ -72,11 +74,14 @@ def test_mistakes_with_experts_are_noticed(toy, rows, alone, mutation):
 
 
 def run(words, cache):
-    """The pre-training door on this rank: losses of the log lines, known on the last rank."""
+    """The pre-training door on this rank: (losses known on the last rank, load-balancing losses) of the log lines."""
     here = {"WORLD_SIZE": dist.get_world_size(), "RANK": dist.get_rank(), "LOCAL_WORLD_SIZE": dist.get_world_size()}
     os.environ.update({k: str(v) for k, v in here.items()}, MINDSPEED_LLM_CACHE=cache)
-    result = run_door(parse("pretrain", [*words.split(), "--progress", "lines", "--num-threads", "1"]))
-    return [loss for _, loss in result.history.train]
+    balance = []
+    with mock.patch.object(Reporter, "iteration", autospec=True, side_effect=Reporter.iteration) as lines:
+        result = run_door(parse("pretrain", [*words.split(), "--progress", "lines", "--num-threads", "1"]))
+        balance += [call.args[1].further_losses["load_balancing_loss"] for call in lines.call_args_list]
+    return [loss for _, loss in result.history.train], balance
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def corpus(tmp_path_factory):
     return path
 
 
-def test_a_run_from_scratch_goes_on_with_its_experts_elsewhere(toy, corpus, tmp_path, capfd):
+def test_a_run_from_scratch_goes_on_with_its_experts_elsewhere(toy, corpus, tmp_path):
     """Random initial weights and a resumed state are the same for any spread of experts, stacked or not."""
     words = (
         f"--hf-config {toy} --tokenizer-name-or-path {toy} --data-path {corpus} --seq-length 48 --train-iters 4 "
@@ -98,12 +103,11 @@ def test_a_run_from_scratch_goes_on_with_its_experts_elsewhere(toy, corpus, tmp_
     spread = "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-grouped-gemm "
     first = pool(4).run(run, f"{words} {spread} --save {out} --exit-interval 2", cache)[-1]
     again = words.replace(f"--hf-config {toy}", f"--load {out}")
-    alone = pool(1).run(run, again, cache)[0]
     whole = f"{again} {SEQUENCE} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2 --moe-grouped-gemm"
-    elsewhere = pool(2).run(run, whole, cache)[-1]
-    assert first + alone == pytest.approx(expected, rel=1e-5)
-    assert first + elsewhere == pytest.approx(expected, rel=1e-5)
-    assert "load_balancing_loss: 1." in capfd.readouterr().out
+    for last in (pool(1).run(run, again, cache)[0], pool(2).run(run, whole, cache)[-1]):
+        for before, after, whole_run in zip(first, last, expected):  # losses, then load-balancing losses
+            assert before + after == pytest.approx(whole_run, rel=1e-5)
+        assert all(value > 1.0 for value in expected[1])
 
 
 def test_score_biases_follow_the_load_of_all_processes(tmp_path, rows):
@@ -115,3 +119,9 @@ def test_score_biases_follow_the_load_of_all_processes(tmp_path, rows):
     assert_same(found, expected)
     still = pool(1).run(train, directory, words + "0", rows)[0]
     assert still.losses[0] == expected.losses[0] and abs(still.losses[2] - expected.losses[2]) > 1e-4
+
+
+def test_recomputed_layers_count_their_losses_and_loads_once(toy, rows, alone):
+    flags = BALANCE + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+    found = pool(2).run(train, str(toy), flags + "--expert-model-parallel-size 2", rows)[0]
+    assert_same(found, alone)
