@@ -82,7 +82,7 @@ def test_a_dense_model_refuses_options_of_experts(toy_llama):
     words = f"--load {toy_llama} --train-iters 1 --global-batch-size 8 "
     with pytest.raises(UserError, match="--moe-grouped-gemm: no meaning for a model without experts"):
         planned(words + "--moe-grouped-gemm")
-    with pytest.raises(UserError, match="this one has none"):
+    with pytest.raises(UserError, match="the model has experts for expert parallel 2"):
         planned(words + "--expert-model-parallel-size 2")
 
 
