@@ -49,8 +49,12 @@ class OwnState:
         held = {name: state[name] for name in MOMENTS}
         return held | {MASTER: self.main.detach()} if is_mixed(self.parameter) else held
 
-    def whole(self, name: str) -> Tensor:
-        """One of the values in the parameter's shape; all ranks of `group` ask together."""
+    def whole(self, name: str, wanted: bool) -> Tensor:
+        """One of the values in the parameter's shape; all ranks of `group` ask together.
+
+        Gathered ones are in host memory, one after the other, since together they are what the distributed optimizer
+        saves the device from. Where the value is not wanted, zeros that take no memory.
+        """
         values = self.values()
         if self.group is None:
             return values[name].view(self.parameter.shape)
@@ -58,6 +62,7 @@ class OwnState:
         if self.main is not None:
             flat[self.start : self.stop] = values[name].flatten()
         dist.all_reduce(flat, group=self.group)
+        flat = flat.cpu() if wanted else torch.zeros(()).expand_as(flat)
         return flat.view(self.parameter.shape)
 
 
@@ -112,20 +117,24 @@ def sharded_optimizer_state(optimizer: Any, model_state: Mapping[str, Any], *, l
 
     Args:
         model_state: sharded state of the model (any nesting), holding every trained parameter.
-        loading: describe what is wanted, without gathering what is there.
+        loading: describe what is wanted here, without gathering what is there.
 
     Returns:
         name on this rank -> ShardedTensor (or factory of them), whose key several local names can share: all experts
         of a layer are one tensor in the checkpoint.
     """
-    if loading:
-        allocate_moments(optimizer)
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    allocate_moments(optimizer)
     shards = {id(sharded.data): (name, sharded) for name, sharded in _leaves(model_state)}
     state: dict[str, Any] = {}
     for own in own_states(optimizer):
+        if loading and own.main is None:
+            continue
         local, sharded = shards[id(own.parameter)]
+        written = is_main_replica(sharded.replica_id)
         for name in (*MOMENTS, MASTER) if is_mixed(own.parameter) else MOMENTS:
-            data = torch.empty_like(own.parameter, dtype=torch.float32) if loading else own.whole(name)
+            data = torch.empty(own.parameter.shape) if loading else own.whole(name, written)
             key = f"optimizer.state.{name}.{sharded.key}"
             more = {"dtype": torch.float32} if hasattr(sharded, "dtype") else {}
             state[f"{name}.{local}"] = replace(sharded, key=key, data=data.detach(), **more)
