@@ -166,7 +166,7 @@ def _adapters(config: RunConfig, found: Found):
     from mindspeed_llm.lora.peft_format import read_peft
     from mindspeed_llm.lora.tensors import read_adapters, read_trained_base
     from mindspeed_llm.plan.base import check_base
-    from mindspeed_llm.plan.plan import recorded_adapters
+    from mindspeed_llm.plan.recorded_adapters import recorded_adapters
     from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 
     source = find_source(config.lora.lora_load)

@@ -137,7 +137,7 @@ def train_with_fused_accumulation(*arguments):
     with (
         mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", kernel, create=True),
         mock.patch.object(layers, "_grad_accum_fusion_available", True),
-        mock.patch("mindspeed_llm.plan.plan.can_accumulate_in_product", lambda: True),
+        mock.patch("mindspeed_llm.plan.combinations.can_accumulate_in_product", lambda: True),
     ):
         return train(*arguments), len(calls)
 

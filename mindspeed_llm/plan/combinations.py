@@ -1,0 +1,127 @@
+"""Options that do not go together, whatever the model."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from mindspeed_llm import accelerator
+from mindspeed_llm.config.run import RunConfig, all_options
+
+# Apex's extension, by the name under which megatron-core imports it.
+ACCUMULATING_PRODUCT = "fused_weight_gradient_mlp_cuda"
+
+
+def can_accumulate_in_product() -> bool:
+    """Whether megatron-core's linears can add weight gradients to their sums inside the matrix product."""
+    on_cuda = accelerator.current().device_type == "cuda"
+    return on_cuda and importlib.util.find_spec(ACCUMULATING_PRODUCT) is not None
+
+
+def combination_problems(config: RunConfig) -> list[str]:
+    """A line for each combination of options that is refused."""
+    return [
+        *_training_problems(config),
+        *_context_parallel_problems(config),
+        *_dry_run_and_tokenizer_problems(config),
+        *_adapter_problems(config),
+        *_operator_and_checkpoint_problems(config),
+    ]
+
+
+def _lines(*checks: tuple[object, str]) -> list[str]:
+    """The lines whose condition holds."""
+    return [line for condition, line in checks if condition]
+
+
+def _training_problems(config: RunConfig) -> list[str]:
+    t, o, p, r = config.training, config.optimizer, config.parallel, config.runtime
+    lengths = [n for n in ("train_iters", "train_epochs", "train_samples") if config.get(n) is not None]
+    needs_length = config.door in ("pretrain", "posttrain") and not t.eval_only
+    return _lines(
+        (r.bf16 and r.fp16, "--bf16 and --fp16 exclude each other; give one"),
+        (len(lengths) > 1, f"{', '.join(all_options()[n].flags[0] for n in lengths)} exclude each other; give one"),
+        (needs_length and not lengths and config.door == "pretrain", "--train-iters or --train-epochs is missing"),
+        (
+            p.overlap_param_gather and not p.use_distributed_optimizer,
+            "--overlap-param-gather needs --use-distributed-optimizer",
+        ),
+        (
+            p.overlap_param_gather and not p.overlap_grad_reduce,
+            "--overlap-param-gather needs --overlap-grad-reduce",
+        ),
+        (
+            t.recompute_granularity != "full" and (t.recompute_method or t.recompute_num_layers),
+            "--recompute-method and --recompute-num-layers have a meaning with --recompute-granularity full only",
+        ),
+        (
+            o.lr_warmup_fraction is not None and o.lr_warmup_iters > 0,
+            "--lr-warmup-fraction and --lr-warmup-iters exclude each other; give one",
+        ),
+        (o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr} is above --lr {o.lr}"),
+        (
+            t.pad_to_seq_length and t.padding_free,
+            "--pad-to-seq-length has a meaning with --no-padding-free only: joined samples have no padding",
+        ),
+    )
+
+
+def _context_parallel_problems(config: RunConfig) -> list[str]:
+    """Options of one algorithm that are given with another, or missing."""
+    p, problems = config.parallel, []
+    hybrid = p.context_parallel_algo == "hybrid_cp_algo"
+    if hybrid and p.ulysses_degree_in_cp is None and p.context_parallel_size > 1:
+        problems.append("--ulysses-degree-in-cp is missing: hybrid_cp_algo needs it")
+    if not hybrid and p.ulysses_degree_in_cp is not None:
+        problems.append("--ulysses-degree-in-cp has a meaning with --context-parallel-algo hybrid_cp_algo only")
+    if p.context_parallel_algo == "ulysses_cp_algo" and p.cp_window_size > 1:
+        problems.append("--cp-window-size has no meaning with ulysses_cp_algo: there is no ring")
+    return problems
+
+
+def _dry_run_and_tokenizer_problems(config: RunConfig) -> list[str]:
+    log = config.logging
+    k = config.tokenizer
+    return _lines(
+        (
+            not log.dry_run and (log.world_size is not None or log.check_rank is not None),
+            "--world-size and --check-rank have a meaning with --dry-run only: "
+            "the launcher says how many processes run",
+        ),
+        (
+            k.tokenizer_name_or_path is not None and k.tokenizer_model is not None,
+            "--tokenizer-name-or-path and --tokenizer-model exclude each other; give one",
+        ),
+    )
+
+
+def _adapter_problems(config: RunConfig) -> list[str]:
+    lora = config.lora
+    asked = lora.lora_r is not None or lora.lora_target_modules is not None
+    partial = [n for n in ("trainable", "freeze", "trainable_layers", "frozen_layers") if config.get(n) is not None]
+    return _lines(
+        (
+            not asked and lora.lora_load is None and (lora.lora_alpha is not None or lora.lora_dropout > 0),
+            "--lora-alpha and --lora-dropout have no meaning without --lora-r, --lora-target-modules or --lora-load",
+        ),
+        (
+            asked and bool({"freeze", "trainable_layers", "frozen_layers"} & set(partial)),
+            "--freeze, --trainable-layers and --frozen-layers have no meaning with LoRA: the base is frozen already; "
+            "--trainable REGEX trains parameters beside the adapters",
+        ),
+    )
+
+
+def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
+    c = config.checkpoint
+    return _lines(
+        (
+            config.operators.gradient_accumulation_fusion and not can_accumulate_in_product(),
+            f"--gradient-accumulation-fusion needs a CUDA device and Apex's {ACCUMULATING_PRODUCT}, "
+            "which is not there; leave the flag out",
+        ),
+        (
+            c.no_save_optim and config.door in ("pretrain", "posttrain") and c.save is None,
+            "--no-save-optim has no meaning without --save",
+        ),
+        (c.save_hf and c.save is None, "--save-hf has no meaning without --save"),
+    )

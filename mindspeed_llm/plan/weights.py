@@ -1,0 +1,146 @@
+"""What a run loads, and the architecture of it: checkpoint, adapters, config.json or flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindspeed_llm.checkpoint.detect import Found
+from mindspeed_llm.checkpoint.load import fewer_predictions
+from mindspeed_llm.config.run import RunConfig
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.identity import contradictions, shape_from_options
+from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
+
+# Names that people know from upstream's --model-type-hf.
+UPSTREAM_FAMILIES = {
+    "llama2": "llama", "llama3": "llama", "llama31": "llama", "codellama": "llama", "mistral": "llama", "yi": "llama",
+    "qwen2": "qwen", "qwen25": "qwen", "qwen3": "qwen", "deepseek2": "deepseek", "deepseek2-lite": "deepseek",
+    "deepseek3": "deepseek",
+    "qwen2-moe": "qwen_moe", "qwen3-moe": "qwen_moe",
+}  # fmt: skip
+
+
+def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, Found | None, Found | None]:
+    """(weights, adapters, what is resumed) from --load, --lora-load and --save.
+
+    Args:
+        problems: gets a line when --save already holds a checkpoint that is not resumed.
+
+    Raises:
+        UserError: nothing loadable where an option points, or adapters without their base model.
+    """
+    c = config.checkpoint
+    weights = find_source(c.load, c.ckpt_step) if c.load is not None else None
+    adapter_source = None
+    if config.lora.lora_load is not None:
+        adapter_source = find_source(config.lora.lora_load)
+        if adapter_source is None or adapter_source.format not in ADAPTER_FORMATS:
+            raise UserError(f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT")
+    if c.load is not None and weights is None:
+        if not c.allow_random_init:
+            found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None
+            state = "does not exist" if found is None else f"found: {', '.join(found) or 'an empty directory'}"
+            raise UserError(
+                f"checkpoint: nothing loadable in {c.load} ({state}); "
+                "legal: a Hugging Face directory, a Megatron checkpoint, a directory written by --save"
+                + ("; try: --allow-random-init to start from random weights" if config.door != "inference" else "")
+            )
+    if weights is not None and weights.format in ADAPTER_FORMATS:
+        if adapter_source is not None:
+            raise UserError("lora: --load holds adapters and so does --lora-load; give the base model with --load")
+        adapter_source, weights = weights, _base_of(weights)
+    started = adapter_source if adapter_source is not None else weights
+    resumable = started is not None and started.format in ("torch_dist", "adapter") and started.record.get("resumable")
+    resume = started if resumable and not c.finetune and config.door != "inference" else None
+    if c.save is not None and find_source(c.save) is not None:
+        if resume is None or Path(c.save).resolve() != resume.path.resolve():
+            flag = "--lora-load" if find_source(c.save).format == "adapter" else "--load"
+            problems.append(
+                f"checkpoint: --save {c.save} already holds a checkpoint; try: {flag} {c.save} to resume it, or "
+                "another directory"
+            )
+    return weights, adapter_source, resume
+
+
+def _base_of(adapter: Found) -> Found:
+    base = (adapter.record.get("base") or {}).get("path")
+    source = find_source(base) if base else None
+    if source is None:
+        raise UserError(
+            f"lora: {adapter.path} holds adapters and its base model ({base or 'not recorded'}) is not there; "
+            "try: --load BASE --lora-load " + str(adapter.path)
+        )
+    return source
+
+
+def stored_shape_of(
+    config: RunConfig, weights: Found | None, problems: list[str], tokenizer_size: int | None
+) -> tuple[ModelShape, Path | None]:
+    """(shape, directory with config.json and tokenizer files) from the weights, --hf-config or flags alone.
+
+    Args:
+        problems: gets a line for each option that contradicts what is recorded, or that is missing.
+        tokenizer_size: tokens of the tokenizer, for a shape from flags alone.
+
+    Raises:
+        UserError: nothing describes the architecture, or config.json is refused.
+    """
+    m = config.model
+    ignore = m.ignore_config_field or ()
+    if weights is not None and weights.format == "hf":
+        shape = shape_from_hf(read_hf_config(weights.directory), ignore)
+        problems += contradictions(config, shape, str(weights.path / "config.json"))
+        return shape, weights.directory
+    if weights is not None and weights.record.get("shape"):
+        shape = ModelShape.from_json(weights.record["shape"])
+        problems += contradictions(config, shape, f"the record in {weights.directory}")
+        files = weights.directory / "hf"
+        return shape, files if files.is_dir() else None
+    if m.hf_config is not None:
+        shape = shape_from_hf(read_hf_config(m.hf_config), ignore)
+        problems += contradictions(config, shape, m.hf_config)
+        path = Path(m.hf_config)
+        return shape, path if path.is_dir() else path.parent
+    if weights is not None and not m.num_layers:
+        raise UserError(f"config: {weights.path} records no architecture; try: --hf-config DIR with its config.json")
+    if config.door == "inference" and weights is None:
+        raise UserError("--load is missing: there is no model to answer with")
+    named = m.model_type_hf or _family_of_options(config)
+    if m.vocab_size is None and tokenizer_size is None:
+        problems.append("--vocab-size is missing: the shape comes from flags and there is no tokenizer to ask")
+    shape, missing = shape_from_options(config, UPSTREAM_FAMILIES.get(named, named), tokenizer_size or 0)
+    problems += missing
+    return shape, None
+
+
+def _family_of_options(config: RunConfig) -> str:
+    """The tables for a shape from flags when --model-type-hf does not name them."""
+    m = config.model
+    if m.multi_latent_attention:
+        return "deepseek"
+    if config.experts.num_experts is not None:
+        return "qwen_moe"
+    return "qwen" if m.add_qkv_bias or m.qk_layernorm else "llama"
+
+
+def without_predictions(
+    config: RunConfig, shape: ModelShape, weights: Found | None, resume: Found | None
+) -> tuple[ModelShape, ModelShape]:
+    """(shape of the model, shape of what is stored) after --mtp-num-layers.
+
+    A Hugging Face directory is opened as if it did not have the layers that are left out: a config.json may count
+    layers that the files lack.
+
+    Raises:
+        UserError: the model has fewer such layers, or it is resumed with another number of them.
+    """
+    count = config.model.mtp_num_layers
+    if count is None or count == shape.mtp_num_layers:
+        return shape, shape
+    origin = "the model's config.json" if weights is None else str(weights.path)
+    fewer = fewer_predictions(shape, count, origin)
+    if resume is not None:
+        raise UserError(f"--mtp-num-layers: {count} changes the model that is resumed; try: --finetune to start anew")
+    return fewer, fewer if weights is None or weights.format == "hf" else shape
