@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import tensor_names
 from mindspeed_llm.models.shape import ModelShape
 
 _TE_GROUPED = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
@@ -56,11 +56,11 @@ class ExpertLayout:
 
 def stored_name(name: str, shape: ModelShape, experts: ExpertLayout, transformer_engine: bool) -> str:
     """How an expert's tensor is called in the file that holds it: by local number, or the stack's name."""
-    local = layouts.expert_index(name) % (shape.num_moe_experts // experts.ep)
+    local = tensor_names.expert_index(name) % (shape.num_moe_experts // experts.ep)
     if not experts.grouped:
-        return layouts.with_expert(name, local)
+        return tensor_names.with_expert(name, local)
     if not transformer_engine:
-        return layouts.stacked_expert_name(name)
+        return tensor_names.stacked_expert_name(name)
     prefix, linear = name.split(".local_experts.")
     return f"{prefix}.{linear.split('.')[1]}.weight{local}"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.checkpoint.source import TensorSource, part_sizes
-from mindspeed_llm.models.layouts import layer_index
+from mindspeed_llm.models.tensor_names import layer_index
 
 VALUES = 8
 """Values taken of a tensor."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
 from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_names
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, tensor_names
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import LayerMap, layer_map
 
@@ -46,7 +46,7 @@ class Placement:
         Raises:
             UserError: this part has no such layer.
         """
-        index = layouts.layer_index(local)
+        index = tensor_names.layer_index(local)
         if index is None:
             return local
         here = self.layers.built_layers(self.pp_rank, self.vpp_rank)
@@ -55,21 +55,21 @@ class Placement:
                 f"checkpoint: {local} is not in the layer map of pipeline stage {self.pp_rank}, chunk {self.vpp_rank}, "
                 f"which has {len(here)} layers"
             )
-        return layouts.with_layer(local, here[index])
+        return tensor_names.with_layer(local, here[index])
 
     def stored_name(self, local: str, shape: ModelShape) -> str:
         """As `global_name`, with an expert's number in the whole model, and one name for copies of tied embeddings."""
         name = self.global_name(local)
-        if layouts.expert_index(name) is not None:
-            return layouts.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)[0]
+        if tensor_names.expert_index(name) is not None:
+            return tensor_names.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)[0]
         return EMBEDDING if name == OUTPUT_LAYER and shape.tie_word_embeddings else name
 
     def stored_names(self, local: str, shape: ModelShape) -> tuple[str, ...]:
         """The checkpoint's names of what a parameter holds: one, or those of all the experts that it stacks."""
         name = self.stored_name(local, shape)
-        if not layouts.is_stacked_experts(name):
+        if not tensor_names.is_stacked_experts(name):
             return (name,)
-        return layouts.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)
+        return tensor_names.held_experts(name, shape.num_moe_experts // self.ep, self.ep_rank)
 
     def cut(self, name: str) -> tuple[int, int]:
         """(rank, size) of the tensor parallelism that cuts a tensor: an expert's, or the dense layers'."""
@@ -121,11 +121,11 @@ def load_into(
     check_names(sorted(expected), sorted(found), f"the model for {source.origin}")
     for local, names in wanted.items():
         dims = _local_dims(names[0], targets[local], source, placement)
-        stacked = (len(names),) if layouts.is_stacked_experts(local) else ()
+        stacked = (len(names),) if tensor_names.is_stacked_experts(local) else ()
         check_dims(local, (*stacked, *dims), targets[local].shape, "the model")
     with torch.no_grad():
         for local, names in wanted.items():
-            slices = targets[local] if layouts.is_stacked_experts(local) else (targets[local],)
+            slices = targets[local] if tensor_names.is_stacked_experts(local) else (targets[local],)
             for target, name in zip(slices, names):
                 rank, size = placement.cut(name)
                 padded = target.shape[0] * size if source.pairs[name].layout.packing == "vocab" else None
@@ -233,10 +233,10 @@ def _targets(model: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _belongs(name: str, placement: Placement, shape: ModelShape) -> bool:
     layers, p, v = placement.layers, placement.pp_rank, placement.vpp_rank
-    expert = layouts.expert_index(name)
+    expert = tensor_names.expert_index(name)
     if expert is not None and expert // (shape.num_moe_experts // placement.ep) != placement.ep_rank:
         return False
-    layer = layouts.layer_index(name)
+    layer = tensor_names.layer_index(name)
     if layer is not None:
         return layers.place(layer)[:2] == (p, v)
     if name == EMBEDDING:

@@ -20,7 +20,7 @@ from mindspeed_llm.checkpoint.megatron_args import ARGS_THAT_CHANGE_OUTPUTS, meg
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
 from mindspeed_llm.checkpoint.source import TIED, TensorSource, check_dims, check_equal, check_names, check_one_dtype
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, packing, tensor_names
 from mindspeed_llm.models.mapping import TensorPair
 from mindspeed_llm.models.shape import ModelShape
 
@@ -124,7 +124,7 @@ class RankFiles:
         place = self.places[name]
         ep_rank, slot = place.expert or (None, None)
         found = [self.content(t, place.stage, ep_rank)[place.key][place.stored] for t in self.holders(name)]
-        if not layouts.is_stacked_experts(place.stored):
+        if not tensor_names.is_stacked_experts(place.stored):
             return found
         first = place.stored.endswith("weight1")
         return [self._slice(stack, first, slot) for stack in found]
@@ -183,11 +183,11 @@ class RankFiles:
     def _number_chunk(self, pp_rank: int, key: str, next_layer: int, places: dict[str, Place]) -> int:
         """Add the tensors of one model chunk; returns the number that its successor's first layer gets."""
         stored_names = [name for name in self.content(0, pp_rank)[key] if not is_extra_state(name)]
-        slots = sorted({i for name in stored_names if (i := layouts.layer_index(name)) is not None})
+        slots = sorted({i for name in stored_names if (i := tensor_names.layer_index(name)) is not None})
         for stored in stored_names:
-            name, slot = plain_name(stored), layouts.layer_index(stored)
+            name, slot = plain_name(stored), tensor_names.layer_index(stored)
             if slot is not None:
-                name = layouts.with_layer(name, next_layer + slots.index(slot))
+                name = tensor_names.with_layer(name, next_layer + slots.index(slot))
             if name == EMBEDDING and name in places:
                 name = EMBEDDING_AGAIN
             for whole, expert in self._holders(name):
@@ -199,12 +199,12 @@ class RankFiles:
 
     def _holders(self, name: str) -> list[tuple[str, tuple[int, int] | None]]:
         """(name in the whole model, Place.expert) of what files hold under a name; all expert ranks hold the same."""
-        if self._num_local_experts == 0 or layouts.held_experts(name, self._num_local_experts, 0) is None:
+        if self._num_local_experts == 0 or tensor_names.held_experts(name, self._num_local_experts, 0) is None:
             return [(name, None)]
-        index = layouts.expert_index(name)
+        index = tensor_names.expert_index(name)
         found = []
         for ep_rank in range(self.ep):
-            names = layouts.held_experts(name, self._num_local_experts, ep_rank)
+            names = tensor_names.held_experts(name, self._num_local_experts, ep_rank)
             slots = range(self._num_local_experts) if index is None else (index,)
             found += [(whole, (ep_rank, slot)) for whole, slot in zip(names, slots)]
         return found
@@ -274,7 +274,7 @@ class MegatronSource(TensorSource):
         dim, tp = pair.layout.tp_dim, len(tensors)
         pieces, offset = [], 0
         for tensor in tensors:
-            local = layouts.unpack(tensor, pair.layout.packing, self.shape, tp)[part]
+            local = packing.unpack(tensor, pair.layout.packing, self.shape, tp)[part]
             size = local.shape[dim]
             first, last = max(start - offset, 0), min(stop - offset, size)
             if first < last:

@@ -21,7 +21,7 @@ from mindspeed_llm.checkpoint.megatron_args import megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, fused_name
 from mindspeed_llm.checkpoint.zip_seal import update_checksums
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, tensor_names
 from mindspeed_llm.models.mapping import tensor_pairs
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import LayerMap
@@ -99,10 +99,10 @@ class MegatronWriter:
         """(mcore name with global index, [(model key, name in the file), ...]) of a stage, in model order."""
         layers = self.layout.layers
         for pair in tensor_pairs(self.shape):
-            layer = layouts.layer_index(pair.mcore)
+            layer = tensor_names.layer_index(pair.mcore)
             if layer is not None:
                 p, v, local = layers.place(layer)
-                places = [(p, v, layouts.with_layer(pair.mcore, local))]
+                places = [(p, v, tensor_names.with_layer(pair.mcore, local))]
             elif pair.mcore == EMBEDDING:
                 places = [(0, 0, pair.mcore)]
                 if self.shape.mtp_num_layers and layers.pp > 1:
@@ -143,7 +143,7 @@ class MegatronWriter:
                 continue
             for key, stored in places:
                 target = content[key][stored]
-                if layouts.is_stacked_experts(stored):
+                if tensor_names.is_stacked_experts(stored):
                     target = slice_of_stack(target, self._local_shape(name), slot)
                 target.copy_(piece)
 
@@ -180,7 +180,7 @@ class MegatronWriter:
                     continue
                 dims = self._local_shape(name)
                 for key, stored in places:
-                    if layouts.is_stacked_experts(stored):
+                    if tensor_names.is_stacked_experts(stored):
                         dims = stack_dims(stored, self._local_shape(name), self._num_local_experts)
                     if stored not in content[key]:
                         content[key][stored] = torch.empty(dims, dtype=self.dtypes[name])
@@ -223,18 +223,18 @@ class MegatronWriter:
 
     def _spelled(self, name: str, with_experts: bool) -> str:
         engine = self.layout.transformer_impl == "transformer_engine"
-        if layouts.expert_index(name) is not None:
+        if tensor_names.expert_index(name) is not None:
             return stored_name(name, self.shape, self.layout.experts, engine)
         # In a layer with experts the norm before them stands for itself.
         return name if not engine or (with_experts and ".pre_mlp_layernorm." in name) else fused_name(name)
 
     def _expert_place(self, name: str) -> tuple[int | None, int | None]:
         """(expert-parallel rank, number on that rank) of an expert's tensor; (None, None) for what all ranks hold."""
-        expert = layouts.expert_index(name)
+        expert = tensor_names.expert_index(name)
         return (None, None) if expert is None else divmod(expert, self._num_local_experts)
 
     def _local_shape(self, name: str) -> tuple[int, ...]:
-        size = self.layout.tp if layouts.expert_index(name) is None else self.etp
+        size = self.layout.tp if tensor_names.expert_index(name) is None else self.etp
         return layouts.local_shape(name, self.shape, size, self.layout.padded_vocab)
 
     def _path(self, tp_rank: int, pp_rank: int, ep_rank: int) -> Path:

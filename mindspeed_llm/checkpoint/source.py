@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, packing
 from mindspeed_llm.models.mapping import TensorPair, tensor_pairs
 from mindspeed_llm.models.shape import ModelShape
 
@@ -56,7 +56,7 @@ class TensorSource(ABC):
         pair = self.pairs[name]
         sizes = part_sizes(pair, self.shape)
         parts = [self.read_part(name, i, 0, size) for i, size in enumerate(sizes)]
-        return layouts.pack(parts, pair.layout.packing, self.shape)
+        return packing.pack(parts, pair.layout.packing, self.shape)
 
     def read_shard(self, name: str, rank: int, tp: int, padded_vocab: int | None = None) -> Tensor:
         """One tensor-parallel rank's tensor; only its bytes are read.
@@ -71,16 +71,16 @@ class TensorSource(ABC):
         if layout.packing == "vocab":
             padded_vocab = padded_vocab or layouts.padded_vocab_size(self.shape.vocab_size, tp)
             start, stop, padding = layouts.vocab_range(self.shape.vocab_size, padded_vocab, rank, tp)
-            return layouts.with_zero_rows(self.read_part(name, 0, start, stop), padding)
+            return packing.with_zero_rows(self.read_part(name, 0, start, stop), padding)
         if not layout.expert:
             layouts.check_tensor_parallel(self.shape, tp)
         parts = [self.read_part(name, i, *layouts.shard_range(size, rank, tp)) for i, size in enumerate(sizes)]
-        return layouts.pack(parts, layout.packing, self.shape, tp)
+        return packing.pack(parts, layout.packing, self.shape, tp)
 
 
 def part_sizes(pair: TensorPair, shape: ModelShape) -> tuple[int, ...]:
     """Length of each logical part along the cut dimension."""
-    return layouts.part_rows(pair.layout.packing, shape) or (pair.dims[pair.layout.tp_dim or 0],)
+    return packing.part_rows(pair.layout.packing, shape) or (pair.dims[pair.layout.tp_dim or 0],)
 
 
 def packed_range(pair: TensorPair, shape: ModelShape, part: int, start: int, stop: int) -> tuple[int, int, int]:
@@ -103,7 +103,7 @@ def packed_range(pair: TensorPair, shape: ModelShape, part: int, start: int, sto
 def unpack_groups(block: Tensor, shape: ModelShape, groups: int, part: int) -> Tensor:
     """q, k or v of a block of whole query groups [groups * (n/g + 2) * d, ...]."""
     heads = groups * (shape.num_attention_heads // shape.num_query_groups)
-    return layouts.unpack_qkv(block, heads, groups, shape.kv_channels)[part]
+    return packing.unpack_qkv(block, heads, groups, shape.kv_channels)[part]
 
 
 def check_names(expected: Sequence[str], found: Sequence[str], origin: str, why: str = "") -> None:

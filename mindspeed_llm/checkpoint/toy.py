@@ -149,8 +149,8 @@ def _add_prediction_layers(directory: Path, seed: int) -> None:
     from safetensors.torch import load_file, save_file
 
     from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
-    from mindspeed_llm.models.layouts import is_mtp
     from mindspeed_llm.models.mapping import tensor_pairs
+    from mindspeed_llm.models.tensor_names import is_mtp
 
     config = read_hf_config(directory)
     if not config.get("num_nextn_predict_layers"):

@@ -115,7 +115,7 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
         UserError: they say something else.
     """
     from mindspeed_llm.checkpoint.megatron import MegatronSource
-    from mindspeed_llm.models.layouts import layer_index
+    from mindspeed_llm.models.tensor_names import layer_index
     from mindspeed_llm.parallel.layer_map import layer_map
 
     experts = layout.pop("experts", None)

@@ -13,7 +13,7 @@ from mindspeed_llm.lora.layers import LoraMixin
 from mindspeed_llm.lora.peft_format import read_peft
 from mindspeed_llm.lora.tensors import AdapterTensors, read_adapters, read_trained_base
 from mindspeed_llm.models.initialize import global_name
-from mindspeed_llm.models.layouts import layer_index
+from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.plan.adapters import AdapterSettings
 
 

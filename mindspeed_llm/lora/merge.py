@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.lora.tensors import AdapterTensors, module_of_part
-from mindspeed_llm.models.layouts import layer_index, layout_of, pack
+from mindspeed_llm.models.layouts import layout_of
+from mindspeed_llm.models.packing import pack
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_sizes
 
 

@@ -11,17 +11,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.layouts import (
-    full_shape,
-    held_experts,
-    is_stacked_experts,
-    layer_index,
-    layout_of,
-    pack,
-    part_rows,
-    shard,
-    with_layer,
-)
+from mindspeed_llm.models.layouts import full_shape, layout_of, shard
+from mindspeed_llm.models.packing import pack, part_rows
+from mindspeed_llm.models.tensor_names import held_experts, is_stacked_experts, layer_index, with_layer
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""How megatron-core lays a tensor out: fused parts, tensor-parallel slices, vocabulary padding. Pure functions.
+"""How megatron-core lays a tensor out: tensor-parallel slices of fused parts, vocabulary padding. Pure functions.
 
 The unsharded mcore tensor is the common language of all formats:
-  linear_qkv   rows [g, n/g + 2, d]: for each query group its query heads, its key head, its value head
+  linear_qkv   rows [g, n/g + 2, d], parts interleaved by query group (`packing`)
   linear_fc1   rows [gate; up]; a tensor-parallel rank holds [gate_r; up_r], so its rows are not contiguous
   embeddings   rows of the true vocabulary; a rank's slice is padded with zero rows at the end
   experts      a tensor for each, local_experts.{e} with e counted over the whole model; a rank holds those of its
@@ -14,15 +14,13 @@ Legend: g query groups, n heads, d head dim, h hidden, f feed-forward, v vocabul
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.packing import Array, concatenate, pack, part_rows, unpack, with_zero_rows
 from mindspeed_llm.models.shape import ModelShape
-
-Array = TypeVar("Array")
+from mindspeed_llm.models.tensor_names import expert_index, is_mtp, without_numbers
 
 VOCAB_MULTIPLE = 128
 """Megatron's default `--make-vocab-size-divisible-by`."""
@@ -46,13 +44,6 @@ class TensorLayout:
 
 
 REPLICATED = TensorLayout(None)
-
-# Packings of a linear_fc1 -> the shape's field with its intermediate size.
-_GATE_UP = {
-    "gate_up": "ffn_hidden_size",
-    "expert_gate_up": "moe_ffn_hidden_size",
-    "shared_gate_up": "moe_shared_expert_intermediate_size",
-}
 
 _LAYOUTS = {
     "embedding.word_embeddings.weight": TensorLayout(0, "vocab"),
@@ -95,73 +86,6 @@ _MTP_LAYOUTS = {
     "final_layernorm.weight": REPLICATED,
 }
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-# A multi-token prediction layer: tensors of its own, and those of the layer inside it.
-_MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.(transformer_layer\.)?")
-
-
-_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
-_STACKED_EXPERTS = {".experts.weight1": "linear_fc1.weight", ".experts.weight2": "linear_fc2.weight"}
-
-
-def layer_index(name: str) -> int | None:
-    """The layer number in an mcore name; None for tensors outside the layers."""
-    match = _LAYER.match(name)
-    return int(match.group(1)) if match else None
-
-
-def with_layer(name: str, layer: int) -> str:
-    """The same name for another layer (global <-> local index)."""
-    return _LAYER.sub(f"decoder.layers.{layer}.", name, count=1)
-
-
-def is_mtp(name: str) -> bool:
-    """Whether an mcore tensor belongs to a multi-token prediction layer; those live on the last pipeline stage."""
-    return _MTP_LAYER.match(name) is not None
-
-
-def expert_index(name: str) -> int | None:
-    """The number of the routed expert in an mcore name; None for tensors outside the experts."""
-    match = _EXPERT.search(name)
-    return int(match.group(1)) if match else None
-
-
-def with_expert(name: str, expert: int) -> str:
-    """The same name for another expert (global <-> local index)."""
-    return _EXPERT.sub(f".local_experts.{expert}.", name, count=1)
-
-
-def held_experts(name: str, num_local: int, ep_rank: int) -> tuple[str, ...] | None:
-    """Names in the whole model of the experts' tensors that a parameter of one expert-parallel rank holds.
-
-    Args:
-        name: of the parameter: a local expert's, or `...experts.weight1` and `weight2`, which stack all local experts.
-        num_local: routed experts of each expert-parallel rank.
-        ep_rank: expert-parallel rank.
-
-    Returns:
-        One name, or one for each slice of the stack in order; None for parameters outside the experts.
-    """
-    first = ep_rank * num_local
-    if (index := expert_index(name)) is not None:
-        return (with_expert(name, first + index),)
-    for suffix, linear in _STACKED_EXPERTS.items():
-        if name.endswith(suffix):
-            prefix = name.removesuffix(suffix) + ".experts.local_experts"
-            return tuple(f"{prefix}.{expert}.{linear}" for expert in range(first, first + num_local))
-    return None
-
-
-def is_stacked_experts(name: str) -> bool:
-    """Whether a parameter stacks all local experts along its first dimension (grouped matrix products)."""
-    return name.endswith(tuple(_STACKED_EXPERTS))
-
-
-def stacked_expert_name(name: str) -> str:
-    """The parameter that stacks all local experts' tensors of this kind, from one expert's name."""
-    prefix, linear = _EXPERT.sub(".", name, count=1).split(".experts.")
-    return prefix + next(suffix for suffix, kind in _STACKED_EXPERTS.items() if kind == linear)
-
 
 def layout_of(name: str) -> TensorLayout:
     """The layout of an mcore tensor, e.g. "decoder.layers.3.mlp.linear_fc1.weight".
@@ -169,7 +93,7 @@ def layout_of(name: str) -> TensorLayout:
     Raises:
         UserError: the table does not know the tensor.
     """
-    key = _EXPERT.sub(".local_experts.", _MTP_LAYER.sub("", _LAYER.sub("", name, count=1), count=1))
+    key = without_numbers(name)
     if is_mtp(name) and key in _MTP_LAYOUTS:
         return _MTP_LAYOUTS[key]
     if key not in _LAYOUTS:
@@ -242,66 +166,6 @@ def local_shape(name: str, shape: ModelShape, tp: int, padded_vocab: int | None 
     if layout.tp_dim is not None:
         dims[layout.tp_dim] //= tp
     return tuple(dims)
-
-
-def part_rows(packing: str, shape: ModelShape) -> tuple[int, ...]:
-    """Rows of each logical part of the unsharded tensor: (q, k, v), (gate, up); () for tensors of one part."""
-    if packing == "qkv":
-        kv = shape.num_query_groups * shape.kv_channels
-        return (shape.num_attention_heads * shape.kv_channels, kv, kv)
-    if packing in _GATE_UP:
-        return (getattr(shape, _GATE_UP[packing]),) * (2 if shape.gated_linear_unit else 1)
-    return ()
-
-
-def pack_qkv(query: Array, key: Array, value: Array, num_groups: int) -> Array:
-    """Interleave q, k and v by query group.
-
-    Args:
-        query: [n*d, ...]; key, value: [g*d, ...].
-        num_groups: g, of these tensors (the local number for a slice).
-
-    Returns:
-        [g * (n/g + 2) * d, ...].
-    """
-    tail = query.shape[1:]
-    grouped = [x.reshape(num_groups, x.shape[0] // num_groups, *tail) for x in (query, key, value)]
-    return concatenate(grouped, 1).reshape(-1, *tail)
-
-
-def unpack_qkv(qkv: Array, num_heads: int, num_groups: int, head_dim: int) -> tuple[Array, Array, Array]:
-    """The inverse of `pack_qkv`: [g * (n/g + 2) * d, ...] -> q [n*d, ...], k and v [g*d, ...]."""
-    tail, rows = qkv.shape[1:], num_heads // num_groups * head_dim
-    grouped = qkv.reshape(num_groups, rows + 2 * head_dim, *tail)
-    pieces = grouped[:, :rows], grouped[:, rows : rows + head_dim], grouped[:, rows + head_dim :]
-    return tuple(piece.reshape(-1, *tail) for piece in pieces)
-
-
-def pack_gate_up(gate: Array, up: Array) -> Array:
-    """[f, ...] twice -> [2f, ...], gate first."""
-    return concatenate([gate, up], 0)
-
-
-def unpack_gate_up(gate_up: Array) -> tuple[Array, Array]:
-    """The inverse of `pack_gate_up`."""
-    half = gate_up.shape[0] // 2
-    return gate_up[:half], gate_up[half:]
-
-
-def pack(parts: Sequence[Array], packing: str, shape: ModelShape, tp: int = 1) -> Array:
-    """Logical parts -> the mcore tensor of a model (tp=1) or of one rank (each part already cut to that rank)."""
-    if packing == "qkv":
-        return pack_qkv(*parts, num_groups=shape.num_query_groups // tp)
-    return parts[0] if len(parts) == 1 else concatenate(list(parts), 0)
-
-
-def unpack(tensor: Array, packing: str, shape: ModelShape, tp: int = 1) -> tuple[Array, ...]:
-    """The inverse of `pack`: the logical parts of an unsharded tensor (tp=1) or of one rank's tensor."""
-    if packing == "qkv":
-        return unpack_qkv(tensor, shape.num_attention_heads // tp, shape.num_query_groups // tp, shape.kv_channels)
-    if packing in _GATE_UP and shape.gated_linear_unit:
-        return unpack_gate_up(tensor)
-    return (tensor,)
 
 
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = VOCAB_MULTIPLE) -> int:
@@ -413,26 +277,3 @@ def check_expert_parallel(shape: ModelShape, ep: int, etp: int) -> None:
                 f"parallel: {name}={total} is not divisible by {option}={size}; legal for this model: "
                 f"{', '.join(map(str, legal))}"
             )
-
-
-def concatenate(arrays: list[Array], axis: int) -> Array:
-    """`torch.cat` or `numpy.concatenate`, whichever fits."""
-    if hasattr(arrays[0], "new_zeros"):  # a torch tensor, without importing torch for numpy users
-        import torch
-
-        return torch.cat(arrays, dim=axis)
-    import numpy
-
-    return numpy.concatenate(arrays, axis=axis)
-
-
-def with_zero_rows(array: Array, count: int) -> Array:
-    """`array` followed by `count` rows of zeros."""
-    if count == 0:
-        return array
-    tail = tuple(array.shape[1:])
-    if hasattr(array, "new_zeros"):
-        return concatenate([array, array.new_zeros((count, *tail))], 0)
-    import numpy
-
-    return concatenate([array, numpy.zeros((count, *tail), dtype=array.dtype)], 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, packing
 from mindspeed_llm.models.family import TensorRule, get_family
 from mindspeed_llm.models.layouts import TensorLayout
 from mindspeed_llm.models.shape import ModelShape
@@ -95,7 +95,7 @@ def _pair(rule: TensorRule, layer: int, expert: int, shape: ModelShape) -> Tenso
     layout, dims = layouts.layout_of(mcore), layouts.full_shape(mcore, shape)
     hf_dims: tuple[tuple[int, ...], ...] = (dims,)
     if rule.transform == "parts":
-        hf_dims = tuple((rows, *dims[1:]) for rows in layouts.part_rows(layout.packing, shape))
+        hf_dims = tuple((rows, *dims[1:]) for rows in packing.part_rows(layout.packing, shape))
     assert len(hf_dims) == len(rule.hf), f"{rule.mcore}: {len(rule.hf)} HF names for {len(hf_dims)} parts"
     copies = tuple(_copies(mcore, shape))
     assert not copies or rule.transform == "copy", f"{rule.mcore}: only a tensor that is one HF tensor has copies"
@@ -120,9 +120,9 @@ def to_hf(pair: TensorPair, tensor: Array, shape: ModelShape) -> list[tuple[str,
     """The HF tensors, by name, that an unsharded, unpadded mcore tensor is made of."""
     if pair.transform == "copy":
         return [(name, tensor) for name in (*pair.hf, *pair.hf_copies)]
-    parts = layouts.unpack(tensor, pair.layout.packing, shape)
+    parts = packing.unpack(tensor, pair.layout.packing, shape)
     if pair.transform == "concatenated":
-        return [(pair.hf[0], layouts.concatenate(list(parts), 0))]
+        return [(pair.hf[0], packing.concatenate(list(parts), 0))]
     return list(zip(pair.hf, parts))
 
 
@@ -133,7 +133,7 @@ def from_hf(pair: TensorPair, tensors: Sequence[Array], shape: ModelShape) -> Ar
     parts = tensors
     if pair.transform == "concatenated":
         bounds = [0]
-        for rows in layouts.part_rows(pair.layout.packing, shape):
+        for rows in packing.part_rows(pair.layout.packing, shape):
             bounds.append(bounds[-1] + rows)
         parts = [tensors[0][start:stop] for start, stop in zip(bounds, bounds[1:])]
-    return layouts.pack(list(parts), pair.layout.packing, shape)
+    return packing.pack(list(parts), pair.layout.packing, shape)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mindspeed_llm.checkpoint.names import EMBEDDING
-from mindspeed_llm.models.layouts import layer_index, local_shape
+from mindspeed_llm.models.layouts import local_shape
 from mindspeed_llm.models.mapping import tensor_pairs
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.parallel.layout import ParallelLayout
 
 # Adam's two moments in fp32; with 16-bit weights also their fp32 masters.

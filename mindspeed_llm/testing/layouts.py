@@ -24,8 +24,9 @@ from torch import Tensor
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.data.record import IGNORE_INDEX
 from mindspeed_llm.data.samplers import GlobalBatchSampler
-from mindspeed_llm.models.layouts import held_experts, layout_of, unshard
+from mindspeed_llm.models.layouts import layout_of, unshard
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.models.tensor_names import held_experts
 from mindspeed_llm.parallel.layout import Coordinates
 from mindspeed_llm.plan.plan import Plan, resolve
 from mindspeed_llm.testing.mutations import MUTATIONS

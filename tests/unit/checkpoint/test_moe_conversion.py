@@ -12,7 +12,7 @@ from mindspeed_llm.checkpoint.expert_files import ExpertLayout
 from mindspeed_llm.checkpoint.load import Placement, load_into
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, tensor_names
 from mindspeed_llm.parallel.layer_map import layer_map
 from mindspeed_llm.parallel.layout import ParallelLayout
 
@@ -66,10 +66,10 @@ def empty_part(source, here):
     for name in source.names():
         rank, size = here.cut(name)
         dims = layouts.local_shape(name, source.shape, size)
-        if layouts.expert_index(name) is None:
+        if tensor_names.expert_index(name) is None:
             part[name] = torch.full(dims, float("nan"))
         else:
-            part[layouts.stacked_expert_name(name)] = torch.full((4 // here.ep, *dims), float("nan"))
+            part[tensor_names.stacked_expert_name(name)] = torch.full((4 // here.ep, *dims), float("nan"))
     return part
 
 

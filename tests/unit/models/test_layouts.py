@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, packing
 from mindspeed_llm.models.hf_config import shape_from_hf
 from mindspeed_llm.models.shape import ModelShape
 
@@ -34,9 +34,9 @@ def test_qkv_unpacks_to_what_was_packed(sizes, kind, as_numpy):
     q, k, v = numbered(heads * dim, tail, 0), numbered(groups * dim, tail, 10_000), numbered(groups * dim, tail, 20_000)
     if as_numpy:
         q, k, v = q.numpy(), k.numpy(), v.numpy()
-    packed = layouts.pack_qkv(q, k, v, groups)
+    packed = packing.pack_qkv(q, k, v, groups)
     assert packed.shape == ((heads + 2 * groups) * dim, *tail)
-    assert all((a == b).all() for a, b in zip(layouts.unpack_qkv(packed, heads, groups, dim), (q, k, v)))
+    assert all((a == b).all() for a, b in zip(packing.unpack_qkv(packed, heads, groups, dim), (q, k, v)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -45,13 +45,13 @@ def test_a_tensor_parallel_slice_is_the_packing_of_its_own_groups(sizes, kind):
     heads, groups, dim, tp = sizes
     shape = ModelShape("llama", 1, 5, 4 * tp, heads, groups, dim, 10, 10, add_qkv_bias=True)
     tail = (5,) if kind == "weight" else ()
-    parts = [numbered(rows, tail, 10_000 * i) for i, rows in enumerate(layouts.part_rows("qkv", shape))]
-    whole = layouts.pack(parts, "qkv", shape)
+    parts = [numbered(rows, tail, 10_000 * i) for i, rows in enumerate(packing.part_rows("qkv", shape))]
+    whole = packing.pack(parts, "qkv", shape)
     name = f"decoder.layers.0.self_attention.linear_qkv.{kind}"
     shards = [layouts.shard(whole, name, shape, rank, tp) for rank in range(tp)]
     for rank, shard in enumerate(shards):
         cut = [part.chunk(tp)[rank] for part in parts]  # HF's own slicing by head
-        assert torch.equal(shard, layouts.pack_qkv(*cut, num_groups=groups // tp))
+        assert torch.equal(shard, packing.pack_qkv(*cut, num_groups=groups // tp))
         assert shard.shape == layouts.local_shape(name, shape, tp)
         # megatron cuts its interleaved tensor into contiguous rows, which must be the same thing
         assert torch.equal(shard, whole.chunk(tp)[rank])
@@ -63,7 +63,7 @@ def test_fc1_of_a_rank_holds_its_gate_rows_then_its_up_rows(tp):
     shape = ModelShape("llama", 1, 3, 8, 4, 4, 2, 10, 10)
     gate, up = numbered(8, (3,), 0), numbered(8, (3,), 1000)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
-    whole = layouts.pack_gate_up(gate, up)
+    whole = packing.pack_gate_up(gate, up)
     shards = [layouts.shard(whole, name, shape, rank, tp) for rank in range(tp)]
     for rank, shard in enumerate(shards):
         assert torch.equal(shard, torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from mindspeed_llm.models import layouts
+from mindspeed_llm.models import layouts, packing
 from mindspeed_llm.models.build import BuildOptions, build_model, model_config
 from mindspeed_llm.models.hf_config import shape_from_hf
 from mindspeed_llm.models.initialize import draw
@@ -60,7 +60,7 @@ def from_hf(reference):
     theirs, ours = reference.state_dict(), {}
     for pair in tensor_pairs(shape):
         parts = [theirs[name] for name in pair.hf]
-        whole = parts[0] if pair.transform == "copy" else layouts.pack(parts, pair.layout.packing, shape)
+        whole = parts[0] if pair.transform == "copy" else packing.pack(parts, pair.layout.packing, shape)
         ours[pair.mcore] = layouts.shard(whole, pair.mcore, shape, 0, 1, model.config.padded_vocab_size)
     missing, unexpected = model.load_state_dict(ours, strict=False)
     assert not unexpected and not [name for name in missing if not name.endswith("_extra_state")]
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_transformers(name):
     ours = dict(model.named_parameters())
     for pair in tensor_pairs(shape_from_hf(reference.config.to_dict())):
         parts = [theirs[part].grad for part in pair.hf]
-        whole = parts[0] if pair.transform == "copy" else layouts.pack(parts, pair.layout.packing, model.config.shape)
+        whole = parts[0] if pair.transform == "copy" else packing.pack(parts, pair.layout.packing, model.config.shape)
         found = ours[pair.mcore].grad[: whole.shape[0]]
         assert float((found - whole).abs().max() / whole.abs().max()) < 1e-5, pair.mcore
 
