@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import socket
 from typing import Any
@@ -99,7 +100,8 @@ def release_groups() -> None:
     """End megatron's parallel state and its groups, but stay in the process group.
 
     megatron forgets its groups without ending them, and each gloo group keeps threads that wake up all the time: a
-    process that makes many parallel states, as a test session does, would end up doing little else.
+    process that makes many parallel states, as a test session does, would end up doing little else. A group lives on
+    while a model refers to it, and models that are not used any more are cycles of references: hence the collection.
     """
     from megatron.core import parallel_state
 
@@ -110,6 +112,7 @@ def release_groups() -> None:
             if group in distributed_c10d._world.pg_map:  # megatron ends some of them itself
                 dist.destroy_process_group(group)
     _made.sizes, _made.world, _made.groups, _made.head_exchange = None, None, [], None
+    gc.collect()
 
 
 def _replace_groups(sizes: tuple, timeout_minutes: float) -> None:

@@ -84,3 +84,23 @@ def test_a_pool_that_is_not_used_ends_its_groups():
     assert pool(2).run(groups_of_a_parallel_state, False)[0] == made > 5
     pool(1).run(rank_and_sum, 0)
     assert pool(2).run(groups_of_a_parallel_state, False) == [1, 1]
+
+
+def threads_after(layouts):
+    from mindspeed_llm.models.build import BuildOptions, build_model
+    from mindspeed_llm.models.shape import ModelShape
+    from mindspeed_llm.parallel.setup import initialize_distributed
+
+    counts = []
+    for sizes in layouts:
+        initialize_distributed(**sizes)
+        build_model(ModelShape("llama", 2, 16, 32, 4, 2, 4, 50, 32), BuildOptions(**sizes))
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+def test_groups_of_earlier_layouts_leave_no_threads():
+    """Each of gloo's threads wakes up a hundred times a second."""
+    layouts = [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}] * 3
+    first, *_, last = pool(2).run(threads_after, layouts)[0]
+    assert last <= first
