@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from mindspeed_llm.checkpoint.detect import Found, detect, open_source, shape_of
+from mindspeed_llm.checkpoint.convert_report import Dtypes, Say, announce, progress, summary
+from mindspeed_llm.checkpoint.convert_request import (
+    agreed_shape,
+    check_megatron_target,
+    check_no_layout,
+    check_type,
+    config_files_of,
+    dtype_of,
+)
+from mindspeed_llm.checkpoint.detect import Found, detect, open_source
 from mindspeed_llm.checkpoint.expert_files import ExpertLayout
 from mindspeed_llm.checkpoint.hf import HfSource
 from mindspeed_llm.checkpoint.hf_writer import SHARD_BYTES, HfWriter, PlannedTensor
@@ -24,29 +29,20 @@ from mindspeed_llm.checkpoint.megatron_writer import MegatronLayout, MegatronWri
 from mindspeed_llm.checkpoint.source import TensorSource
 from mindspeed_llm.checkpoint.train_record import (
     HF_FILES,
-    TRACKER_NAME,
     iteration_directory,
     write_record,
     write_tracker,
 )
 from mindspeed_llm.checkpoint.train_save import copy_hf_files
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models.hf_config import prediction_field, read_hf_config, shape_from_hf
+from mindspeed_llm.models.hf_config import prediction_field, read_hf_config
 from mindspeed_llm.models.layouts import VOCAB_MULTIPLE, padded_vocab_size
 from mindspeed_llm.models.mapping import to_hf
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layer_map
 
 Transform = Callable[[str, Tensor], Tensor]
-Dtypes = dict[str, torch.dtype]
-Say = Callable[[str], None]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULT_INSIDE_ORIGINAL = "mg2hf"
-
-# What one tensor needs at its worst: its parts, packed, and cast or cut. A 1.1B model in bf16 (largest tensor 125 MiB)
-# was measured at 507 MiB of anonymous memory, 147 MiB of it Python and torch.
-_COPIES = 3
-_BASE_BYTES = 150 * 2**20
 
 
 def convert(
@@ -105,23 +101,23 @@ def convert(
             loader would take for a checkpoint.
     """
     found = detect(load_dir)
-    _check_type(found, load_type)
+    check_type(found, load_type)
     if save_type not in ("hf", "mg"):
         raise UserError(f"convert: --save-model-type {save_type!r}; legal: hf, mg")
-    config_files = _config_files(found, Path(save_dir), save_type, hf_cfg_dir)
-    shape = _agreed_shape(found, config_files, ignore_fields)
+    config_files = config_files_of(found, Path(save_dir), save_type, hf_cfg_dir)
+    shape = agreed_shape(found, config_files, ignore_fields)
     source = _open(found, shape, mtp_num_layers)
     shape = source.shape
-    asked = _resolve_dtype(dtype)
+    asked = dtype_of(dtype)
     dtypes = {
         name: source.dtype(name) if asked is None or name.endswith(".expert_bias") else asked for name in source.names()
     }
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if save_type == "hf":
         split = bool(vpp or layer_list or noop_layers or embedding_as_layer or loss_as_layer)
-        _check_no_layout(source, (tp, pp), split)
+        check_no_layout(source, (tp, pp), split)
         return _convert_to_hf(
-            source, dtypes, Path(save_dir), config_files, _resolve_dtype(dtype), transform, shard_bytes, say
+            source, dtypes, Path(save_dir), config_files, dtype_of(dtype), transform, shard_bytes, say
         )
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
     layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
@@ -144,10 +140,10 @@ def _convert_to_hf(
         PlannedTensor(name, dims, dtypes[pair.mcore]) for pair in source.pairs.values() for name, dims in pair.stored()
     ]
     needed = sum(tensor.num_bytes for tensor in plan)
-    _announce(source, dtypes, needed, target, transform is not None, say)
+    announce(source, dtypes, needed, target, transform is not None, say)
     writer = HfWriter(target, plan, shard_bytes)
     try:
-        for name in _progress(source.names()):
+        for name in progress(source.names()):
             tensor = _transformed(source, name, transform)
             for hf_name, piece in to_hf(source.pairs[name], tensor, source.shape):
                 writer.write(hf_name, piece)
@@ -156,7 +152,7 @@ def _convert_to_hf(
         writer.discard()
         raise
     HfSource(target, source.shape)
-    say(_summary(source, dtypes))
+    say(summary(source, dtypes))
     say(f"wrote {len(plan)}/{len(plan)} tensors to {target}")
     return target
 
@@ -171,17 +167,17 @@ def _convert_to_megatron(
     transform: Transform | None,
     say: Say,
 ) -> Path:
-    _check_megatron_target(save_dir, found)
+    check_megatron_target(save_dir, found)
     iteration = found.iteration or 1
     final = iteration_directory(save_dir, iteration)
     aside = final.with_name(final.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     writer = MegatronWriter(aside, source.shape, layout, dtypes, iteration)
-    _announce(source, dtypes, writer.num_bytes(), save_dir, transform is not None, say)
+    announce(source, dtypes, writer.num_bytes(), save_dir, transform is not None, say)
     steps = [(p, *entry) for p in range(layout.layers.pp) for entry in writer.stage_names(p)]
     try:
         current = -1
-        for p, name, places in _progress(steps):
+        for p, name, places in progress(steps):
             if p != current:
                 if current >= 0:
                     writer.close_stage(current)
@@ -198,7 +194,7 @@ def _convert_to_megatron(
         raise
     os.replace(aside, final)
     write_tracker(save_dir, iteration)
-    say(_summary(source, dtypes))
+    say(summary(source, dtypes))
     kinds, sizes = "tensor-parallel x pipeline", f"{layout.tp} x {layout.layers.pp}"
     if layout.experts.ep > 1:
         kinds, sizes = kinds + " x expert-parallel", f"{sizes} x {layout.experts.ep}"
@@ -242,103 +238,3 @@ def _transformed(source: TensorSource, name: str, transform: Transform | None) -
     result = transform(name, tensor)
     assert result.shape == tensor.shape, f"the transform changed the shape of {name}"
     return result
-
-
-def _check_type(found: Found, load_type: str | None) -> None:
-    legal = {None: ("hf", "megatron", "torch_dist"), "hf": ("hf",), "mg": ("megatron", "torch_dist")}
-    if load_type not in legal:
-        raise UserError(f"convert: --load-model-type {load_type!r}; legal: hf, mg")
-    if found.format not in legal[load_type]:
-        raise UserError(
-            f"convert: --load-model-type {load_type} but {found.path} is a {found.format} checkpoint; try: leave the "
-            f"flag out"
-        )
-
-
-def _check_no_layout(source: TensorSource, sizes: tuple[int, int], split: bool) -> None:
-    """An HF directory has no layout; naming the one of the checkpoint read is a habit that does no harm."""
-    legal = {(1, 1)}
-    if isinstance(source, MegatronSource):
-        legal.add((source.files.tp, source.files.pp))
-    if split or sizes not in legal:
-        raise UserError(
-            f"convert: a parallel layout (tensor x pipeline = {sizes[0]} x {sizes[1]}) has no meaning for "
-            f"--save-model-type hf; legal: {' or '.join(f'{t} x {p}' for t, p in sorted(legal))}; try: leave it out"
-        )
-
-
-def _config_files(found: Found, save_dir: Path, save_type: str, hf_cfg_dir: str | Path | None) -> Path | None:
-    """The directory that config.json and the tokenizer are taken from."""
-    if hf_cfg_dir is not None:
-        if not (Path(hf_cfg_dir) / "config.json").is_file():
-            raise UserError(f"convert: --hf-cfg-dir {hf_cfg_dir} has no config.json; legal: a Hugging Face directory")
-        return Path(hf_cfg_dir)
-    if save_type == "hf" and (save_dir / "config.json").is_file():
-        return save_dir
-    if found.hf_files is None and save_type == "hf":
-        raise UserError(
-            f"convert: {found.path} carries no config.json and tokenizer; try: --hf-cfg-dir DIR of the original model"
-        )
-    return found.hf_files
-
-
-def _agreed_shape(found: Found, config_files: Path | None, ignore_fields: Collection[str]) -> ModelShape:
-    """The model's shape; what the checkpoint records and what config.json says must be the same."""
-    if config_files is None:
-        return shape_of(found, ignore_fields)
-    described = shape_from_hf(read_hf_config(config_files), ignore_fields)
-    if found.format == "hf" or found.record.get("shape"):
-        recorded = shape_of(found, ignore_fields)
-        if recorded.mtp_num_layers < described.mtp_num_layers:
-            described = dataclasses.replace(described, mtp_num_layers=recorded.mtp_num_layers)
-        for item in dataclasses.fields(ModelShape):
-            ours, theirs = getattr(recorded, item.name), getattr(described, item.name)
-            if ours != theirs and item.name not in ("init_method_std", "attention_dropout"):
-                raise UserError(
-                    f"convert: {found.path} has {item.name}={ours}, but {config_files / 'config.json'} says {theirs}; "
-                    f"try: the config.json that belongs to the checkpoint"
-                )
-    return described
-
-
-def _check_megatron_target(save_dir: Path, found: Found) -> None:
-    if (save_dir / TRACKER_NAME).exists():
-        raise UserError(f"convert: {save_dir} holds a Megatron checkpoint already; try: another --save-dir")
-    if (save_dir / "config.json").exists() or save_dir.resolve() == found.path.resolve():
-        raise UserError(
-            f"convert: {save_dir} is a model directory, which is never written into; try: another --save-dir"
-        )
-
-
-def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise UserError(f"convert: --params-dtype {dtype!r}; legal: {', '.join(DTYPES)}")
-    return DTYPES[dtype] if isinstance(dtype, str) else dtype
-
-
-def _announce(source: TensorSource, dtypes: Dtypes, disk: int, target: Path, merges: bool, say: Say) -> None:
-    """Print what the conversion will take, and refuse to start when the disk cannot hold it."""
-    widest = {n: max(source.dtype(n).itemsize, dtypes[n].itemsize, 4 if merges else 0) for n in source.names()}
-    largest = max(torch.Size(source.dims(n)).numel() * widest[n] for n in source.names())
-    memory = _BASE_BYTES + _COPIES * largest
-    say(f"converting {source.origin}: peak memory about {_gib(memory)}, disk {_gib(disk)}")
-    existing = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if disk > free:
-        raise UserError(f"convert: {target} needs {_gib(disk)} but {_gib(free)} are free; try: another --save-dir")
-
-
-def _summary(source: TensorSource, dtypes: Dtypes) -> str:
-    count = len(source.names())
-    kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
-    return f"loaded {count}/{count} tensors, {source.shape.num_parameters()} parameters from {source.origin} ({kinds})"
-
-
-def _progress(items: Sequence) -> Iterator:
-    console = Console(file=sys.stderr)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        yield from bar.track(items, description="tensors")
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

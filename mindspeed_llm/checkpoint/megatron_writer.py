@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mindspeed_llm.checkpoint.expert_files import ExpertLayout, slice_of_stack, stack_dims, stored_name
-from mindspeed_llm.checkpoint.megatron import FILE_NAME, rank_directory_name
 from mindspeed_llm.checkpoint.megatron_args import megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, fused_name
+from mindspeed_llm.checkpoint.rank_files import FILE_NAME, rank_directory_name
 from mindspeed_llm.checkpoint.zip_seal import update_checksums
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts, tensor_names

@@ -191,7 +191,7 @@ def test_a_foreign_checkpoint_is_read_with_a_config_alone(megatron, toys, tmp_pa
 
 
 def test_a_class_of_another_program_becomes_a_placeholder(tmp_path):
-    from mindspeed_llm.checkpoint.megatron import load_rank_file
+    from mindspeed_llm.checkpoint.rank_files import load_rank_file
 
     path = tmp_path / "x.pt"
     torch.save({"args": argparse.Namespace(a=fractions.Fraction(1, 3), b=2), "model": {"w": torch.ones(2)}}, path)
