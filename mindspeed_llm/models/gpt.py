@@ -23,7 +23,7 @@ from mindspeed_llm.models.attention import KeyValueCache, SelfAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.latent_attention import LatentAttention
 from mindspeed_llm.models.mlp import MLP
-from mindspeed_llm.models.moe.layer import moe_specification
+from mindspeed_llm.models.moe.layer import forget_micro_batches, moe_specification
 from mindspeed_llm.models.multi_token import prediction_layers
 from mindspeed_llm.models.norm import LayerNorm, RMSNorm
 from mindspeed_llm.models.prediction_targets import further_targets
@@ -92,6 +92,7 @@ class LanguageModel(GPTModel):
             mtp_block_spec=prediction_specification(config) if post_process else None,
             vp_stage=vp_stage,
         )
+        forget_micro_batches(self)
         if self.mtp_process and shape.tie_word_embeddings:
             # The embedding that the prediction layers need here is the output layer's weight too.
             self.output_layer.weight = None

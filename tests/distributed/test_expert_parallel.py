@@ -1,5 +1,6 @@
 """Experts spread over processes train the same model as one process, with the losses that balance them."""
 
+import gc
 import json
 import os
 import pydoc_data.topics
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.cli.training import run_door
 from mindspeed_llm.config.parser import parse
+from mindspeed_llm.models.gpt import LanguageModel
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
 from mindspeed_llm.testing.pool import pool
 from mindspeed_llm.training.report import Reporter
@@ -125,3 +127,14 @@ def test_recomputed_layers_count_their_losses_and_loads_once(toy, rows, alone):
     flags = BALANCE + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
     found = pool(2).run(train, str(toy), flags + "--expert-model-parallel-size 2", rows)[0]
     assert_same(found, alone)
+
+
+def models_left(model, words, rows):
+    """How many models are in memory after one was trained and nobody refers to it any more."""
+    train(model, words, rows, steps=1)
+    gc.collect()
+    return sum(isinstance(thing, LanguageModel) for thing in gc.get_objects())
+
+
+def test_a_model_that_is_not_used_is_freed(toy, rows):
+    assert pool(1).run(models_left, str(toy), BALANCE, rows) == [0]
