@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-
 from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
