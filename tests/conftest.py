@@ -10,10 +10,12 @@ import pytest
 
 
 def pytest_collection_modifyitems(items):
-    """Distributed tests are found by their folder, so that no file has to mark itself."""
+    """Distributed tests are found by their folder, so that no file has to mark itself; a few of them are fast."""
     for item in items:
         if "/tests/distributed/" in str(item.path):
             item.add_marker(pytest.mark.distributed)
+            if item.get_closest_marker("fast") is None:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.testing.pool import pool
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.fast
 PROMPTS = ["The quick brown fox", "a", "def f(x):\n    return"]
 WAYS = [
     {},

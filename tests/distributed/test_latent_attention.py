@@ -6,8 +6,6 @@ from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
 from mindspeed_llm.testing.pool import pool
 
-pytestmark = pytest.mark.distributed
-
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
         "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
 MODELS = {

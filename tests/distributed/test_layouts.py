@@ -109,7 +109,7 @@ def alone(directory):
 def cases():
     for layout, (processes, kinds) in MATRIX.items():
         for kind in kinds.split():
-            marks = [] if (kind, layout) in FAST else [pytest.mark.slow]
+            marks = [pytest.mark.fast] if (kind, layout) in FAST else []
             yield pytest.param(kind, layout, processes, marks=marks, id=f"{kind}: {layout}")
 
 
@@ -127,7 +127,6 @@ def test_the_matrix_has_every_kind_and_every_word():
     assert FAST <= {(kind, layout) for layout, (_, kinds) in MATRIX.items() for kind in kinds.split()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, layout, processes, mutation",
     [

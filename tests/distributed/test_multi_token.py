@@ -11,8 +11,6 @@ from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.testing.layouts import assert_same, compare, make_rows, train
 from mindspeed_llm.testing.pool import pool
 
-pytestmark = pytest.mark.distributed
-
 # A large share of the gradient comes from the prediction layers.
 WEIGHT = "--mtp-loss-scaling-factor 0.7"
 LAYOUTS = {

@@ -8,7 +8,7 @@ import torch
 
 from mindspeed_llm.testing.pool import Pool, pool
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.fast
 
 
 def rank_and_sum(value):
