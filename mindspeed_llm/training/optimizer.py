@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.config.training import OptimizerConfig
 from mindspeed_llm.errors import UserError
 
@@ -49,7 +50,18 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
         overlap_param_gather=overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, chunks, config_overrides=get_standard_config_overrides(settings))
+    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=get_standard_config_overrides(settings))
+    _use_fused_kernel(optimizer)
+    return optimizer
+
+
+def _use_fused_kernel(optimizer: Any) -> None:
+    """Let torch's AdamW update a tensor in one pass on a CPU, where its default is a pass for each operation."""
+    if accelerator.current().device_type != "cpu":
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups if isinstance(part.optimizer, torch.optim.Adam) else ():
+            group["fused"], group["foreach"] = True, False
 
 
 def warmup_iterations(config: OptimizerConfig, decay_iters: int) -> int:
