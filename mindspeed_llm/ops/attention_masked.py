@@ -31,10 +31,18 @@ def masked_attention(
     Raises:
         ValueError: the mask is of another type or shape.
     """
-    (s, b), s_k = query.shape[:2], key.shape[0]
+    check_mask(hidden, query.shape[1], query.shape[0], key.shape[0])
+    return implementation("masked_attention")(query, key, value, hidden, dropout, scale)
+
+
+def check_mask(hidden: Tensor, b: int, s: int, s_k: int) -> None:
+    """Refuse a mask that is not bool [b or 1, 1, s, s_k].
+
+    Raises:
+        ValueError: it is of another type or shape.
+    """
     if hidden.dtype != torch.bool or hidden.shape not in ((1, 1, s, s_k), (b, 1, s, s_k)):
         raise ValueError(f"a mask must be bool [{b} or 1, 1, {s}, {s_k}], not {hidden.dtype} {list(hidden.shape)}")
-    return implementation("masked_attention")(query, key, value, hidden, dropout, scale)
 
 
 @register("masked_attention", "sdpa")

@@ -1,7 +1,7 @@
 """Attention of some queries to some keys, a part of a whole that is put together elsewhere (context parallelism).
 
 Query i of a part sees key j where i + shift - window < j <= i + shift: shift is how far the first query lies behind
-the first key in the sequence. With S = scale Q K^T over the visible pairs only:
+the first key in the sequence; a mask may take the place of this order. With S = scale Q K^T over visible pairs only:
 
     lse_i = log sum_j exp(S_ij)      out_i = sum_j exp(S_ij - lse_i) v_j
 
@@ -25,7 +25,14 @@ from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 
 def attention_part(
-    query: Tensor, key: Tensor, value: Tensor, *, shift: int, window_size: int | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    shift: int,
+    window_size: int | None,
+    scale: float,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out and log-sum-exp of one part.
 
@@ -34,13 +41,14 @@ def attention_part(
         shift: position of the first query minus position of the first key, >= 0.
         window_size: a token sees itself and the window_size - 1 tokens before; None for all before.
         scale: multiplies the scores.
+        hidden: bool [b or 1, 1, s, s_k], True where a query does not see a key; shift and window_size say nothing then.
 
-    Every query must see at least one of the keys.
+    Without a mask every query must see at least one of the keys.
 
     Returns:
-        out [s, b, n, e] and lse [s, b, n], in fp32 (fp64 for fp64 input).
+        out [s, b, n, e] and lse [s, b, n], in fp32 (fp64 for fp64 input); 0 and -inf for a query that sees no key.
     """
-    return implementation("attention_part")(query, key, value, shift, window_size, scale)
+    return implementation("attention_part")(query, key, value, shift, window_size, scale, hidden)
 
 
 def attention_part_backward(
@@ -54,30 +62,39 @@ def attention_part_backward(
     shift: int,
     window_size: int | None,
     scale: float,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This part's share of the gradients.
 
     Args:
         grad, out: [s, b, n, e], gradient and value of the merged output for these queries.
         lse: [s, b, n], log-sum-exp over all the keys they see, in this part and the others.
-        query, key, value, shift, window_size, scale: as in the forward pass.
+        query, key, value, shift, window_size, scale, hidden: as in the forward pass.
 
     Returns:
         Of query, key and value, in fp32 (fp64 for fp64 input).
     """
-    return implementation("attention_part_backward")(grad, query, key, value, out, lse, shift, window_size, scale)
+    run = implementation("attention_part_backward")
+    return run(grad, query, key, value, out, lse, shift, window_size, scale, hidden)
 
 
 def merge_part(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge a part into `out` [s, b, n, e] and `lse` [s, b, n] in place; before the first part lse is -inf."""
     merged = torch.logaddexp(lse, part_lse)
-    out.mul_((lse - merged).exp_().unsqueeze(-1)).addcmul_(part_out, (part_lse - merged).exp_().unsqueeze(-1))
+    total = _finite(merged)
+    out.mul_((lse - total).exp_().unsqueeze(-1)).addcmul_(part_out, (part_lse - total).exp_().unsqueeze(-1))
     lse.copy_(merged)
 
 
 @register("attention_part", REFERENCE)
 def part_by_rows(
-    query: Tensor, key: Tensor, value: Tensor, shift: int, window_size: int | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shift: int,
+    window_size: int | None,
+    scale: float,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formula over blocks of rows, computed in fp32 at least."""
     s, b, n, _ = query.shape
@@ -85,12 +102,13 @@ def part_by_rows(
     rows_of, key, value = by_key_head(query.to(wide), g), by_head(key.to(wide)), by_head(value.to(wide))
     out = key.new_empty(s, b, g, n // g, value.shape[-1])
     lse = key.new_empty(s, b, g, n // g, 1)
-    for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size):
+    for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size, hidden):
         rows = rows_of[:, start:stop].flatten(1, 2)
-        scores = _scores(rows, key[:, first:last], start + shift - first, stop - start, window_size, scale)
+        unseen = _hidden(hidden, start, stop, first, last, shift, window_size, key)
+        scores = _scores(rows, key[:, first:last], unseen, scale)
         row_lse = scores.logsumexp(-1, keepdim=True)
         write_rows(lse[start:stop], row_lse)
-        write_rows(out[start:stop], torch.bmm(scores.sub_(row_lse).exp_(), value[:, first:last]))
+        write_rows(out[start:stop], torch.bmm(scores.sub_(_finite(row_lse)).exp_(), value[:, first:last]))
     return out.view(s, b, n, -1), lse.view(s, b, n)
 
 
@@ -105,20 +123,23 @@ def part_backward_by_rows(
     shift: int,
     window_size: int | None,
     scale: float,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula over blocks of rows; the weights are computed again from the scores."""
     s, b, n, d = query.shape
     g, wide = key.shape[2], _wide(query)
     grad, out, lse = grad.to(wide), out.to(wide), lse.to(wide)
     minus = by_key_head((grad * out).sum(-1, keepdim=True), g)
-    lse, grad, query = by_key_head(lse.unsqueeze(-1), g), by_key_head(grad, g), by_key_head(query.to(wide), g)
+    lse = by_key_head(_finite(lse).unsqueeze(-1), g)
+    grad, query = by_key_head(grad, g), by_key_head(query.to(wide), g)
     key, value = by_head(key.to(wide)), by_head(value.to(wide))
     grad_query = key.new_empty(s, b, g, n // g, d)
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-    for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size):
+    for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size, hidden):
         rows, grad_rows, row_lse, row_minus = (x[:, start:stop].flatten(1, 2) for x in (query, grad, lse, minus))
         columns = slice(first, last)
-        scores = _scores(rows, key[:, columns], start + shift - first, stop - start, window_size, scale)
+        unseen = _hidden(hidden, start, stop, first, last, shift, window_size, key)
+        scores = _scores(rows, key[:, columns], unseen, scale)
         weights = scores.sub_(row_lse).exp_()
         grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_rows)
         grad_scores = torch.bmm(grad_rows, value[:, columns].transpose(1, 2)).sub_(row_minus).mul_(weights).mul_(scale)
@@ -128,25 +149,47 @@ def part_backward_by_rows(
     return grad_query.view(s, b, n, d), grad_key, grad_value
 
 
-def _visible_blocks(s: int, s_k: int, shift: int, window_size: int | None) -> Iterator[tuple[int, int, int, int]]:
-    """(start, stop) of blocks of queries, and (first, last) of the keys that any of them sees."""
+def _visible_blocks(
+    s: int, s_k: int, shift: int, window_size: int | None, hidden: Tensor | None
+) -> Iterator[tuple[int, int, int, int]]:
+    """(start, stop) of blocks of queries, and (first, last) of the keys that any of them may see."""
     for start, stop in blocks_of(s):
+        if hidden is not None:
+            yield start, stop, 0, s_k
+            continue
         first = 0 if window_size is None else max(0, start + shift - window_size + 1)
         yield start, stop, first, min(s_k, stop + shift)
 
 
-def _scores(rows: Tensor, key: Tensor, shift: int, s: int, window_size: int | None, scale: float) -> Tensor:
+def _hidden(
+    mask: Tensor | None, start: int, stop: int, first: int, last: int, shift: int, window_size: int | None, key: Tensor
+) -> Tensor | None:
+    """Which keys [first, last) the queries [start, stop) do not see, [b or 1, queries, keys]; None when all see all."""
+    if mask is not None:
+        return mask[:, 0, start:stop, first:last]
+    sees_last = last - 1 <= start + shift
+    if sees_last and (window_size is None or stop - 1 + shift - first < window_size):
+        return None
+    position = torch.arange(start + shift, stop + shift, device=key.device)[:, None]
+    column = torch.arange(first, last, device=key.device)
+    unseen = column > position
+    if window_size is not None:
+        unseen |= column <= position - window_size
+    return unseen[None]
+
+
+def _scores(rows: Tensor, key: Tensor, unseen: Tensor | None, scale: float) -> Tensor:
     """Scores [b g, s r, s_k] of a block's queries [b g, s r, d], -inf where a key is not seen."""
     scores = torch.bmm(rows, key.transpose(1, 2)).mul_(scale)
-    s_k = key.shape[1]
-    if s_k - 1 <= shift and (window_size is None or s - 1 + shift < window_size):
-        return scores
-    position, column = torch.arange(s, device=key.device)[:, None] + shift, torch.arange(s_k, device=key.device)
-    hidden = column > position
-    if window_size is not None:
-        hidden |= column <= position - window_size
-    scores.unflatten(1, (s, -1)).masked_fill_(hidden[:, None, :], float("-inf"))
+    if unseen is not None:
+        batch, s, _ = unseen.shape
+        scores.unflatten(0, (batch, -1)).unflatten(2, (s, -1)).masked_fill_(unseen[:, None, :, None], float("-inf"))
     return scores
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """lse, 0 where nothing was seen: the weights exp(-inf - 0) are 0 then, and not undefined."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mindspeed_llm.ops.attention import attention
-from mindspeed_llm.ops.attention_masked import masked_attention
+from mindspeed_llm.ops.attention_masked import check_mask, masked_attention
 from mindspeed_llm.parallel.context_exchange import gather_heads, gather_tokens, repeat_key_heads
 from mindspeed_llm.parallel.context_ring import Ring, RingProblem, ring_attention
 from mindspeed_llm.parallel.context_split import SequenceSplit
@@ -54,22 +54,27 @@ class ContextParallelAttention(nn.Module):
             hidden: mask of the whole sequence in place of causal order, as in ops.attention_masked.
 
         Raises:
-            ValueError: a mask is given and the ranks form a ring, or `cu_seqlens` does not fit.
+            ValueError: the mask or `cu_seqlens` does not fit.
         """
-        if hidden is not None and self.ring is not None:
-            raise ValueError("a ring computes causal attention only; attention_mask needs ulysses_cp_algo")
         length = query.shape[0] * self.split.ranks
         group, num_heads = self.exchange_group, query.shape[2]
         if group is not None:
             key, value = repeat_key_heads(key, group.size()), repeat_key_heads(value, group.size())
             query, key, value = (gather_tokens(x, group) for x in (query, key, value))
-        if hidden is not None:
+        if hidden is None:
+            context = self._attend(query, key, value, cu_seqlens, length)
+        elif self.ring is None:
             context = masked_attention(query, key, value, hidden, scale=self.scale)
         else:
-            context = self._attend(query, key, value, cu_seqlens, length)
+            context = self._attend_masked(query, key, value, hidden, length)
         if group is None:
             return context
         return gather_heads(context.unflatten(2, (num_heads // group.size(), -1)), group).flatten(2)
+
+    def _attend_masked(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, length: int) -> Tensor:
+        check_mask(hidden, query.shape[1], length, length)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return ring_attention(query, key, value, RingProblem(self.ring, (0, length), None, scale, hidden))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
         if self.ring is None:

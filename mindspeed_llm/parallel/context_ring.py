@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_llm.ops.attention_part import attention_part, attention_part_backward, merge_part
-from mindspeed_llm.parallel.context_split import Part, SequenceSplit, parts
+from mindspeed_llm.parallel.context_split import Part, SequenceSplit, parts, rectangles
 
 # One tag for each kind of message that can be under way between the same two ranks at the same time.
 OUTER, INNER, OUTER_SUMS, INNER_SUMS = range(4)
@@ -109,22 +109,28 @@ class RingProblem:
     Attributes:
         bounds: starts of the documents and the total, over the whole sequence.
         window_size, scale: as in ops.attention.
+        hidden: mask over the whole sequence in place of causal order, documents and window, as in ops.attention_masked.
     """
 
     ring: Ring
     bounds: tuple[int, ...]
     window_size: int | None
     scale: float
+    hidden: Tensor | None = None
 
-    def parts(self, source: int) -> tuple[Part, ...]:
-        """What this rank computes with the keys of another place."""
+    def parts(self, source: int) -> list[tuple[Part, Tensor | None]]:
+        """What this rank computes with the keys of another place, each with its piece of the mask."""
         split, length = self.ring.split, self.bounds[-1]
         own, other = split.chunks(self.ring.place, length), split.chunks(source, length)
-        return parts(own, other, self.bounds, self.window_size)
+        if self.hidden is None:
+            return [(part, None) for part in parts(own, other, self.bounds, self.window_size)]
+        return [
+            (part, self.hidden[:, :, slice(*queries), slice(*keys)]) for part, queries, keys in rectangles(own, other)
+        ]
 
 
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, problem: RingProblem) -> Tensor:
-    """Causal attention of this place's queries to the keys of all places.
+    """Attention of this place's queries to the keys of all places, causal or under the problem's mask.
 
     Args:
         query: [s, b, n, d] of the tokens in `SequenceSplit.chunks`; key [s, b, g, d], value [s, b, g, e].
@@ -143,10 +149,15 @@ class _RingAttention(torch.autograd.Function):
         out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide)
         lse = query.new_full(query.shape[:3], float("-inf"), dtype=wide)
         for outer_step, inner_step, (k, v) in ring.visits((key, value)):
-            for part in problem.parts(ring.source(outer_step, inner_step)):
-                q, k_part, v_part = query[part.rows], k[part.columns], v[part.columns]
+            for part, hidden in problem.parts(ring.source(outer_step, inner_step)):
                 found = attention_part(
-                    q, k_part, v_part, shift=part.shift, window_size=problem.window_size, scale=problem.scale
+                    query[part.rows],
+                    k[part.columns],
+                    v[part.columns],
+                    shift=part.shift,
+                    window_size=problem.window_size,
+                    scale=problem.scale,
+                    hidden=hidden,
                 )
                 merge_part(out[part.rows], lse[part.rows], *found)
         ctx.problem = problem
@@ -162,8 +173,8 @@ class _RingAttention(torch.autograd.Function):
         inner_sums = outer_sums = None
         for outer_step, inner_step, (k, v) in ring.visits((key, value)):
             found = [torch.zeros_like(x, dtype=lse.dtype) for x in (k, v)]
-            for part in problem.parts(ring.source(outer_step, inner_step)):
-                _add_part(problem, part, grad, query, k, v, out, lse, grad_query, *found)
+            for part, hidden in problem.parts(ring.source(outer_step, inner_step)):
+                _add_part(problem, part, hidden, grad, query, k, v, out, lse, grad_query, *found)
             if inner_step:
                 _add(found, inner_sums.wait())
             inner_sums = ring.inner.pass_on(found, INNER_SUMS)
@@ -177,7 +188,7 @@ class _RingAttention(torch.autograd.Function):
         return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None
 
 
-def _add_part(problem, part, grad, query, key, value, out, lse, grad_query, grad_key, grad_value) -> None:
+def _add_part(problem, part, hidden, grad, query, key, value, out, lse, grad_query, grad_key, grad_value) -> None:
     """Add one part's share to the gradients of the local queries and the visiting keys and values."""
     rows, columns = part.rows, part.columns
     of_query, of_key, of_value = attention_part_backward(
@@ -190,6 +201,7 @@ def _add_part(problem, part, grad, query, key, value, out, lse, grad_query, grad
         shift=part.shift,
         window_size=problem.window_size,
         scale=problem.scale,
+        hidden=hidden,
     )
     grad_query[rows] += of_query
     grad_key[columns] += of_key

@@ -113,6 +113,15 @@ def parts(
     return tuple(found)
 
 
+def rectangles(query_chunks: tuple[Range, ...], key_chunks: tuple[Range, ...]) -> Iterator[tuple[Part, Range, Range]]:
+    """Every pair of chunks, with the positions of its queries and of its keys: what a mask decides about."""
+    for query_local, query_start, query_stop in _placed(query_chunks):
+        for key_local, key_start, key_stop in _placed(key_chunks):
+            rows = slice(query_local, query_local + query_stop - query_start)
+            columns = slice(key_local, key_local + key_stop - key_start)
+            yield Part(rows, columns, 0), (query_start, query_stop), (key_start, key_stop)
+
+
 def _placed(chunks: tuple[Range, ...]) -> Iterator[tuple[int, int, int]]:
     """(local index of the first token, start, stop) of each chunk."""
     local = 0

@@ -60,7 +60,8 @@ def _use_fused_kernel(optimizer: Any) -> None:
     if accelerator.current().device_type != "cpu":
         return
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in part.optimizer.param_groups if isinstance(part.optimizer, torch.optim.Adam) else ():
+        torch_optimizer = getattr(part, "optimizer", None)
+        for group in torch_optimizer.param_groups if isinstance(torch_optimizer, torch.optim.Adam) else ():
             group["fused"], group["foreach"] = True, False
 
 

@@ -91,6 +91,8 @@ def attend(ulysses, ring_window, heads, groups, widths, bounds, window, mistake=
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
     hidden = torch.rand(batch, 1, length, length, generator=generator) < 0.5 if masked else None
     if masked:
+        hidden[:, :, 5] = True  # a query that sees nothing
+        hidden[0, :, 9, 8:] = True  # and one that sees little, not even itself
         expected = masked_scores(q, k, v, hidden, 0.0, None)
     else:
         expected = reference(q, k, v, cu_seqlens=cu_seqlens, window_size=window)
@@ -129,11 +131,15 @@ def test_attention_of_four_ranks_is_the_formula(way, bounds):
             assert max(errors) < 1e-12, (heads, groups, widths, window, errors)
 
 
-def test_ranks_that_exchange_heads_take_masks_of_any_form_and_a_ring_does_not():
-    for errors in pool(4).run(attend, *WAYS["exchange"], 8, 2, (8, 4), None, None, None, True):
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_under_a_mask_of_any_form_is_the_formula(way):
+    for errors in pool(4).run(attend, *WAYS[way], 8, 2, (8, 4), None, None, None, True):
         assert max(errors) < 1e-12
-    with pytest.raises(ValueError, match="a ring computes causal attention only"):
-        pool(4).run(attend, *WAYS["both"], 4, 2, (8, 8), None, None, None, True)
+
+
+def test_the_comparison_under_a_mask_notices():
+    found = pool(4).run(attend, 1, 1, 4, 2, (8, 8), None, None, "no rescale", True)
+    assert max(max(errors) for errors in found) > 1e-3
 
 
 @pytest.mark.parametrize("mistake", ["no rescale", "sums stay"])

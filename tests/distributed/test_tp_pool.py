@@ -8,8 +8,6 @@ import torch
 
 from mindspeed_llm.testing.pool import Pool, pool
 
-pytestmark = pytest.mark.fast
-
 
 def rank_and_sum(value):
     total = torch.tensor([float(torch.distributed.get_rank() + value)])

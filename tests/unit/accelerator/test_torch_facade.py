@@ -157,6 +157,7 @@ def test_megatron_imports_quietly_and_its_tracker_forks_the_stream_kernels_draw_
     assert [line for line in done.stderr.splitlines() if "not installed" in line or "RNG" in line] == []
 
 
+@pytest.mark.slow
 @needs_no_cuda
 def test_somebody_elses_training_script_runs_unchanged_after_one_import(tmp_path):
     script = tmp_path / "theirs.py"

@@ -28,6 +28,7 @@ def script(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_all_sides_of_training_train_the_same(script):
     result = script("train", "--quick", "--threads", "1", "--mode", "lora")["lora"]
     losses = result["first_loss"]

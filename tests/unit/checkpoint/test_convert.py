@@ -229,6 +229,7 @@ def test_a_full_disk_is_found_out_first(toys, tmp_path, monkeypatch):
         convert(toys["llama"], tmp_path / "mg", quiet=True)
 
 
+@pytest.mark.slow
 def test_converting_does_not_import_megatron(toys, tmp_path):
     program = (
         "import sys; from mindspeed_llm.checkpoint.convert import convert; convert(*sys.argv[1:3], tp=2, quiet=True); "

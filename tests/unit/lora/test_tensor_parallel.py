@@ -6,7 +6,7 @@ import pytest
 
 from mindspeed_llm.testing.pool import pool
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TUNE = (
     "--stage sft --prompt-type chatml --seq-length 128 --lr 2e-2 --lr-decay-style constant --global-batch-size 4 "

@@ -75,6 +75,7 @@ def test_every_precision_and_optimizer_learns_alike(fp32, dtype, distributed_opt
     assert losses == pytest.approx(fp32, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_megatron_loaded_before_us_works_the_same(fp32):
     """The facade and patches reach modules that are loaded already."""
     program = f"""

@@ -54,6 +54,7 @@ def test_sixteen_thousand_ranks_are_planned_in_seconds(experts, capsys):
         assert part in out, part
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_large_run_is_built_and_stepped_here(experts, capsys):
     (experts / "config.json").write_text(json.dumps({**EXPERTS, "num_hidden_layers": 14}))
     words = LARGE.replace("46,47", "14,15").replace("stage 6", "stage 2")
