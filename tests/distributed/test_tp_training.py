@@ -8,8 +8,6 @@ import torch
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.testing.pool import pool
 
-pytestmark = pytest.mark.fast
-
 # Groups < heads, head_dim != hidden / heads, 4 layers, a vocabulary that 2 does not divide.
 LLAMA = ModelShape("llama", 4, 48, 80, 6, 2, 12, 131, 256, init_method_std=0.1)
 QWEN3 = dataclasses.replace(LLAMA, qk_layernorm=True, tie_word_embeddings=True)

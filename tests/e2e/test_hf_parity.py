@@ -8,6 +8,8 @@ import torch
 from mindspeed_llm.cli.training import run_door
 from mindspeed_llm.config.parser import parse
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, LR = 20, 4, 5e-3
 OPTIMIZER = dict(lr=LR, betas=(0.9, 0.95), eps=1e-8)
 WEIGHT_DECAY = 0.1

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from mindspeed_llm.checkpoint.toy import edit_config, make_toy
 from mindspeed_llm.data.corpus import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 DOORS = {
     "preprocess_data.py": "preprocess",
@@ -150,7 +152,6 @@ def test_export_goes_into_mg2hf_and_is_the_original(prepared):
         assert all(a.get_tensor(key).equal(b.get_tensor(key)) for key in a.keys())
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_lora_on_two_processes_and_a_chat_with_it(prepared):
     said = prepared.process("tune_llama2_7b_lora_ptd", NPROC_PER_NODE="2", TP="2", MASTER_PORT="6283", **SMALL)
@@ -162,7 +163,6 @@ def test_lora_on_two_processes_and_a_chat_with_it(prepared):
     assert (prepared.root / "logs/generate_llama2_7b_lora_ptd.log").read_text() == said
 
 
-@pytest.mark.slow
 def test_base_model_answers_and_chats(prepared):
     said = prepared.process("generate_llama2_7b_ptd", "--task", "greedy", "--prompt", "Count to 3.", MAX_NEW_TOKENS="4")
     assert "You:\nCount to 3." in said
