@@ -1,4 +1,4 @@
-"""Self-attention with a lean forward: split and rotate in one step, no explicit mask, packed documents kept apart."""
+"""Self-attention with a lean forward: split and rotate in one step, documents kept apart, a mask only if given."""
 
 from __future__ import annotations
 

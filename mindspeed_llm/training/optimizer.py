@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
 from mindspeed_llm.config.training import OptimizerConfig
 from mindspeed_llm.errors import UserError
 
@@ -59,10 +60,10 @@ def _use_fused_kernel(optimizer: Any) -> None:
     """Let torch's AdamW update a tensor in one pass on a CPU, where its default is a pass for each operation."""
     if accelerator.current().device_type != "cpu":
         return
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        torch_optimizer = getattr(part, "optimizer", None)
-        for group in torch_optimizer.param_groups if isinstance(torch_optimizer, torch.optim.Adam) else ():
-            group["fused"], group["foreach"] = True, False
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
 
 
 def warmup_iterations(config: OptimizerConfig, decay_iters: int) -> int:

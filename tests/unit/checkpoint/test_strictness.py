@@ -67,8 +67,9 @@ def test_a_tied_head_in_the_file_must_be_the_embedding(broken, toys):
         HfSource(broken("qwen3-tied", lambda t: t.update({"lm_head.weight": t[embedding] + 1})))
 
 
-def test_old_rotary_buffers_are_no_weights(broken):
-    HfSource(broken("llama", lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)})))
+def test_old_rotary_buffers_are_no_weights(broken, toys):
+    old = broken("llama", lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert HfSource(old).names() == HfSource(toys["llama"]).names()
 
 
 def test_truncated_files_are_named(toys, tmp_path):

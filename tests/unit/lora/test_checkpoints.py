@@ -134,6 +134,7 @@ def test_repeating_the_settings_is_fine(tuned, convert_door, tmp_path):
         f"--load-dir {base} --lora-load {adapters} --save-dir {tmp_path / 'x'} --lora-r 4 --lora-alpha 12 "
         "--lora-target-modules linear_fc2 linear_fc1 linear_proj linear_qkv"
     )
+    assert (tmp_path / "x" / "latest_checkpointed_iteration.txt").is_file()
 
 
 @pytest.fixture

@@ -349,7 +349,7 @@ class Recorder:
             "mindspeed_llm.parallel.setup.initialize_distributed": None,
             "mindspeed_llm.data.cache.preprocess_input": stands,
             "mindspeed_llm.cli.training.load_tokenizer": tokenizer,
-            "megatron.core.optimizer.get_megatron_optimizer": types.SimpleNamespace(scale_loss=0),
+            "megatron.core.optimizer.get_megatron_optimizer": types.SimpleNamespace(scale_loss=0, optimizer=None),
             "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler": "scheduler",
             "megatron.core.distributed.DistributedDataParallel": types.SimpleNamespace(
                 no_sync=0, module=stub_model(0), param_to_bucket_group=collections.defaultdict(int)
