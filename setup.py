@@ -36,6 +36,7 @@ setup(
         "numpy>=1.26",
         "psutil",  # megatron-core's checkpoint writer imports it without declaring it
         "regex",
+        "xxhash>=3",
         "pyyaml>=6",
         "rich>=13",
         "tensorboard>=2.15",
