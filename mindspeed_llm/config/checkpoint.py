@@ -43,35 +43,3 @@ class CheckpointConfig:
         level="advanced",
         doors=(*TRAINING_DOORS, "inference", "convert"),
     )
-
-
-@section
-class LoggingConfig:
-    """What a run says and where."""
-
-    log_interval: int = option(1, help="write the log line every N iterations", check=at_least(1))
-    log_throughput: bool = option(help="add throughput (TFLOP/s and share of the device's peak) to the log line")
-    tensorboard_dir: str | None = option(help="directory for TensorBoard")
-    show_samples: int = option(0, help="print N training samples with the trained tokens coloured", check=at_least(0))
-    progress: str = option(
-        "auto",
-        help="progress bar instead of log lines on a terminal",
-        choices=("auto", "bar", "lines"),
-        level="advanced",
-    )
-    loss_curve: str | None = option(help="write the loss curve to this PNG file", level="advanced")
-    dry_run: bool = option(
-        help="print the plan and exit: sizes, layout, batches, memory, legal values",
-        doors=("preprocess", "convert", *TRAINING_DOORS, "inference"),
-    )
-    world_size: int | None = option(
-        help="with --dry-run: plan for this many processes; default: as many as were started",
-        check=at_least(1),
-        level="advanced",
-    )
-    check_rank: int | None = option(
-        help="with --dry-run: also build this rank's part of the model without memory, and step a small model of the "
-        "same layout with pretended communication",
-        check=at_least(0),
-        level="advanced",
-    )

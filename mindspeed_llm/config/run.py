@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from mindspeed_llm.config.checkpoint import CheckpointConfig, LoggingConfig
+from mindspeed_llm.config.checkpoint import CheckpointConfig
 from mindspeed_llm.config.convert import ConvertConfig
 from mindspeed_llm.config.data import EVERY_DATA_DOOR, DataConfig, TokenizerConfig
 from mindspeed_llm.config.experts import ExpertConfig
 from mindspeed_llm.config.inference import InferenceConfig
+from mindspeed_llm.config.logging import LoggingConfig
 from mindspeed_llm.config.lora import LoraConfig
 from mindspeed_llm.config.model import ModelConfig
 from mindspeed_llm.config.operators import OperatorConfig
