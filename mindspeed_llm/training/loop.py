@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mindspeed_llm import accelerator
@@ -14,6 +15,7 @@ from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.evaluate import evaluate
 from mindspeed_llm.training.flops import training_flops
+from mindspeed_llm.training.hooks import LoopHook, Wish, collect_flags
 from mindspeed_llm.training.log_line import IterationLog
 from mindspeed_llm.training.report import Reporter
 from mindspeed_llm.training.setup import TrainingModel
@@ -22,11 +24,20 @@ from mindspeed_llm.training.step import BatchResult, run_batch
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        consumed_samples: passed in the order of training, left out ones included.
+        skipped_iterations: without an update, for whatever reason.
+        nan_iterations: those of them whose loss or gradient was not finite (an overflow of the loss scaling is none).
+        skipped_samples: [first, end) ranges of `consumed_samples` whose batches were left out and stay so.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
     skipped_iterations: int = 0
+    nan_iterations: int = 0
+    skipped_samples: list[list[int]] = field(default_factory=list)
 
 
 class Interval:
@@ -55,6 +66,7 @@ class TrainingLoop:
 
     Args:
         save: called with the progress when a checkpoint is due.
+        hooks: what else happens at the points of an iteration.
     """
 
     def __init__(
@@ -68,10 +80,11 @@ class TrainingLoop:
         progress: Progress,
         train_iters: int,
         save: Callable[[Progress], None] | None,
+        hooks: Sequence[LoopHook] = (),
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
         self.data, self.reporter, self.progress = data, reporter, progress
-        self.train_iters, self.save = train_iters, save
+        self.train_iters, self.save, self.hooks = train_iters, save, hooks
         self.eval_iters = evaluation_iterations(data, plan.config.training.eval_iters)
         self.used_learning_rate = 0.0
 
@@ -89,17 +102,29 @@ class TrainingLoop:
             if t.eval_interval and now % t.eval_interval == 0:
                 self.evaluate()
                 evaluated_at = now
-            leaving = bool(t.exit_interval and now % t.exit_interval == 0)
-            if self.save and (leaving or (c.checkpoint.save_interval and now % c.checkpoint.save_interval == 0)):
+            wish = self.wish()
+            if self.save and wish:
                 self.save(self.progress)
                 saved_at = now
-            if leaving:
+            if Wish.LEAVE in wish:
                 return self.progress
         if evaluated_at != self.progress.iteration:
             self.evaluate()
         if self.save and saved_at != self.progress.iteration:
             self.save(self.progress)
         return self.progress
+
+    def wish(self) -> Wish:
+        """What the options and the hooks ask for at the end of this iteration; leaving saves too."""
+        t, c, now = self.plan.config.training, self.plan.config.checkpoint, self.progress.iteration
+        wish = Wish.NOTHING
+        if t.exit_interval and now % t.exit_interval == 0:
+            wish |= Wish.LEAVE
+        if c.save_interval and now % c.save_interval == 0:
+            wish |= Wish.SAVE
+        for hook in self.hooks:
+            wish |= hook.end_of_iteration(self)
+        return wish
 
     def step(self) -> tuple[BatchResult, float]:
         """One iteration: forward, backward, optimizer step.
@@ -109,13 +134,20 @@ class TrainingLoop:
         """
         from megatron.core import parallel_state
 
+        for hook in self.hooks:
+            hook.before_batch(self)
         for wrapped in self.model.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         micro = self.data.micro_batches(self.progress.consumed_samples, parallel_state.get_data_parallel_rank())
-        result = run_batch(self.model.wrapped, micro, self.plan, forward_only=False)
+        flags = partial(collect_flags, self.hooks)
+        result = run_batch(self.model.wrapped, micro, self.plan, forward_only=False, flags=flags)
+        for hook in self.hooks:
+            hook.after_backward(self, result)
         self.check_loss(result)
         self.used_learning_rate = self.learning_rate()
+        for hook in self.hooks:
+            hook.before_update(self)
         succeeded, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
         if succeeded:
@@ -125,13 +157,15 @@ class TrainingLoop:
             self.progress.skipped_iterations += 1
         self.progress.iteration += 1
         self.progress.consumed_samples += self.plan.global_batch_size
+        for hook in self.hooks:
+            hook.after_step(self, result, grad_norm)
         return result, grad_norm
 
     def where(self) -> str:
         """Iteration and samples for messages."""
         rows = self.data.sample_indices(self.progress.consumed_samples)
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        return f"iteration {self.progress.iteration + 1}, samples {shown} of {self.data.prefix}"
+        return f"iteration {self.progress.iteration + 1}, samples {shown} of {self.data.name}"
 
     def check_loss(self, result: BatchResult) -> None:
         """Refuse to step on a loss that means nothing."""

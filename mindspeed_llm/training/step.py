@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,9 @@ class BatchResult:
         attention_pairs: sum of n (n + 1) / 2 over its documents.
         mtp_loss: mean loss of the multi-token prediction layers over the tokens they predict; None without any.
         auxiliary_losses: of the routers of experts, by name: mean over layers and micro-batches, without coefficients.
+        flags: sums over all ranks of what each told the others with its loss.
+        own_losses: summed over the tokens of each of this rank's micro-batches, still on the device; empty but on the
+            last stage.
     """
 
     loss: float
@@ -34,6 +38,8 @@ class BatchResult:
     attention_pairs: int
     mtp_loss: float | None = None
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
+    flags: dict[str, float] = field(default_factory=dict)
+    own_losses: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def further_losses(self) -> dict[str, float]:
@@ -120,8 +126,19 @@ def packed_params(batch: MicroBatch, device: torch.device) -> Any:
     )
 
 
-def run_batch(chunks: list[torch.nn.Module], batches: list[MicroBatch], plan: Any, forward_only: bool) -> BatchResult:
-    """Forward (and backward) of one global batch; gradients end up in the model, divided by the trained tokens."""
+def run_batch(
+    chunks: list[torch.nn.Module],
+    batches: list[MicroBatch],
+    plan: Any,
+    forward_only: bool,
+    flags: Callable[[], Mapping[str, float]] = dict,
+) -> BatchResult:
+    """Forward (and backward) of one global batch; gradients end up in the model, divided by the trained tokens.
+
+    Args:
+        flags: read when the backward pass has ended; numbers that every rank adds to `BatchResult.flags`, the same
+            names on all ranks. They travel with the loss.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -142,7 +159,8 @@ def run_batch(chunks: list[torch.nn.Module], batches: list[MicroBatch], plan: An
         forward_only=forward_only,
     )
     sums = [float(sum(o[name] for o in outputs)) for name in ("lm loss", "mtp loss", "mtp tokens")]
-    result = _reduce(sums, batches, parallel_state)
+    result = _reduce(sums, batches, flags())
+    result.own_losses = [o["lm loss"] for o in outputs]
     if balanced:
         result.auxiliary_losses = auxiliary_loss.take(chunks, num_micro_batches)
     return result
@@ -157,33 +175,34 @@ def _all_trained_tokens(batches: list[MicroBatch]) -> int:
     return int(count)
 
 
-def _reduce(sums: list[float], batches: list[MicroBatch], parallel_state: Any) -> BatchResult:
-    """Sum over data-parallel ranks and hand the last stage's loss to everybody.
+def _reduce(sums: list[float], batches: list[MicroBatch], flags: Mapping[str, float]) -> BatchResult:
+    """Sum over all ranks, in the one collective of a step that is not the model's.
 
-    Only the last stage has a loss, and every stage and context-parallel rank counts the same tokens, so one sum over
-    data- and context-parallel ranks and one over stages (with the counts taken on the last stage by the first
-    context-parallel rank alone) is all it takes.
+    Only the last stage has a loss, of which tensor-parallel ranks hold copies, and every stage and context-parallel
+    rank counts the same tokens: so losses come from the first tensor-parallel rank of the last stage, and counts from
+    the first context-parallel rank among those. Flags come from everybody.
     """
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    from megatron.core import parallel_state
+
+    has_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    has_loss = has_loss and parallel_state.get_tensor_model_parallel_rank() == 0
     counts = [
         sum(b.num_trained_tokens for b in batches),
         sum(b.num_tokens for b in batches),
         sum(attention_pairs(b) for b in batches),
     ]
-    device = accelerator.current().current_device()
-    counted = last and parallel_state.get_context_parallel_rank() == 0
-    own = [*(sums if last else [0.0] * len(sums)), *(counts if counted else [0] * len(counts))]
-    totals = torch.tensor(own, dtype=torch.float64, device=device)
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
-    loss, mtp_loss, predicted, trained, tokens, pairs = totals.tolist()
+    counted = has_loss and parallel_state.get_context_parallel_rank() == 0
+    own = [*(sums if has_loss else [0.0] * len(sums)), *(counts if counted else [0] * len(counts)), *flags.values()]
+    totals = torch.tensor(own, dtype=torch.float64, device=accelerator.current().current_device())
+    dist.all_reduce(totals)
+    loss, mtp_loss, predicted, trained, tokens, pairs, *told = totals.tolist()
     return BatchResult(
         loss / trained if trained else float("nan"),
         int(trained),
         int(tokens),
         int(pairs),
         mtp_loss / predicted if predicted else None,
+        flags=dict(zip(flags, told, strict=True)),
     )
 
 
