@@ -1,0 +1,251 @@
+"""Each rank writes its boxes into a file of its own; one process makes a torch_dist checkpoint of the files.
+
+Nothing here is collective. What the ranks have to tell each other about a save stands in small files beside the data,
+so that the same code serves a save of all ranks together, one in the background, and one by those that are left when
+others have died.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.checkpoint.box_frame import MAX_BOX_BYTES, frame
+from mindspeed_llm.checkpoint.boxes import Box, not_a_partition, split_boxes
+from mindspeed_llm.checkpoint.checksum import CHUNK_BYTES, FileSum, new_checksum
+from mindspeed_llm.errors import UserError
+
+METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+# Gathers what is small; pieces of large boxes are longer and go past it.
+_BUFFER_BYTES = CHUNK_BYTES // 4
+_POLL_SECONDS = 0.05
+
+
+@dataclass
+class Part:
+    """What one rank wrote.
+
+    Attributes:
+        files: name -> size and checksum.
+        boxes: [key, type, global shape, offsets, shape, file, place in it, length] of each.
+        objects: [key, file, place in it, length] of each.
+        facts: what this rank alone may know of the common state, by name; None for what it does not.
+    """
+
+    files: dict[str, FileSum] = field(default_factory=dict)
+    boxes: list[tuple] = field(default_factory=list)
+    objects: list[tuple] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def write_part(
+    directory: Path, rank: int, boxes: Iterable[Box], objects: Mapping[str, bytes], facts: Mapping[str, Any]
+) -> Part:
+    """Write what one rank contributes, durably, and then say so in the directory.
+
+    Args:
+        boxes: on any device; those not in host memory are copied there one after the other.
+        objects: megatron-core's unique key -> what torch.save made of a list with the object in it.
+        facts: see `Part`; plain values.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    part, name = Part(facts=dict(facts)), f"__{rank}_0.distcp"
+    with (directory / name).open("wb", buffering=_BUFFER_BYTES) as file:
+        stream = _Summed(file)
+        for box in boxes:
+            for piece in split_boxes(box, MAX_BOX_BYTES):
+                _write_box(stream, piece, name, part)
+        for key, content in objects.items():
+            part.objects.append((key, name, stream.size, len(content)))
+            stream.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.files[name] = FileSum(stream.size, stream.checksum.hexdigest())
+    _write_durably(_listing(directory, rank), json.dumps(asdict(part)).encode())
+    return part
+
+
+def bytes_of_part(boxes: Iterable[Box], objects: Mapping[str, bytes]) -> int:
+    """Size of the file that `write_part` writes."""
+    pieces = (piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES))
+    return sum(frame(piece.tensor.dtype, piece.shape).length for piece in pieces) + sum(map(len, objects.values()))
+
+
+def report_failure(directory: Path, rank: int, why: str) -> None:
+    """Tell who waits for this rank's part that it will not come."""
+    _write_durably(_listing(directory, rank).with_suffix(".failed"), why.encode())
+
+
+def wait_for_parts(
+    directory: Path, ranks: Iterable[int], timeout_seconds: float, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until all these ranks have written.
+
+    Args:
+        stop: asked while waiting; True gives up.
+
+    Raises:
+        UserError: one has failed, or time is up; the message names the ranks.
+    """
+    late, deadline = set(ranks), time.monotonic() + timeout_seconds
+    while True:
+        for rank in sorted(late):
+            failed = _listing(directory, rank).with_suffix(".failed")
+            if failed.exists():
+                raise UserError(
+                    f"save: {directory} was not completed, because rank {rank} failed: {failed.read_text()}"
+                )
+            if _listing(directory, rank).exists():
+                late.discard(rank)
+        if not late:
+            return
+        if stop() or time.monotonic() > deadline:
+            raise UserError(
+                f"save: {directory} was not completed, because nothing came from ranks {sorted(late)} in "
+                f"{timeout_seconds:.0f} s"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def merge_parts(
+    directory: Path, ranks: Iterable[int], common: Mapping[str, Any], merge_facts: Callable[[list[dict]], dict]
+) -> dict[str, FileSum]:
+    """Make a torch_dist checkpoint of what the ranks wrote: `.metadata`, `common.pt` and `metadata.json`.
+
+    Args:
+        ranks: whose parts are taken; where several hold the same box, the first one's is used.
+        common: the state that is not cut.
+        merge_facts: makes the rest of it of all ranks' facts.
+
+    Returns:
+        Size and checksum of the files of data and of these three.
+
+    Raises:
+        UserError: the parts disagree, or leave values of a tensor out.
+    """
+    parts = [Part(**json.loads(_listing(directory, rank).read_bytes())) for rank in ranks]
+    metadata = _metadata(parts, directory)
+    sums = {name: FileSum(**values) for part in parts for name, values in part.files.items()}
+    contents = {
+        COMMON: _saved(dict(common) | merge_facts([part.facts for part in parts])),
+        METADATA: pickle.dumps(metadata),
+        FORMAT: json.dumps(_FORMAT).encode(),
+    }
+    for name, content in contents.items():
+        sums[name] = _write_durably(directory / name, content)
+    for rank in ranks:
+        _listing(directory, rank).unlink()
+    return sums
+
+
+# what megatron-core writes into metadata.json
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def _metadata(parts: list[Part], directory: Path) -> Any:
+    """torch.distributed.checkpoint's index, checked to cover every tensor exactly once."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    tensors: dict[str, dict[tuple, tuple]] = {}
+    kinds: dict[str, tuple[str, list[int]]] = {}
+    for part in parts:
+        for key, dtype, global_shape, offsets, shape, *where in part.boxes:
+            if kinds.setdefault(key, (dtype, global_shape)) != (dtype, global_shape):
+                raise UserError(
+                    f"save: {directory}: ranks disagree about {key}: {kinds[key]} and {(dtype, global_shape)}"
+                )
+            tensors.setdefault(key, {}).setdefault((tuple(offsets), tuple(shape)), tuple(where))
+    described: dict[str, Any] = {}
+    stored: dict[Any, Any] = {}
+    for key, boxes in tensors.items():
+        dtype, global_shape = kinds[key]
+        if wrong := not_a_partition(tuple(global_shape), list(boxes)):
+            raise UserError(f"save: {directory} is incomplete, because of {key} {wrong}")
+        chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)) for offsets, shape in boxes]
+        properties = TensorProperties(dtype=getattr(torch, dtype))
+        described[key] = TensorStorageMetadata(properties, torch.Size(global_shape), chunks)
+        for number, ((offsets, _), where) in enumerate(boxes.items()):
+            stored[MetadataIndex(key, offsets, number)] = _StorageInfo(*where)
+    for part in parts:
+        for key, *where in part.objects:
+            described[key] = BytesStorageMetadata()
+            stored.setdefault(MetadataIndex(key), _StorageInfo(*where))
+    return Metadata(described, storage_data=stored)
+
+
+class _Summed:
+    """Writes into a file and keeps size and checksum of what went in."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size, self.checksum = file, 0, new_checksum()
+
+    def write(self, content: Any) -> None:
+        """Append bytes, a piece at a time, so that each is summed and written while it is in the cache."""
+        view = memoryview(content)
+        for begin in range(0, len(view), CHUNK_BYTES):
+            piece = view[begin : begin + CHUNK_BYTES]
+            self.checksum.update(piece)
+            self.file.write(piece)
+        self.size += len(view)
+
+
+def _write_box(stream: _Summed, box: Box, name: str, part: Part) -> None:
+    around = frame(box.tensor.dtype, box.shape)
+    dtype = str(box.tensor.dtype).removeprefix("torch.")
+    part.boxes.append((box.key, dtype, box.global_shape, box.offsets, box.shape, name, stream.size, around.length))
+    stream.write(around.head)
+    if box.nbytes:
+        stream.write(as_bytes(box.tensor))
+    stream.write(around.tail)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor in row-major order: its own memory where it is contiguous and in the host's."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _listing(directory: Path, rank: int) -> Path:
+    return directory / f".part_{rank:05d}.json"
+
+
+def _write_durably(path: Path, content: bytes) -> FileSum:
+    """Write a small file so that whoever sees its name sees all of it."""
+    checksum, aside = new_checksum(), path.with_name(path.name + ".tmp")
+    checksum.update(content)
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return FileSum(len(content), checksum.hexdigest())
