@@ -46,6 +46,10 @@ class LoopHook:
     def after_step(self, loop: TrainingLoop, result: BatchResult, grad_norm: float) -> None:
         """Weights, optimizer, schedule and `loop.progress` are those of the finished iteration."""
 
+    def figures(self, loop: TrainingLoop) -> Mapping[str, float]:
+        """What the log line at hand adds to its sinks, by name; called on every rank, the last one's is written."""
+        return {}
+
     def end_of_iteration(self, loop: TrainingLoop) -> Wish:
         """After log line and evaluation: whether to save or leave. Must agree on all ranks (see `flags`)."""
         return Wish.NOTHING

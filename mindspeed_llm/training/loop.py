@@ -198,12 +198,14 @@ class TrainingLoop:
         """The log line over an interval."""
         accelerator.current().synchronize()
         n = interval.iterations
+        elapsed = (time.perf_counter() - interval.start) / n
+        monitored = dict(item for hook in self.hooks for item in hook.figures(self).items())
         self.reporter.iteration(
             IterationLog(
                 iteration=self.progress.iteration,
                 train_iters=self.train_iters,
                 consumed_samples=self.progress.consumed_samples,
-                elapsed=(time.perf_counter() - interval.start) / n,
+                elapsed=elapsed,
                 tokens=interval.tokens / n,
                 samples=interval.samples / n,
                 learning_rate=self.used_learning_rate,
@@ -217,6 +219,14 @@ class TrainingLoop:
                 devices=self.plan.world_size,
                 peak_flops=accelerator.current().peak_flops(self.model.chunks[0].config.params_dtype),
                 log_throughput=self.plan.config.logging.log_throughput,
+                log_memory=self.plan.config.logging.log_memory,
+                trained_tokens=interval.trained_tokens / n,
+                epoch=self.progress.consumed_samples / self.data.samples_per_epoch,
+                nan_iterations=self.progress.nan_iterations,
+                skipped_samples=sum(end - first for first, end in self.progress.skipped_samples),
+                device_memory=accelerator.current().peak_memory_allocated() or None,
+                host_memory=accelerator.current().resident_memory(),
+                monitored=monitored,
             )
         )
 

@@ -1,14 +1,19 @@
-"""What a run shows while it trains: log lines or a progress bar, TensorBoard, and the loss curve as a picture."""
+"""What a run shows while it trains: log lines or a progress bar, figures for the sinks, and the loss curve."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mindspeed_llm.training.log_line import IterationLog, format_log_line
+from mindspeed_llm.training.log_line import IterationLog, figures, format_log_line
+
+if TYPE_CHECKING:
+    from mindspeed_llm.training.monitor.sinks import Sink
 
 
 @dataclass
@@ -25,22 +30,17 @@ class Reporter:
     Args:
         active: this process writes.
         progress: "bar", "lines", or "auto": a bar on a terminal and lines otherwise.
-        tensorboard_dir: directory for TensorBoard events, None for none.
+        sinks: where figures go beside the terminal.
+        done: iterations before this run.
     """
 
-    def __init__(
-        self, *, active: bool, progress: str, tensorboard_dir: str | None, train_iters: int, done: int
-    ) -> None:
-        self.active = active
+    def __init__(self, *, active: bool, progress: str, train_iters: int, done: int, sinks: Sequence[Sink] = ()) -> None:
+        self.active, self.sinks = active, sinks
         self.history = LossHistory()
         self._bar: Any = None
-        self._writer: Any = None
+        self._last = done
         if not active:
             return
-        if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(tensorboard_dir)
         if progress == "bar" or (progress == "auto" and sys.stdout.isatty()):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,24 +53,14 @@ class Reporter:
         """One log interval."""
         if not self.active:
             return
+        self._last = log.iteration
         self.history.train.append((log.iteration, log.loss))
         if self._bar is not None:
             speed = f"{log.tokens / log.elapsed:,.0f} tokens/s"
             self._bar.update(self._task, completed=log.iteration, description=f"loss {log.loss:.4f}  {speed}")
         else:
             print(format_log_line(log), flush=True)
-        if self._writer is not None:
-            values = {
-                "lm loss": log.loss,
-                **log.further_losses,
-                "learning-rate": log.learning_rate,
-                "grad-norm": log.grad_norm,
-                "loss-scale": log.loss_scale,
-                "tokens-per-second": log.tokens / log.elapsed,
-                "iteration-time": log.elapsed,
-            }
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, log.iteration)
+        self._write(log.iteration, figures(log))
 
     def evaluation(self, iteration: int, loss: float, trained_tokens: int) -> None:
         """One evaluation."""
@@ -80,8 +70,33 @@ class Reporter:
         self.say(
             f" validation loss at iteration {iteration} | lm loss: {loss:.6E} | trained tokens: {trained_tokens} |"
         )
-        if self._writer is not None:
-            self._writer.add_scalar("lm loss validation", loss, iteration)
+        # Perplexity is capped where Megatron caps it.
+        self._write(iteration, {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(20.0, loss))})
+
+    def event(self, kind: str, facts: Mapping[str, Any], iteration: int | None = None) -> None:
+        """Something that is not a figure, for the sinks that have a place for it.
+
+        Args:
+            kind: "start", "warning", "checkpoint" or what else there is.
+            iteration: after which it happened; default: the last one that was logged.
+        """
+        if self.active:
+            for sink in self.sinks:
+                sink.event(kind, self._last if iteration is None else iteration, facts)
+
+    def warn(self, text: str) -> None:
+        """A line that begins with `warning:`, shown and recorded."""
+        self.say(f"warning: {text}")
+        self.event("warning", {"text": text})
+
+    def rewind(self, iteration: int) -> None:
+        """The run goes on after `iteration`, which is before what was reported last."""
+        self.history.train = [point for point in self.history.train if point[0] <= iteration]
+        self.history.valid = [point for point in self.history.valid if point[0] <= iteration]
+        self._last = iteration
+        if self.active:
+            for sink in self.sinks:
+                sink.rewind(iteration)
 
     def say(self, line: str) -> None:
         """A line that does not disturb the progress bar."""
@@ -98,10 +113,14 @@ class Reporter:
             return
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self.sinks:
+            sink.close()
         if loss_curve is not None:
             draw_loss_curve(self.history, Path(loss_curve))
+
+    def _write(self, iteration: int, found: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(iteration, found)
 
 
 def draw_loss_curve(history: LossHistory, path: Path) -> None:

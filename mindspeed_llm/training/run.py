@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement
 from mindspeed_llm.parallel.watch import watched
 from mindspeed_llm.plan.base import base_record
-from mindspeed_llm.plan.continuity import is_allowed
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
+from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.evaluate import Evaluation, evaluate
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
+from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
 from mindspeed_llm.training.report import LossHistory, Reporter
 from mindspeed_llm.training.setup import (
@@ -45,20 +48,20 @@ class RunResult:
     checkpoint: Path | None
 
 
-def run_training(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
+def run_training(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunResult:
     """Train (or with --eval-only evaluate) as planned.
 
     Args:
-        prefix: preprocessed data.
+        prefixes: preprocessed data, one for each set of `--data-path`.
         pad_token_id: fills what collation rounds up.
     """
     start_processes(plan)
     with watched(plan.config.runtime.distributed_timeout_minutes):
-        return _train(plan, prefix, pad_token_id)
+        return _train(plan, prefixes, pad_token_id)
 
 
-def _train(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
-    data = TrainingData(plan, prefix, pad_token_id)
+def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunResult:
+    data = TrainingData(plan, prefixes, pad_token_id)
     if data.train or data.valid:
         check_agreement({"data files": data.fingerprint()}, "data")
     model = build(plan)
@@ -70,13 +73,7 @@ def _train(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
     progress = resume(plan, model, optimizer, scheduler, data) if plan.resume else Progress()
     _say_start(plan, model, data, train_iters, progress)
     log = plan.config.logging
-    reporter = Reporter(
-        active=is_logger(),
-        progress=log.progress,
-        tensorboard_dir=log.tensorboard_dir,
-        train_iters=train_iters,
-        done=progress.iteration,
-    )
+    reporter = make_reporter(plan, train_iters, progress.iteration)
     saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver)
     try:
@@ -84,6 +81,21 @@ def _train(plan: Plan, prefix: str, pad_token_id: int) -> RunResult:
     finally:
         reporter.close(log.loss_curve)
     return RunResult(progress, reporter.history, None, saver.last if saver else None)
+
+
+def make_reporter(plan: Plan, train_iters: int, done: int) -> Reporter:
+    """The reporter of a run that goes on after `done` iterations; its sinks know how the run began."""
+
+    def warn(text: str) -> None:
+        print(f"warning: {text}", flush=True)
+
+    sinks = open_sinks(plan, done, warn) if is_logger() else []
+    reporter = Reporter(
+        active=is_logger(), progress=plan.config.logging.progress, train_iters=train_iters, done=done, sinks=sinks
+    )
+    facts = {"train_iters": train_iters, "world_size": plan.world_size, "host": socket.gethostname()}
+    reporter.event("start", {**facts, "version": __version__})
+    return reporter
 
 
 def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[Any, Any]:
@@ -119,7 +131,7 @@ def _evaluate_only(plan: Plan, model: TrainingModel, data: TrainingData) -> RunR
     if iterations == 0:
         raise UserError("--eval-only: the validation part is empty; try: another --split, or --eval-iters above 0")
     found = evaluate(model.wrapped, data, plan, iterations)
-    reporter = Reporter(active=is_logger(), progress="lines", tensorboard_dir=None, train_iters=0, done=0)
+    reporter = Reporter(active=is_logger(), progress="lines", train_iters=0, done=0)
     reporter.evaluation(0, found.loss, found.trained_tokens)
     return RunResult(Progress(), reporter.history, found, None)
 
@@ -136,6 +148,8 @@ def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters
         f"per epoch; {trained:,} of {total:,} parameters on this rank are trained in {plan.dtype_name}",
         flush=True,
     )
+    for line in data_lines(data, progress, train_iters):
+        print(line, flush=True)
     if evaluation_iterations(data, plan.config.training.eval_iters) == 0:
         print(" no validation: the split leaves no whole sample for it", flush=True)
 
@@ -211,7 +225,7 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     )
 
     source, c = plan.resume, plan.config.checkpoint
-    check_data(plan, data)
+    data.check_unchanged(source.record)
     check_precision(plan)
     only = model.trained if plan.adapters is not None else None
     same_layout = source.record["layout"] == layout_record(plan)
@@ -274,9 +288,3 @@ def check_precision(plan: Plan) -> None:
             f"resume: {now} is wrong, because the optimizer of {plan.resume.directory} was trained in {before}; legal: "
             f"{flag}; try: --no-load-optim to keep the weights alone"
         )
-
-
-def check_data(plan: Plan, data: TrainingData) -> None:
-    """Refuse to resume on other data files than the run began with."""
-    if plan.resume.record["data"] != data.fingerprint() and not is_allowed(plan.config, "data_path"):
-        raise UserError("resume: the data files changed; keep them, or --allow-change data-path if it is meant")
