@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mindspeed_llm.checkpoint import directory
 from mindspeed_llm.checkpoint.convert_report import Dtypes, Say, announce, progress, summary
 from mindspeed_llm.checkpoint.convert_request import (
     agreed_shape,
@@ -27,12 +26,7 @@ from mindspeed_llm.checkpoint.load import fewer_predictions, part_of
 from mindspeed_llm.checkpoint.megatron import MegatronSource
 from mindspeed_llm.checkpoint.megatron_writer import MegatronLayout, MegatronWriter
 from mindspeed_llm.checkpoint.source import TensorSource
-from mindspeed_llm.checkpoint.train_record import (
-    HF_FILES,
-    iteration_directory,
-    write_record,
-    write_tracker,
-)
+from mindspeed_llm.checkpoint.train_record import HF_FILES, write_record
 from mindspeed_llm.checkpoint.train_save import copy_hf_files
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import prediction_field, read_hf_config
@@ -169,13 +163,12 @@ def _convert_to_megatron(
 ) -> Path:
     check_megatron_target(save_dir, found)
     iteration = found.iteration or 1
-    final = iteration_directory(save_dir, iteration)
-    aside = final.with_name(final.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = directory.aside_of(save_dir, iteration)
     writer = MegatronWriter(aside, source.shape, layout, dtypes, iteration)
     announce(source, dtypes, writer.num_bytes(), save_dir, transform is not None, say)
     steps = [(p, *entry) for p in range(layout.layers.pp) for entry in writer.stage_names(p)]
-    try:
+    directory.begin(save_dir, iteration)
+    with directory.discarding(aside):
         current = -1
         for p, name, places in progress(steps):
             if p != current:
@@ -189,11 +182,7 @@ def _convert_to_megatron(
         if config_files is not None:
             copy_hf_files(config_files, aside / HF_FILES)
         write_record(aside, _record(source, layout, dtypes, iteration))
-    except BaseException:
-        writer.discard()
-        raise
-    os.replace(aside, final)
-    write_tracker(save_dir, iteration)
+        final = directory.complete(aside, iteration)
     say(summary(source, dtypes))
     kinds, sizes = "tensor-parallel x pipeline", f"{layout.tp} x {layout.layers.pp}"
     if layout.experts.ep > 1:

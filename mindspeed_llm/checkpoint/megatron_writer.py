@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ class MegatronWriter:
     """Writes one iteration, one pipeline stage at a time.
 
     Args:
-        directory: the iter_XXXXXXX directory; must not exist.
+        directory: where the files of the iteration go.
         shape: of the whole model.
         dtypes: mcore name -> type to store.
         iteration: recorded in the files.
@@ -155,11 +154,6 @@ class MegatronWriter:
             update_checksums(path)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-
-    def discard(self) -> None:
-        """Remove what was written, after a failure."""
-        self._ranks = {}
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def num_bytes(self) -> int:
         """Size of all tensors that will be written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,24 @@ RECORD_NAME = "mindspeed_llm.json"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 HF_FILES = "hf"
 
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
 
 def iteration_directory(root: str | Path, iteration: int) -> Path:
     """`root/iter_0000010`."""
     return Path(root) / f"iter_{iteration:07d}"
 
 
+def iteration_of(name: str) -> int | None:
+    """10 for `iter_0000010`; None for other names."""
+    match = _ITERATION.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Write the record of a checkpoint directory."""
-    (directory / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    """Write the record of a checkpoint directory; it promises the manifest that `directory.complete` writes."""
+    text = json.dumps(record | {"manifest": True}, indent=1)
+    (directory / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -36,3 +46,9 @@ def write_tracker(root: Path, iteration: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, root / TRACKER_NAME)
+
+
+def read_tracker(root: Path) -> str | None:
+    """The tracker's word: a number or "release"; None when there is no tracker."""
+    path = root / TRACKER_NAME
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None

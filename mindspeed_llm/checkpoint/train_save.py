@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mindspeed_llm.checkpoint import directory
 from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state, optimizer_step, sharded_optimizer_state
-from mindspeed_llm.checkpoint.train_record import HF_FILES, iteration_directory, write_record, write_tracker
+from mindspeed_llm.checkpoint.train_record import HF_FILES, iteration_directory, write_record
 from mindspeed_llm.errors import UserError
 
 
@@ -128,21 +128,18 @@ def save_training(
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    final = iteration_directory(root, iteration)
-    aside = final.with_name(final.name + ".tmp")
     leader = dist.get_rank() == 0
+    aside, final = directory.aside_of(root, iteration), iteration_directory(root, iteration)
     if leader:
-        for directory in (aside, final):
-            shutil.rmtree(directory, ignore_errors=True)
-        aside.mkdir(parents=True)
+        directory.begin(root, iteration)
     dist.barrier()
-    dist_checkpointing.save(state, str(aside), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
-    if leader:
-        if hf_files is not None:
-            copy_hf_files(hf_files, aside / HF_FILES)
-        write_record(aside, record)
-        os.replace(aside, final)
-        write_tracker(final.parent, iteration)
+    with directory.discarding(aside):
+        dist_checkpointing.save(state, str(aside), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
+        if leader:
+            if hf_files is not None:
+                copy_hf_files(hf_files, aside / HF_FILES)
+            write_record(aside, record)
+            directory.complete(aside, iteration)
     dist.barrier()
     return final
 
