@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mindspeed_llm.cli.door import say_notes
 from mindspeed_llm.cli.hub import download_models
 from mindspeed_llm.config.parser import Parsed
+from mindspeed_llm.data.blend import parse_data_path
 from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
 from mindspeed_llm.data.record import check_tokenizer, find_dataset
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,8 +31,6 @@ def run_door(parsed: Parsed) -> RunResult | None:
     resumes = config.checkpoint.load is not None or config.lora.lora_load is not None
     if not config.data.data_path and not config.logging.dry_run and not resumes:
         problems.append("--data-path is missing: preprocessed files or raw data to train on")
-    if config.data.data_path and len(config.data.data_path) > 1:
-        problems.append("--data-path: several data sets are given; mix them with preprocess_data.py first")
     download_models(config, problems)
     plan = resolve(config, problems, tokenizer_size=_size_of_named_tokenizer(parsed))
     say_notes([*parsed.notes, *plan.notes])
@@ -40,12 +41,12 @@ def run_door(parsed: Parsed) -> RunResult | None:
     if not config.data.data_path:
         raise UserError("--data-path is missing: preprocessed files or raw data to train on")
     tokenizer = tokenizer_of(plan)
-    prefix = prepare_data(plan, tokenizer)
+    prefixes = prepare_data(plan, tokenizer)
     if config.logging.show_samples:
-        _show_samples(plan, prefix, tokenizer)
+        _show_samples(plan, prefixes, tokenizer)
     from mindspeed_llm.training.run import run_training
 
-    result = run_training(plan, prefix, _padding_token(tokenizer))
+    result = run_training(plan, prefixes, _padding_token(tokenizer))
     if config.checkpoint.save_hf:
         from mindspeed_llm.cli.save_hf import save_final_as_hf
 
@@ -80,9 +81,13 @@ def tokenizer_of(plan: Plan) -> Tokenizer | None:
     return tokenizer
 
 
-def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> str:
-    """The preprocessed prefix; raw data are preprocessed into the cache, once, before process groups exist."""
-    path = plan.config.data.data_path[0]
+def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> list[str]:
+    """Preprocessed prefixes of the sets in `--data-path`, in their order; raw ones are preprocessed into the cache."""
+    return [_prepared(plan, source.path, tokenizer) for source in parse_data_path(plan.config.data.data_path)]
+
+
+def _prepared(plan: Plan, path: str, tokenizer: Tokenizer | None) -> str:
+    """One set's prefix; raw data are preprocessed once, before process groups exist."""
     if is_preprocessed(path):
         if find_dataset(path) is None:
             say_notes([f"{path} has no record: taken as another program's files, their tokenizer is not checked"])
@@ -95,7 +100,7 @@ def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> str:
         plan.config.data.prompt_type = "hf" if tokenizer.chat_template else FALLBACK_TEMPLATE
         whose = "the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none of its own"
         say_notes([f"--prompt-type is not given: using {plan.config.data.prompt_type} ({whose})"])
-    return preprocess_cached(plan.config.data, tokenizer)
+    return preprocess_cached(replace(plan.config.data, data_path=[path]), tokenizer)
 
 
 def _size_of_named_tokenizer(parsed: Parsed) -> int | None:
@@ -120,10 +125,11 @@ def _padding_token(tokenizer: Tokenizer | None) -> int:
     return tokenizer.eos_token_id or 0
 
 
-def _show_samples(plan: Plan, prefix: str, tokenizer: Tokenizer | None) -> None:
+def _show_samples(plan: Plan, prefixes: Sequence[str], tokenizer: Tokenizer | None) -> None:
     import os
 
     from mindspeed_llm.data.show import show
 
     if int(os.environ.get("RANK", "0")) == 0:
-        show(prefix, tokenizer, plan.config.logging.show_samples)
+        for prefix in prefixes:
+            show(prefix, tokenizer, plan.config.logging.show_samples)

@@ -18,7 +18,6 @@ from mindspeed_llm.data.preprocess import preprocess_input, preprocess_settings
 from mindspeed_llm.data.record import find_dataset, record_path
 from mindspeed_llm.data.sources import find_files
 from mindspeed_llm.data.templates import SHIPPED
-from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
     from mindspeed_llm.config.data import DataConfig
@@ -48,17 +47,15 @@ def preprocess_cached(data: DataConfig, tokenizer: Tokenizer, cache_dir: str | P
     file system each builds its own copy of the same bytes.
 
     Args:
-        data: `data_path` names raw data (several paths are read one after another); the other options as for
+        data: `data_path` names one raw data set (several files of it are joined by commas); the other options as for
             preprocessing.
         tokenizer: the loaded tokenizer.
         cache_dir: default `data.cache_dir`, then `default_cache_dir()`.
 
     Raises:
-        UserError: no data path, or preprocessing fails.
+        UserError: preprocessing fails.
     """
-    if not data.data_path:
-        raise UserError("data-path: is not given; legal: a preprocessed prefix or raw data")
-    source = ",".join(data.data_path)
+    (source,) = data.data_path
     settings = preprocess_settings(data)
     directory = Path(cache_dir or data.cache_dir or default_cache_dir()).expanduser()
     directory.mkdir(parents=True, exist_ok=True)

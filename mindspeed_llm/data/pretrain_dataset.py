@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from mindspeed_llm.data.indexed import IndexedReader, fingerprint
 from mindspeed_llm.data.record import IGNORE_INDEX, DataRecord, find_dataset, read_record
-from mindspeed_llm.data.samplers import GlobalBatchSampler, permutation
-from mindspeed_llm.data.splits import split_bounds
+from mindspeed_llm.data.samplers import LastEpochs, permutation
+from mindspeed_llm.data.splits import EmptyPart, split_bounds
 from mindspeed_llm.errors import UserError
 
 
@@ -33,7 +33,8 @@ class PretrainDataset:
             stays inside each, and do not train the first token of a document on the one before it.
 
     Raises:
-        UserError: data are missing, were made for another stage, or hold fewer tokens than one window.
+        UserError: data are missing or were made for another stage.
+        EmptyPart: they hold fewer tokens than one window.
     """
 
     def __init__(
@@ -57,27 +58,24 @@ class PretrainDataset:
         self.num_tokens = int(self.reader.lengths[self.start : self.stop].sum(dtype=np.int64))
         self.samples_per_epoch = max(0, self.num_tokens - 1) // seq_length
         if self.samples_per_epoch == 0:
-            raise UserError(
+            raise EmptyPart(
                 f"data: the {name} part of '{self.path}' has {self.num_tokens} tokens in {self.stop - self.start} "
                 f"documents, fewer than the {seq_length + 1} of one sample; try: smaller --seq-length, other --split "
                 "or more data"
             )
-        self._epoch_order = lru_cache(maxsize=2)(self._build_epoch_order)
+        self._streams = LastEpochs(self._stream)
+        self._windows = LastEpochs(partial(permutation, self.samples_per_epoch, seed))
 
     @property
     def num_rows(self) -> None:
         """None: samples are numbered over all epochs, the order is the data set's own affair."""
         return None
 
-    def sampler(self, global_batch_size: int) -> GlobalBatchSampler:
-        """The sampler that goes with this data set."""
-        return GlobalBatchSampler(None, global_batch_size)
-
     def fingerprint(self) -> str:
         """Hex digest of the data."""
         return fingerprint([self.path])
 
-    def _build_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in this epoch's order, position in the stream where each starts and the last ends)."""
         documents = np.arange(self.start, self.stop)
         if self.shuffle:
@@ -85,6 +83,10 @@ class PretrainDataset:
         bounds = np.zeros(len(documents) + 1, np.int64)
         np.cumsum(self.reader.lengths[documents], dtype=np.int64, out=bounds[1:])
         return documents, bounds
+
+    def describe(self, index: int) -> str:
+        """Which sample `index` is, for messages."""
+        return f"sample {index} of {self.path}"
 
     def sample(self, index: int) -> dict[str, Any]:
         """Sample `index` (0, 1, 2, ... over all epochs).
@@ -95,7 +97,7 @@ class PretrainDataset:
         """
         epoch, position = divmod(index, self.samples_per_epoch)
         if self.shuffle:
-            position = int(permutation(self.samples_per_epoch, self.seed, epoch)[position])
+            position = int(self._windows(epoch)[position])
         pieces = self._window(epoch, position * self.seq_length)
         tokens = np.concatenate(pieces).astype(np.int64)
         sample = {"input_ids": tokens[:-1], "labels": tokens[1:].copy()}
@@ -109,7 +111,7 @@ class PretrainDataset:
 
     def _window(self, epoch: int, first: int) -> list[np.ndarray]:
         """Tokens [first, first + seq_length + 1) of the epoch's stream, one array per document."""
-        documents, bounds = self._epoch_order(epoch)
+        documents, bounds = self._streams(epoch)
         last = first + self.seq_length + 1
         number = int(np.searchsorted(bounds, first, side="right")) - 1
         pieces = []
@@ -122,13 +124,6 @@ class PretrainDataset:
             if number == len(documents):
                 break
         return pieces
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_epoch_order"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._epoch_order = lru_cache(maxsize=2)(self._build_epoch_order)
 
 
 def _open_stream(prefix: str | Path) -> tuple[str, DataRecord | None]:

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
+from mindspeed_llm.data.splits import EmptyPart
 from mindspeed_llm.errors import UserError
 
 PURPOSES = ("documents", "samples")
 
 
-@lru_cache(maxsize=8)
 def permutation(size: int, seed: int, epoch: int, purpose: str = "samples") -> np.ndarray:
     """A permutation of range(size) that depends on (seed, epoch, purpose) alone, never on global random state."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, PURPOSES.index(purpose)])))
     order = generator.permutation(size)
     order.setflags(write=False)
     return order
+
+
+class LastEpochs:
+    """What belongs to an epoch, kept for the two that were made last: around an epoch's end both are read.
+
+    Args:
+        make: from the epoch's number; called again if the epoch is asked for later.
+    """
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+        self._kept: dict[int, Any] = {}
+
+    def __call__(self, epoch: int) -> Any:
+        """`make(epoch)`."""
+        if epoch not in self._kept:
+            if len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+            self._kept[epoch] = self.make(epoch)
+        return self._kept[epoch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"make": self.make, "_kept": {}}
 
 
 class GlobalBatchSampler:
@@ -33,7 +57,7 @@ class GlobalBatchSampler:
             `--padded-samples`); by default a batch continues into the next epoch.
 
     Raises:
-        UserError: there are no rows.
+        EmptyPart: there are no rows.
     """
 
     def __init__(
@@ -45,12 +69,13 @@ class GlobalBatchSampler:
         complete_last_batch: bool = False,
     ) -> None:
         if num_rows == 0:
-            raise UserError("data: this split has no rows; try: another --split or more data")
+            raise EmptyPart("data: this split has no rows; try: another --split or more data")
         self.num_rows = num_rows
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.complete_last_batch = complete_last_batch
+        self._orders = LastEpochs(partial(permutation, num_rows, seed))
 
     @property
     def samples_per_epoch(self) -> int | None:
@@ -65,7 +90,7 @@ class GlobalBatchSampler:
             return consumed_samples
         epoch, position = divmod(consumed_samples, self.samples_per_epoch)
         position %= self.num_rows
-        return int(permutation(self.num_rows, self.seed, epoch)[position]) if self.shuffle else position
+        return int(self._orders(epoch)[position]) if self.shuffle else position
 
     def batch_at(self, consumed_samples: int, global_batch_size: int | None = None) -> list[int]:
         """The rows of the global batch that starts after `consumed_samples`; its size may change during a run."""

@@ -9,7 +9,6 @@ import numpy as np
 
 from mindspeed_llm.data.indexed import IndexedReader, fingerprint
 from mindspeed_llm.data.record import IGNORE_INDEX, SFT_STREAMS, find_dataset, read_record, sft_stream
-from mindspeed_llm.data.samplers import GlobalBatchSampler
 from mindspeed_llm.data.splits import split_bounds
 from mindspeed_llm.errors import UserError
 
@@ -59,6 +58,15 @@ class SFTDataset:
         """Rows of this part."""
         return len(self)
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """Rows of this part."""
+        return len(self)
+
+    def describe(self, index: int) -> str:
+        """Which row of the files sample `index` is, for messages."""
+        return f"row {self.start + index} of {self.prefix}"
+
     def _refuse_merged_segments(self) -> None:
         """Foreign packed rows that do not say where their samples end: equally long rows with one segment each."""
         rows = range(min(len(self._input_ids), 16))
@@ -74,12 +82,6 @@ class SFTDataset:
     def packed(self) -> bool:
         """Whether rows hold several samples."""
         return self.record is None or self.record.pack != "none"
-
-    def sampler(
-        self, global_batch_size: int, seed: int = 1234, shuffle: bool = True, complete_last_batch: bool = False
-    ) -> GlobalBatchSampler:
-        """The sampler that goes with this data set."""
-        return GlobalBatchSampler(self.num_rows, global_batch_size, seed, shuffle, complete_last_batch)
 
     def fingerprint(self) -> str:
         """Hex digest of the data."""

@@ -7,6 +7,10 @@ from mindspeed_llm.errors import UserError
 SPLITS = ("train", "valid", "test")
 
 
+class EmptyPart(UserError):
+    """A part of a data set that holds no whole sample."""
+
+
 def split_bounds(split: str, total: int, name: str) -> tuple[int, int]:
     """[start, stop) of one part of `total` documents or rows, as Megatron rounds it.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mindspeed_llm.checkpoint.detect import Found
 from mindspeed_llm.checkpoint.load import truncated_shape
 from mindspeed_llm.config.run import RunConfig, all_options
+from mindspeed_llm.data.blend import parse_data_path
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
@@ -121,6 +122,7 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     weights, adapter_source, resume = sources
     if resume is not None:
         problems += continue_run(config, resume.record)
+    _try(problems, lambda: parse_data_path(config.data.data_path or ()), None)
     shape, hf_files = _try(problems, lambda: stored_shape_of(config, weights, problems, tokenizer_size), (None, None))
     adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
     if shape is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
@@ -164,20 +165,23 @@ def _batch(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _data(plan: Plan) -> list[tuple[str, str]]:
-    paths = plan.config.data.data_path
-    if not paths:
+    words = plan.config.data.data_path
+    if not words:
         return [("data path", "not given")]
-    found = find_dataset(paths[0])
+    return [row for source in parse_data_path(words) for row in _data_set(source)]
+
+
+def _data_set(source: WeightedPath) -> list[tuple[str, str]]:
+    path, title = source.path, "data path" if source.weight is None else f"data path, weight {float(source.weight):g}"
+    found = find_dataset(path)
     if found is None:
-        there = Path(paths[0]).exists()
-        return [
-            ("data path", f"{paths[0]} ({'raw: preprocessed into the cache at start' if there else 'not there yet'})")
-        ]
+        there = Path(path).exists()
+        return [(title, f"{path} ({'raw: preprocessed into the cache at start' if there else 'not there yet'})")]
     try:
         counts = read_record(found[0]).counts
     except UserError as wrong:
-        return [("data path", str(wrong))]
-    rows = [("data path", paths[0])]
+        return [(title, str(wrong))]
+    rows = [(title, path)]
     rows += [(name, f"{counts[name]:,}") for name in ("documents", "tokens", "trained_tokens") if name in counts]
     return rows
 

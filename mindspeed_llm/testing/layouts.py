@@ -142,9 +142,11 @@ def _plan(model: str, flags: str, num_rows: int, steps: int, door: str) -> Plan:
 class _GivenRows(TrainingData):
     """Training data that are these rows, in this order."""
 
+    packed = False
+
     def __init__(self, plan: Plan, rows: Sequence[Row]) -> None:
         self.rows = rows
-        super().__init__(plan, "rows of a test", pad_token_id=0)
+        super().__init__(plan, ["rows of a test"], pad_token_id=0)
 
     def _part(self, name: str, shuffle: bool) -> DataPart:
         return DataPart(self, GlobalBatchSampler(len(self.rows), self.plan.global_batch_size, shuffle=False))

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+from mindspeed_llm.data.blend import BlendedDataset, Member, parse_data_path
 from mindspeed_llm.data.collate import MicroBatch, collate_concatenated, collate_padded
 from mindspeed_llm.data.pretrain_dataset import PretrainDataset
 from mindspeed_llm.data.samplers import GlobalBatchSampler, split_global_batch
 from mindspeed_llm.data.sft_dataset import SFTDataset
+from mindspeed_llm.data.splits import EmptyPart
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.continuity import is_allowed
 from mindspeed_llm.plan.plan import Plan
 
 
 @dataclass
 class DataPart:
-    """The training or the validation part: a data set and the order it is read in."""
+    """The training or the validation part: a data set, or a blend of some, and the order it is read in."""
 
     dataset: Any
     sampler: GlobalBatchSampler
@@ -28,60 +33,104 @@ class TrainingData:
 
     Args:
         plan: of a training door whose `--data-path` is preprocessed already.
-        prefix: the preprocessed data.
+        prefixes: the preprocessed data, one for each set that `--data-path` names.
         pad_token_id: fills rows that are rounded up.
     """
 
-    def __init__(self, plan: Plan, prefix: str, pad_token_id: int) -> None:
+    def __init__(self, plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> None:
         self.plan = plan
-        self.prefix = prefix
+        self.prefixes = prefixes
         self.pad_token_id = pad_token_id
         t = plan.config.training
         self.train = None if t.eval_only else self._part("train", shuffle=not t.no_shuffle)
-        self.valid = self._part("valid", shuffle=False) if self._has_validation() else None
+        self.valid = self._validation_part()
         dataset = (self.train or self.valid).dataset if self.train or self.valid else None
-        if isinstance(dataset, SFTDataset) and dataset.packed and not t.padding_free:
+        if plan.config.door == "posttrain" and dataset is not None and dataset.packed and not t.padding_free:
             raise UserError("--no-padding-free: packed rows hold several documents that only joined rows keep apart")
 
-    def _open(self, name: str, shuffle: bool) -> Any:
+    def _open(self, prefix: str, name: str, shuffle: bool) -> Any:
         c = self.plan.config
         if c.door == "posttrain":
-            return SFTDataset(self.prefix, c.data.split, name, foreign=True)
+            return SFTDataset(prefix, c.data.split, name, foreign=True)
         return PretrainDataset(
-            self.prefix, self.plan.seq_length, c.data.split, name, c.data.seed, shuffle, c.training.reset_attention_mask
+            prefix, self.plan.seq_length, c.data.split, name, c.data.seed, shuffle, c.training.reset_attention_mask
         )
 
-    def _part(self, name: str, shuffle: bool) -> DataPart:
-        dataset = self._open(name, shuffle)
-        size, seed = self.plan.global_batch_size, self.plan.config.data.seed
-        if isinstance(dataset, SFTDataset):
-            return DataPart(dataset, dataset.sampler(size, seed, shuffle))
-        return DataPart(dataset, dataset.sampler(size))
+    def _member(self, prefix: str, name: str, shuffle: bool) -> Member:
+        dataset, seed = self._open(prefix, name, shuffle), self.plan.config.data.seed
+        rows = dataset.num_rows
+        return Member(dataset, GlobalBatchSampler(rows, self.plan.global_batch_size, seed, shuffle))
 
-    def _has_validation(self) -> bool:
-        """Whether the split leaves anything to evaluate on."""
+    def _part(self, name: str, shuffle: bool) -> DataPart:
+        """A part of all sets.
+
+        Raises:
+            EmptyPart: one of them has no sample for it.
+        """
+        return self._blend([self._member(prefix, name, shuffle) for prefix in self.prefixes], self._weights())
+
+    def _blend(self, members: Sequence[Member], weights: Sequence[Fraction] | None) -> DataPart:
+        if len(members) == 1:
+            return DataPart(members[0].dataset, members[0].sampler)
+        return DataPart(BlendedDataset(members, weights), GlobalBatchSampler(None, self.plan.global_batch_size))
+
+    def _weights(self) -> list[Fraction] | None:
+        """Of the sets in `--data-path`, None where none are given."""
+        weights = [source.weight for source in parse_data_path(self.plan.config.data.data_path)]
+        return None if None in weights else weights
+
+    def _validation_part(self) -> DataPart | None:
+        """The validation parts of those sets that have a sample for it; None when none has."""
         shares = [float(share) for share in self.plan.config.data.split.split(",")]
         if self.plan.config.training.eval_iters == 0 or len(shares) < 2 or shares[1] == 0:
-            return False
-        try:
-            dataset = self._open("valid", shuffle=False)
-        except UserError:
-            # A part too small for one sample: evaluation is impossible, which the run says at its start.
-            return False
-        return not isinstance(dataset, SFTDataset) or len(dataset) > 0
+            return None
+        weights = self._weights()
+        found: list[tuple[Member, Fraction | None]] = []
+        for number, prefix in enumerate(self.prefixes):
+            with suppress(EmptyPart):
+                found.append((self._member(prefix, "valid", shuffle=False), weights[number] if weights else None))
+        if not found:
+            return None
+        return self._blend([member for member, _ in found], [w for _, w in found] if weights else None)
+
+    @property
+    def name(self) -> str:
+        """The data in messages."""
+        return ", ".join(self.prefixes)
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of one pass over the training part."""
-        dataset = self.train.dataset
-        return len(dataset) if isinstance(dataset, SFTDataset) else dataset.samples_per_epoch
+        """Samples of one pass over the training part; of a blend, as many as its sets have together."""
+        return self.train.dataset.samples_per_epoch
 
     def fingerprint(self) -> str:
-        """Digest of the data files, recorded in checkpoints."""
+        """Digest of the data files and of the ratios of a blend, recorded in checkpoints."""
         return (self.train or self.valid).dataset.fingerprint()
 
+    def check_unchanged(self, record: dict[str, Any]) -> None:
+        """Refuse to go on with other data files, or another blend of them, than a run began with.
+
+        Args:
+            record: of the checkpoint that is resumed.
+
+        Raises:
+            UserError: they differ and no `--allow-change data-path` was given.
+        """
+        if record["data"] == self.fingerprint() or is_allowed(self.plan.config, "data_path"):
+            return
+        before, now = record["continuity"]["data_path"], self.plan.config.data.data_path
+        what = f"was '{' '.join(before)}' and is now '{' '.join(now)}'" if before != now else f"'{' '.join(now)}'"
+        raise UserError(
+            f"resume: --data-path {what}, because files, weights or their order are not those the run began with; "
+            "legal: the same; try: --allow-change data-path if it is meant (consumed samples keep counting)"
+        )
+
+    def describe(self, index: int, part: str = "train") -> str:
+        """File and row of one of the `sample_indices`, for messages."""
+        return getattr(self, part).dataset.describe(index)
+
     def sample_indices(self, consumed_samples: int, part: str = "train") -> list[int]:
-        """Rows of the global batch after `consumed_samples`."""
+        """Rows (of a blend: sample numbers) of the global batch after `consumed_samples`."""
         return getattr(self, part).sampler.batch_at(consumed_samples)
 
     def micro_batches(self, consumed_samples: int, data_parallel_rank: int, part: str = "train") -> list[MicroBatch]:
@@ -131,6 +180,4 @@ def evaluation_iterations(data: TrainingData, asked: int) -> int:
     """Global batches per evaluation: as asked, but a small validation part is not read twice."""
     if data.valid is None:
         return 0
-    dataset = data.valid.dataset
-    rows = len(dataset) if isinstance(dataset, SFTDataset) else dataset.samples_per_epoch
-    return max(min(asked, rows // data.plan.global_batch_size), 1)
+    return max(min(asked, data.valid.dataset.samples_per_epoch // data.plan.global_batch_size), 1)

@@ -48,12 +48,13 @@ def batches(rows, hf_dir):
     """The same global batches: lists of (ids, shifted labels)."""
     from mindspeed_llm.config.data import DataConfig
     from mindspeed_llm.data.cache import preprocess_cached
+    from mindspeed_llm.data.samplers import GlobalBatchSampler
     from mindspeed_llm.data.sft_dataset import SFTDataset
     from mindspeed_llm.data.tokenizer import load_tokenizer
 
     data = DataConfig(data_path=[str(rows)], prompt_type="chatml", seq_length=256)
     dataset = SFTDataset(preprocess_cached(data, load_tokenizer(str(hf_dir))), "1", "train")
-    sampler = dataset.sampler(BATCH, 1234)
+    sampler = GlobalBatchSampler(len(dataset), BATCH, 1234)
     for step in range(STEPS):
         samples = [dataset.sample(i) for i in sampler.indices(step)]
         yield [(torch.tensor(s["input_ids"]), torch.tensor(s["labels"])) for s in samples]

@@ -106,5 +106,3 @@ def test_an_unclear_source_is_refused(tmp_path, tokenizer):
     path.write_text(json.dumps([{"question": "a", "answer": "b"}]))
     with pytest.raises(UserError, match="handler-name: not given and not clear .*'question', 'answer'"):
         preprocess_cached(config(path), tokenizer, tmp_path / "cache")
-    with pytest.raises(UserError, match="data-path: is not given"):
-        preprocess_cached(DataConfig(), tokenizer, tmp_path / "cache")

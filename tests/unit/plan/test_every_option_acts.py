@@ -450,7 +450,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     seen["trained"] = repr((setup.choose_trained(plan, [chunk]), [p.requires_grad for p in chunk.parameters()]))
     setup.wrap(plan, [chunk])
     seen["hooks"] = repr(sorted(vars(chunk.config)))
-    data = TrainingData(plan, prefix, 0)
+    data = TrainingData(plan, [prefix], 0)
     t = plan.config.training
     if t.eval_only:
         return False, seen | {"calls": recorder.calls, "evaluates only": "yes"}
