@@ -113,14 +113,22 @@ def restore_rng_state(states: dict[str, Any]) -> None:
 
 
 def save_training(
-    root: str | Path, iteration: int, state: dict[str, Any], record: dict[str, Any], hf_files: Path | None
-):
+    root: str | Path,
+    iteration: int,
+    state: dict[str, Any],
+    record: dict[str, Any],
+    hf_files: Path | None,
+    *,
+    keep_last: int | None = None,
+    read_back: bool = False,
+) -> Path:
     """Write one checkpoint: aside, then renamed, then the tracker moves.
 
     Args:
         state: from `training_state`.
         record: goes to mindspeed_llm.json; its keys are documented in docs/conversion.md.
         hf_files: directory whose config and tokenizer files are copied into `hf/`; None for none.
+        keep_last, read_back: see `directory.complete`.
 
     Returns:
         The directory of the checkpoint.
@@ -139,7 +147,7 @@ def save_training(
             if hf_files is not None:
                 copy_hf_files(hf_files, aside / HF_FILES)
             write_record(aside, record)
-            directory.complete(aside, iteration)
+            directory.complete(aside, iteration, keep_last=keep_last, read_back=read_back)
     dist.barrier()
     return final
 
