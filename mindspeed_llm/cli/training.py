@@ -47,7 +47,7 @@ def run_door(parsed: Parsed) -> RunResult | None:
     from mindspeed_llm.training.run import run_training
 
     result = run_training(plan, prefixes, _padding_token(tokenizer))
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not result.stopped:
         from mindspeed_llm.cli.save_hf import save_final_as_hf
 
         save_final_as_hf(plan)

@@ -125,3 +125,15 @@ class RuntimeConfig:
     distributed_timeout_minutes: float = option(
         10.0, help="how long a collective may take before the run ends", check=above(0), level="advanced"
     )
+    hang_timeout: float | None = option(
+        help="seconds after which a step that does not end is an error: it names the late ranks, shows their stacks and "
+        "saves the last finished step; default: --distributed-timeout-minutes ends it, without a word of who was late",
+        check=above(0),
+        doors=TRAINING_DOORS,
+    )
+    exit_signal_handler: bool = option(
+        True,
+        help="with --save: on SIGTERM, SIGINT or SIGUSR1 finish the step, save and leave with status 0",
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )

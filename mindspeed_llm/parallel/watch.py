@@ -1,37 +1,53 @@
 """Who failed first, and who is late: each rank tells the others through the launcher's store, in a thread of its own.
 
 A collective only says that it waited too long, or that a connection broke; both happen on the ranks that did nothing
-wrong. So the first rank that raises writes its name and message where all can read it, and ranks that would wait for
-it forever end within seconds. When a step takes half of the time limit, every rank says where it stands in the code;
-those that are not waiting in a collective are the ones that the others wait for.
+wrong. So a rank that raises says so where all can read it, every rank shows each second that it lives, and a rank that
+was killed is known by its silence. What follows is agreed upon in `survivors`: what is sound is saved, and all ranks
+end within seconds, so that the launcher can start them again.
+
+When a step takes half of the collectives' time limit, every rank says where it stands in the code; those that are not
+waiting in a collective are the ones that the others wait for. With a limit of its own (`--hang-timeout`) that is an
+error, and the late ranks show their stacks.
 """
 
 from __future__ import annotations
 
-import linecache
 import os
+import re
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.parallel.last_lines import LastLines, listening
+from mindspeed_llm.parallel.stacks import all_stacks, late_line, whereabouts
+from mindspeed_llm.parallel.survivors import Alarm, Survivors, one_line
 
 POLL_SECONDS = 1.0
 # A rank that fails by itself, or is ended by its launcher, gets this long before the watch ends it.
 GRACE_SECONDS = 5.0
 # A rank that waits this long in a collective after the launcher's store is gone waits for nobody.
 ALONE_SECONDS = 20.0
+# Silence after which a rank is taken for gone: by itself, and when something else (a signal) points to it. Python code
+# cannot be silent for seconds; a library that holds the interpreter's lock can.
+SILENT_SECONDS, SUSPECT_SECONDS = 30.0, 4.0
 # Share of the collectives' time limit after which a step without progress is looked into.
 LATE_SHARE = 0.5
-FAILURE, LATE = "mindspeed_llm/first_failure", "mindspeed_llm/late"
+# What gloo, NCCL and HCCL say when another rank has gone: the failure is not this rank's.
+OF_OTHERS = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out|timeout|remote process exited|closed by peer|gloo|nccl "
+    r"(error|communicator)|hccl|socket",
+    re.IGNORECASE,
+)
 
 
 class Watch:
@@ -40,15 +56,37 @@ class Watch:
     Args:
         store: any torch.distributed store that all ranks share, for this object alone.
         timeout_minutes: how long a collective may take.
+        hang_seconds: how long a step may take, None for any time.
+        logs: directory for `rank_K.err`, None for none.
+        lines: what this rank printed last.
+
+    Attributes:
+        will: what can be saved after a failure, None while nothing can.
+        over: set when everything that follows a failure is done.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, timeout_minutes: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        timeout_minutes: float,
+        hang_seconds: float | None = None,
+        logs: Path | None = None,
+        lines: LastLines | None = None,
+    ) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.late_after = LATE_SHARE * timeout_minutes * 60
+        self.hang_after, self.logs, self.lines = hang_seconds, logs, lines or LastLines()
         self.main_thread = threading.get_ident()
-        self.stopped = threading.Event()
-        self.beats, self.said_at = 0, -1
+        self.stopped, self.over, self.alerted = threading.Event(), threading.Event(), threading.Event()
+        self.suspicious, self.will = False, None
+        self.beats, self.said_at, self.dumped_at = 0, -1, -1
         self.last_beat = time.monotonic()
+        self.survivors = Survivors(store, rank, world_size, self._lines_of)
+        self.signs, self.told_lines = 0, -1
+        self.seen: dict[int, tuple[str, float]] = {}
+        self.show_life()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def beat(self) -> None:
@@ -58,22 +96,97 @@ class Watch:
 
     def report(self, error: BaseException) -> bool:
         """Tell everybody that this rank failed; whether it is the first to."""
+        own = not OF_OTHERS.search(str(error)) or isinstance(error, (UserError, OSError))
+        savable = getattr(error, "is_savable", not isinstance(error, UserError))
         told = f"rank {self.rank} on {socket.gethostname()} failed first: {one_line(error)}"
-        return self.store.compare_set(FAILURE, "", told).decode() == told
+        first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable))
+        self.alerted.set()
+        return first
 
     def first_failure(self) -> str | None:
         """What the first failing rank said, None while nobody failed."""
-        return self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else None
+        alarm = self.survivors.alarm()
+        return alarm.told if alarm else None
+
+    def show_life(self) -> None:
+        """Say that this rank lives, and what it printed."""
+        self.signs += 1
+        self.store.set(f"beat/{self.rank}", f"{self.signs}|{socket.gethostname()}|{os.getpid()}")
+        if self.lines.count != self.told_lines:
+            self.told_lines = self.lines.count
+            self.store.set(f"lines/{self.rank}", self.lines.text())
+
+    def _lines_of(self, rank: int) -> str:
+        return self.store.get(f"lines/{rank}").decode() if self.store.check([f"lines/{rank}"]) else ""
 
     def _run(self) -> None:
         try:
-            while not self.stopped.wait(POLL_SECONDS):
-                if (failure := self.first_failure()) is not None:
-                    self._leave(failure)
-                if time.monotonic() - self.last_beat > self.late_after:
-                    self._say_where()
-        except RuntimeError:
+            while not self._pause():
+                self.show_life()
+                if self.survivors.alarm() is None:
+                    self._look_around()
+                if self.survivors.alarm() is not None:
+                    return self._end_run()
+                waited = time.monotonic() - self.last_beat
+                if self.hang_after is not None and self.beats and waited > self.hang_after:
+                    self._say_where(hangs=True)
+                elif waited > self.late_after:
+                    self._say_where(hangs=False)
+        except (RuntimeError, OSError):
+            self.over.set()
             self._outlive_store()
+        finally:
+            self.over.set()
+
+    def _pause(self) -> bool:
+        """Whether the watch ends."""
+        self.alerted.wait(POLL_SECONDS)
+        return self.stopped.is_set() and not self.alerted.is_set()
+
+    def _look_around(self) -> None:
+        """Give the alarm when a rank is silent: each watches the next one, and everybody once something is wrong."""
+        limit = SUSPECT_SECONDS if self.suspicious else SILENT_SECONDS
+        others = range(self.world_size) if self.suspicious else [(self.rank + 1) % self.world_size]
+        for rank in others:
+            sign, now = self.survivors.beat_of(rank), time.monotonic()
+            if self.seen.get(rank, ("", 0.0))[0] != sign:
+                self.seen[rank] = sign, now
+            if rank != self.rank and sign and sign != "left" and now - self.seen[rank][1] > limit:
+                told = (
+                    f"rank {rank} on {sign.split('|')[1]} failed first: it has given no sign of life for {limit:.0f} s"
+                )
+                self.survivors.give_alarm(Alarm(rank, told, own=False))
+
+    def _end_run(self) -> None:
+        """Save what can be saved together with the others, then end this process unless it ends by itself."""
+        self.alerted.set()
+        alarm = self.survivors.alarm()
+        self._write_error_file(alarm)
+        try:
+            with _Beating(self):
+                words = self.survivors.gather(self.will)
+        except (RuntimeError, OSError) as wrong:
+            words = f"error: {alarm.told}\nerror: the end could not be agreed on: {one_line(wrong)}\n"
+        if words:
+            print(words, end="", file=sys.stderr, flush=True)
+        self.over.set()
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self.stopped.wait(GRACE_SECONDS):
+            sys.stdout.flush()
+            os._exit(1)
+
+    def _write_error_file(self, alarm: Alarm, error: BaseException | None = None) -> None:
+        if self.logs is None:
+            return
+        self.logs.mkdir(parents=True, exist_ok=True)
+        trace = "".join(traceback.format_exception(error)) if error else f"where this rank stood:\n{all_stacks()}\n"
+        text = (
+            f"rank {self.rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n{alarm.told}\n{trace}"
+        )
+        with (self.logs / f"rank_{self.rank}.err").open("a", encoding="utf-8") as file:
+            file.write(f"{text}last lines:\n{self.lines.text()}\n\n")
 
     def _outlive_store(self) -> None:
         """The host of the store has ended. This rank may have work left, but whom would it still hear from?"""
@@ -82,83 +195,84 @@ class Watch:
             if not whereabouts(self.main_thread)[0]:
                 waits_since = time.monotonic()
             elif time.monotonic() - waits_since > ALONE_SECONDS:
-                self._leave("the launcher's store is gone, its host has ended")
+                print(
+                    f"error: rank {self.rank} ends: the launcher's store is gone, its host has ended", file=sys.stderr
+                )
+                self._leave()
 
-    def _leave(self, failure: str) -> None:
-        """End this process, unless it ends by itself first."""
-        if self.stopped.wait(GRACE_SECONDS):
-            return
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: rank {self.rank} ends too: {failure}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def _say_where(self) -> None:
+    def _say_where(self, hangs: bool) -> None:
         """Publish where this rank stands; the first rank that waits collects and prints, once for a batch."""
         waits, place = whereabouts(self.main_thread)
         batch, seconds = self.beats, time.monotonic() - self.last_beat
         word = f"{batch}|{'waits' if waits else 'works'}|{socket.gethostname()}|{place}"
-        self.store.set(f"{LATE}/of/{self.rank}", word)
-        if not waits or self.said_at == batch:
+        self.store.set(f"where/{self.rank}", word)
+        if hangs and not waits and self.dumped_at != batch:
+            self.dumped_at = batch
+            print(f"hang: rank {self.rank} stands here:\n{all_stacks()}", file=sys.stderr, flush=True)
+        # When nobody waits there is nobody to collect: then the late ones speak, a little later.
+        alone = hangs and seconds > self.hang_after + 5 * POLL_SECONDS
+        if not (waits or alone) or self.said_at == (batch, hangs):
             return
-        self.said_at = batch
-        if self.store.compare_set(f"{LATE}/{batch}", "", str(self.rank)).decode() != str(self.rank):
+        self.said_at = batch, hangs
+        key = f"{'hang' if hangs else 'late'}/{batch}"
+        if self.store.compare_set(key, "", str(self.rank)).decode() != str(self.rank):
             return
         if self.stopped.wait(3 * POLL_SECONDS):
             return
-        known = {rank: self._word_of(rank, batch) for rank in range(self.world_size)}
-        print(late_line(known, seconds), file=sys.stderr, flush=True)
+        line = late_line({rank: self._word_of(rank, batch) for rank in range(self.world_size)}, seconds)
+        if not hangs:
+            print(f"late: {line}", file=sys.stderr, flush=True)
+        elif self.beats == batch:
+            self.survivors.give_alarm(Alarm(self._late_rank(batch), f"hang: {line}"))
+
+    def _late_rank(self, batch: int) -> int:
+        """The first rank that the others wait for."""
+        words = ((rank, self._word_of(rank, batch)) for rank in range(self.world_size))
+        return next((rank for rank, word in words if word is None or word.startswith("works")), self.rank)
 
     def _word_of(self, rank: int, batch: int) -> str | None:
         """What a rank has published about this batch, or the one before if it has not begun this one."""
-        key = f"{LATE}/of/{rank}"
+        key = f"where/{rank}"
         if not self.store.check([key]):
             return None
         number, _, word = self.store.get(key).decode().partition("|")
         return word if int(number) >= batch - 1 else None
 
+    def tell(self, error: BaseException) -> bool:
+        """This rank has raised: let everybody know; whether it is the first."""
+        try:
+            first = self.report(error)
+            self._write_error_file(self.survivors.alarm(), error)
+        except (RuntimeError, OSError):  # nobody can be told, or nothing written
+            return True
+        return first
 
-def late_line(known: dict[int, str | None], seconds: float) -> str:
-    """The line about ranks that others wait for.
-
-    Args:
-        known: by rank "waits|host|place", "works|host|place", or None for a rank that did not answer.
-    """
-    late = []
-    for rank, word in known.items():
-        if word is None:
-            late.append(f"rank {rank} does not answer")
-            continue
-        state, host, place = word.split("|", 2)
-        if state == "works":
-            late.append(f"rank {rank} on {host} is at {place}")
-    waiting = sum(word is not None and word.startswith("waits") for word in known.values())
-    who = "; ".join(late[:8]) or "nobody: all ranks wait, so their collectives do not match"
-    return f"late: no step was finished for {seconds:.0f} s; {waiting} of {len(known)} ranks wait for {who}"
+    def end(self) -> None:
+        """This rank leaves the run."""
+        self.stopped.set()
+        try:
+            self.store.set(f"beat/{self.rank}", "left")
+        except RuntimeError:
+            pass  # the store went first
 
 
-def whereabouts(thread: int) -> tuple[bool, str]:
-    """(whether the process waits in a collective, "file:line function" of the innermost frame of `thread`)."""
-    frames = sys._current_frames()
-    own = threading.get_ident()
-    waits = any(_waits(frame) for number, frame in frames.items() if number != own)
-    frame = frames.get(thread)
-    if frame is None:
-        return waits, "its end"
-    return waits, f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+class _Beating:
+    """Signs of life while the watch itself is busy."""
 
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.ended = watch, threading.Event()
+        self.thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
 
-def _waits(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    if file.endswith("torch/distributed/distributed_c10d.py"):
-        return True
-    in_training = "/megatron/" in file or "/mindspeed_llm/" in file
-    return in_training and ".wait(" in linecache.getline(file, frame.f_lineno)
+    def _run(self) -> None:
+        while not self.ended.wait(POLL_SECONDS):
+            self.watch.show_life()
 
+    def __enter__(self) -> None:
+        self.thread.start()
 
-def one_line(error: BaseException) -> str:
-    """Type and message of an error; a UserError is its message alone."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    def __exit__(self, *unused: Any) -> None:
+        self.ended.set()
+        self.thread.join()
 
 
 _current: Watch | None = None
@@ -170,27 +284,41 @@ def beat() -> None:
         _current.beat()
 
 
-@contextmanager
-def watched(timeout_minutes: float) -> Iterator[Watch | None]:
-    """Run the body under a watch, which a launcher's store makes possible; without one, just run it.
+def suspect() -> None:
+    """Tell this rank's watch that a launcher may be ending this rank because another one has ended."""
+    if _current is not None:
+        _current.suspicious = True
 
-    The first rank to raise says so before its traceback, and its message is in the launcher's summary. Ranks that
-    fail afterwards, because of it, end without a traceback.
+
+@contextmanager
+def watched(
+    timeout_minutes: float, hang_seconds: float | None = None, logs: Path | None = None
+) -> Iterator[Watch | None]:
+    """Run the body under a watch, which a launcher's store makes possible (or that there is only one process).
+
+    The first rank to raise says so with its traceback, and its message is in the launcher's summary. Then, with a
+    `will`, what the ranks hold is saved. Ranks that fail afterwards, because of it, end without a traceback.
     """
     global _current
-    if not has_launcher():
+    if not has_launcher() and dist.get_world_size() > 1:
         yield None
         return
-    _current = Watch(_own_store(), dist.get_rank(), dist.get_world_size(), timeout_minutes)
-    _current.thread.start()
-    try:
-        yield _current
-    except Exception as error:
-        _fail(_current, error)
-        raise
-    finally:
-        _current.stopped.set()
-        _current = None
+    with ExitStack() as stack:
+        lines = stack.enter_context(listening())
+        store = _own_store() if has_launcher() else dist.HashStore()
+        current = Watch(
+            store, dist.get_rank(), dist.get_world_size(), timeout_minutes, hang_seconds, logs=logs, lines=lines
+        )
+        _current = current
+        current.thread.start()
+        try:
+            yield current
+        except Exception as error:
+            _fail(current, error)
+            raise
+        finally:
+            current.end()
+            _current = None
 
 
 def has_launcher() -> bool:
@@ -208,12 +336,13 @@ def _own_store() -> Any:
 
 
 def _fail(watch: Watch, error: Exception) -> None:
-    if watch.report(error):
-        if not isinstance(error, UserError):  # the door prints those
-            where = f"rank {watch.rank} on {socket.gethostname()}"
-            print(f"error: {where} failed first: {one_line(error)}", file=sys.stderr, flush=True)
+    """What a rank that raised says and does before it ends."""
+    alone = watch.world_size == 1
+    says = not isinstance(error, UserError)  # the door prints those
+    first = watch.tell(error)
+    if first and says and not alone:
+        traceback.print_exception(error)
         get_error_handler().record_exception(error)
-        return
-    if not isinstance(error, UserError):
-        print(f"error: rank {watch.rank} ends too: {watch.first_failure()}", file=sys.stderr, flush=True)
+    watch.over.wait()
+    if says and not alone:
         raise SystemExit(1) from None

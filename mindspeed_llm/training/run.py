@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from mindspeed_llm import __version__
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement
-from mindspeed_llm.parallel.watch import watched
+from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.base import base_record
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
@@ -31,6 +32,7 @@ from mindspeed_llm.training.setup import (
     is_logger,
     start_processes,
 )
+from mindspeed_llm.training.stopping import StopRequest
 
 
 @dataclass
@@ -40,12 +42,14 @@ class RunResult:
     Attributes:
         evaluation: of `--eval-only`.
         checkpoint: the last directory written, None without --save.
+        stopped: why the run ended before its last iteration; None when nobody asked it to.
     """
 
     progress: Progress
     history: LossHistory
     evaluation: Evaluation | None
     checkpoint: Path | None
+    stopped: str | None = None
 
 
 def run_training(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunResult:
@@ -56,11 +60,16 @@ def run_training(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunR
         pad_token_id: fills what collation rounds up.
     """
     start_processes(plan)
-    with watched(plan.config.runtime.distributed_timeout_minutes):
-        return _train(plan, prefixes, pad_token_id)
+    runtime, save, stop = plan.config.runtime, plan.config.checkpoint.save, StopRequest()
+    with ExitStack() as stack:
+        if save and runtime.exit_signal_handler:
+            stack.enter_context(stop.listening())
+        logs = Path(save) / "logs" if save else None
+        watch = stack.enter_context(watched(runtime.distributed_timeout_minutes, runtime.hang_timeout, logs))
+        return _train(plan, prefixes, pad_token_id, stop, watch)
 
 
-def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunResult:
+def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopRequest, watch: Watch | None) -> RunResult:
     data = TrainingData(plan, prefixes, pad_token_id)
     if data.train or data.valid:
         check_agreement({"data files": data.fingerprint()}, "data")
@@ -75,12 +84,14 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunResult:
     log = plan.config.logging
     reporter = make_reporter(plan, train_iters, progress.iteration)
     saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
-    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver)
+    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver, [stop])
     try:
         loop.run()
     finally:
         reporter.close(log.loss_curve)
-    return RunResult(progress, reporter.history, None, saver.last if saver else None)
+    if stop.reason and is_leader():
+        print(f" stopped after iteration {progress.iteration} by {stop.reason}: saved to {saver.last}", flush=True)
+    return RunResult(progress, reporter.history, None, saver.last if saver else None, stop.reason)
 
 
 def make_reporter(plan: Plan, train_iters: int, done: int) -> Reporter:

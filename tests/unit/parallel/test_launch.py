@@ -10,7 +10,9 @@ import torch.distributed as dist
 from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement, check_devices, disagreement, versions
-from mindspeed_llm.parallel.watch import Watch, late_line, one_line, whereabouts
+from mindspeed_llm.parallel.stacks import late_line, whereabouts
+from mindspeed_llm.parallel.survivors import one_line
+from mindspeed_llm.parallel.watch import Watch
 
 FACTS = {"torch": "2.13", "--lr": "0.001", "--seed": "1"}
 
@@ -96,39 +98,42 @@ def test_a_watch_says_who_is_late_once_for_a_batch(capsys, monkeypatch):
     for watch in (waiting, silent):
         watch.beat()
     monkeypatch.setattr("mindspeed_llm.parallel.watch.whereabouts", lambda thread: (False, "data.py:94 collate"))
-    working._say_where()
+    working._say_where(hangs=False)
     monkeypatch.setattr("mindspeed_llm.parallel.watch.whereabouts", lambda thread: (True, "c10d.py:1 wait"))
-    waiting._say_where()
-    waiting._say_where()
+    waiting._say_where(hangs=False)
+    waiting._say_where(hangs=False)
     said = capsys.readouterr().err
     assert said.count("late: ") == 1 and "1 of 3 ranks wait for rank 1 on" in said and "data.py:94 collate" in said
     assert "rank 2 does not answer" in said
     waiting.beat()
     waiting.beat()
-    waiting._say_where()
+    waiting._say_where(hangs=False)
     assert "rank 1 does not answer" in capsys.readouterr().err  # what it said was about a batch long ago
 
 
 class GoneStore:
     """A store whose host has ended."""
 
+    def set(self, key, value):
+        pass
+
     def check(self, keys):
         raise RuntimeError("connection reset")
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_only_a_rank_that_waits_leaves_when_the_store_is_gone(monkeypatch, waits):
+def test_only_a_rank_that_waits_leaves_when_the_store_is_gone(monkeypatch, capsys, waits):
     monkeypatch.setattr("mindspeed_llm.parallel.watch.POLL_SECONDS", 0.01)
     monkeypatch.setattr("mindspeed_llm.parallel.watch.ALONE_SECONDS", 0.05)
     monkeypatch.setattr("mindspeed_llm.parallel.watch.whereabouts", lambda thread: (waits, "somewhere"))
     watch = Watch(GoneStore(), 1, 2, 10.0)
     left = []
 
-    def leave(why):
-        left.append(why)
+    def leave():
+        left.append(True)
         watch.stopped.set()
 
     monkeypatch.setattr(watch, "_leave", leave)
     threading.Timer(0.5, watch.stopped.set).start()
     watch._run()
-    assert bool(left) == waits and (not waits or "store is gone" in left[0])
+    assert bool(left) == waits == ("store is gone" in capsys.readouterr().err)
