@@ -34,9 +34,9 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="look at preprocessed data").add_subparsers(required=True, metavar="WHAT")
     command = data.add_parser("show", help="rows with the trained tokens coloured")
-    command.add_argument("prefix")
+    command.add_argument("data_path", nargs="+", help="as --data-path: a prefix, or several, with weights or without")
     command.add_argument("--tokenizer", metavar="DIR", help="decode with this tokenizer; default: print ids")
-    command.add_argument("--count", type=int, default=10, help="rows (default 10)")
+    command.add_argument("--count", type=int, default=10, help="rows of each data set (default 10)")
     command.set_defaults(run=_show_data)
 
     models = commands.add_parser("models", help="model families").add_subparsers(required=True, metavar="WHAT")
@@ -79,10 +79,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _show_data(arguments: argparse.Namespace) -> None:
+    from mindspeed_llm.data.blend import parse_data_path
     from mindspeed_llm.data.show import show
     from mindspeed_llm.data.tokenizer import load_tokenizer
 
-    show(arguments.prefix, load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None, arguments.count)
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    for source in parse_data_path(arguments.data_path):
+        show(source.path, tokenizer, arguments.count, weight=source.weight)
 
 
 def _list_models(_: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,11 @@ SEGMENT_MARK = " ┃ "
 
 
 def show(
-    prefix: str | Path, tokenizer: Tokenizer | None = None, count: int = 10, console: Console | None = None
+    prefix: str | Path,
+    tokenizer: Tokenizer | None = None,
+    count: int = 10,
+    console: Console | None = None,
+    weight: Fraction | None = None,
 ) -> None:
     """Print the first rows of a data set.
 
@@ -34,6 +39,7 @@ def show(
         tokenizer: decodes; None prints ids.
         count: rows to print.
         console: where to, default stdout.
+        weight: in a blend, for the title.
 
     Raises:
         UserError: no data set, or it was made with another tokenizer.
@@ -48,7 +54,8 @@ def show(
     record = read_record(base)
     if tokenizer is not None:
         check_tokenizer(base, tokenizer)
-    console.print(f"{base}: {record.stage}, {record.handler}, template {record.template}, {record.counts}")
+    share = "" if weight is None else f"weight {float(weight):g}, "
+    console.print(f"{base}: {share}{record.stage}, {record.handler}, template {record.template}, {record.counts}")
     console.print(f"[{TRAINED_STYLE}]trained[/]  [{CONTEXT_STYLE}]context[/]  {SEGMENT_MARK.strip()} segment boundary")
     rows = _sft_rows(base) if record.stage == "sft" else _pretrain_rows(f"{base}_{streams[0]}")
     for number, (ids, trained, segments) in zip(range(count), rows):
