@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,24 @@ def run_training(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunR
         pad_token_id: fills what collation rounds up.
     """
     start_processes(plan)
-    runtime, save, stop = plan.config.runtime, plan.config.checkpoint.save, StopRequest()
-    with ExitStack() as stack:
-        if save and runtime.exit_signal_handler:
-            stack.enter_context(stop.listening())
-        logs = Path(save) / "logs" if save else None
-        watch = stack.enter_context(watched(runtime.distributed_timeout_minutes, runtime.hang_timeout, logs))
+    stop = StopRequest()
+    with stop.listening() if takes_signals(plan) else nullcontext(), watched(**watch_settings(plan)) as watch:
         return _train(plan, prefixes, pad_token_id, stop, watch)
+
+
+def takes_signals(plan: Plan) -> bool:
+    """Whether a signal is a request to save and leave; without a place to save to it ends the process at once."""
+    return plan.config.checkpoint.save is not None and plan.config.runtime.exit_signal_handler
+
+
+def watch_settings(plan: Plan) -> dict[str, Any]:
+    """Arguments of `watched`."""
+    runtime, save = plan.config.runtime, plan.config.checkpoint.save
+    return {
+        "timeout_minutes": runtime.distributed_timeout_minutes,
+        "hang_seconds": runtime.hang_timeout,
+        "logs": Path(save) / "logs" if save else None,
+    }
 
 
 def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopRequest, watch: Watch | None) -> RunResult:

@@ -186,6 +186,8 @@ CASES: dict[str, Case] = {
     "device": case("cpu"),
     "num_threads": case(3),
     "distributed_timeout_minutes": case(3.0),
+    "hang_timeout": case(90.0),
+    "exit_signal_handler": case(False, save="@new"),
     # operators
     "use_flash_attn": case(False),
     "use_fused_rmsnorm": case(False),
@@ -429,7 +431,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     from mindspeed_llm.training import setup
     from mindspeed_llm.training.data import TrainingData
     from mindspeed_llm.training.length import train_iterations
-    from mindspeed_llm.training.run import make_optimizer
+    from mindspeed_llm.training.run import make_optimizer, takes_signals, watch_settings
 
     recorder.calls.clear()
     parsed = parse(door, spelled(options, places))
@@ -441,6 +443,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     show_plan(plan)
     seen = {f.name: repr(getattr(plan, f.name)) for f in fields(plan) if f.name != "config"}
     seen["shown"] = capsys.readouterr().out
+    seen["watch"] = repr((takes_signals(plan), watch_settings(plan)))
     seen["build options"] = repr(setup.build_options(plan, initialize=False))
     setup.start_processes(plan)
     seen["operators"] = repr(registry.chosen())
