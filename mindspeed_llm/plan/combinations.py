@@ -6,6 +6,7 @@ import importlib.util
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.config.run import RunConfig, all_options
+from mindspeed_llm.plan.monitoring import monitoring_problems
 
 # Apex's extension, by the name under which megatron-core imports it.
 ACCUMULATING_PRODUCT = "fused_weight_gradient_mlp_cuda"
@@ -25,6 +26,7 @@ def combination_problems(config: RunConfig) -> list[str]:
         *_dry_run_and_tokenizer_problems(config),
         *_adapter_problems(config),
         *_operator_and_checkpoint_problems(config),
+        *monitoring_problems(config),
     ]
 
 

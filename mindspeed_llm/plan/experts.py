@@ -101,7 +101,7 @@ def expert_problems(config: RunConfig, shape: ModelShape, layout: ParallelLayout
     """Options about experts that do not go together, with the model, or with the layout."""
     e, p, t = config.experts, config.parallel, config.training
     if shape.num_moe_experts is None:
-        given = given_expert_options(config)
+        given = given_expert_options(config) + ["--log-expert-load"] * config.logging.log_expert_load
         return [f"{', '.join(given)}: no meaning for a model without experts; leave out"] if given else []
     problems = []
 

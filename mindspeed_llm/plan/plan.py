@@ -18,7 +18,7 @@ from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.combinations import combination_problems
-from mindspeed_llm.plan.continuity import continue_run
+from mindspeed_llm.plan.continuity import continue_run, unknown_changes
 from mindspeed_llm.plan.experts import adapted_experts, expert_problems
 from mindspeed_llm.plan.recorded_adapters import recorded_adapters
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
@@ -113,15 +113,15 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         UserError: all problems, a line each.
     """
     problems = list(problems)
-    problems += combination_problems(config)
+    problems += unknown_changes(config)
     sources = _try(problems, lambda: find_sources(config, problems), None)
     if sources is None:
         # Without its checkpoint nothing more can be said about the model, only about what was asked of it.
         _try(problems, lambda: adapters_asked_for(config), None)
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join([*problems, *combination_problems(config)]))
     weights, adapter_source, resume = sources
-    if resume is not None:
-        problems += continue_run(config, resume.record)
+    changed, overridden = continue_run(config, resume.record) if resume is not None else ([], [])
+    problems += changed + combination_problems(config)
     _try(problems, lambda: parse_data_path(config.data.data_path or ()), None)
     shape, hf_files = _try(problems, lambda: stored_shape_of(config, weights, problems, tokenizer_size), (None, None))
     adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
@@ -141,6 +141,7 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if layout is None:
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
+    plan.notes += overridden
     problems += expert_problems(config, shape, layout)
     problems += adapted_experts(shape, adapters)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]

@@ -91,12 +91,12 @@ RECORD = {"continuity": {"seed": 7, "global_batch_size": 8, "split": "90,10", "d
 
 def test_a_resume_takes_over_what_was_not_given():
     resumed = config("--seed 7")
-    assert continue_run(resumed, RECORD) == []
+    assert continue_run(resumed, RECORD) == ([], [])
     assert (resumed.training.global_batch_size, resumed.data.split) == (8, "90,10")
 
 
 def test_changes_on_resume_are_refused_one_by_one():
-    problems = continue_run(config("--seed 8 --global-batch-size 4 --data-path b"), RECORD)
+    problems, _ = continue_run(config("--seed 8 --global-batch-size 4 --data-path b"), RECORD)
     assert len(problems) == 2
     assert "--seed was 7 and is now 8; keep it, or --allow-change seed" in problems[0]
     assert "--allow-change global-batch-size" in problems[1]
@@ -107,7 +107,7 @@ def test_allowed_changes_have_several_spellings(spelling):
     word = spelling.rstrip("=")
     allowed = parse("pretrain", [f"--allow-change={word}", "--global-batch-size", "4"]).config
     assert is_allowed(allowed, "global_batch_size") and not is_allowed(allowed, "seed")
-    assert continue_run(allowed, RECORD) == []
+    assert continue_run(allowed, RECORD) == ([], [])
 
 
 def checkpoint(root, *steps, adapters=None, latest=None):
