@@ -47,6 +47,12 @@ class Frame:
         return len(self.head) + self.values_bytes + len(self.tail)
 
 
+def can_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether `frame` knows the type, and the values are not too many."""
+    known = torch.storage._dtype_to_storage_type_map()
+    return dtype in known and math.prod(shape) * dtype.itemsize <= MAX_BOX_BYTES
+
+
 @functools.lru_cache(maxsize=4096)
 def frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
     """The frame of a contiguous tensor.
@@ -54,8 +60,8 @@ def frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
     Args:
         shape: of at most `MAX_BOX_BYTES`.
     """
+    assert can_frame(dtype, shape), (dtype, shape)
     values_bytes = math.prod(shape) * dtype.itemsize
-    assert values_bytes <= MAX_BOX_BYTES, (dtype, shape)
     records = {"data.pkl": _tensor_pickle(dtype, shape), "byteorder": b"little", "version": b"3\n"}
     head, entries = bytearray(), bytearray()
     for name, content in records.items():

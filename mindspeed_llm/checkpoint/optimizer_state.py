@@ -1,7 +1,7 @@
-"""The state of megatron-core's optimizers as whole tensors by parameter name, whatever the layout.
+"""The state of megatron-core's optimizers by parameter name, whatever the layout.
 
-Every kind of optimizer (fp32, mixed precision, distributed) gives and takes the same three tensors of a parameter's own
-shape: `optimizer.state.exp_avg.<name>`, `optimizer.state.exp_avg_sq.<name>` and, in mixed precision,
+Every kind of optimizer (fp32, mixed precision, distributed) gives and takes parts of the same three tensors of a
+parameter's own shape: `optimizer.state.exp_avg.<name>`, `optimizer.state.exp_avg_sq.<name>` and, in mixed precision,
 `optimizer.state.fp32_param.<name>`. So a checkpoint written by one kind at one layout continues with another kind at
 another layout. (megatron-core's own fully reshardable form moves values when one of several buckets ends in padding,
 and asks that every rank holds a part of the state.)
@@ -10,12 +10,13 @@ and asks that every rank holds a part of the state.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from mindspeed_llm.checkpoint.boxes import Box, sharded_leaves, slice_boxes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
@@ -30,7 +31,7 @@ class OwnState:
         main: what the optimizer updates: the parameter itself, its fp32 copy, or a slice of either; None where another
             data-parallel rank holds all of it.
         start, stop: the slice of the flattened parameter that `main` is.
-        group: data-parallel ranks that hold the other slices; None where `main` is the whole parameter.
+        is_slice: data-parallel ranks hold the other slices; otherwise they all hold the whole.
         part: the optimizer that holds it.
     """
 
@@ -38,7 +39,7 @@ class OwnState:
     main: Tensor | None
     start: int
     stop: int
-    group: Any
+    is_slice: bool
     part: Any
 
     def values(self) -> dict[str, Tensor]:
@@ -48,22 +49,6 @@ class OwnState:
         state = self.part.optimizer.state[self.main]
         held = {name: state[name] for name in MOMENTS}
         return held | {MASTER: self.main.detach()} if is_mixed(self.parameter) else held
-
-    def whole(self, name: str, wanted: bool) -> Tensor:
-        """One of the values in the parameter's shape; all ranks of `group` ask together.
-
-        Gathered ones are in host memory, one after the other, since together they are what the distributed optimizer
-        saves the device from. Where the value is not wanted, zeros that take no memory.
-        """
-        values = self.values()
-        if self.group is None:
-            return values[name].view(self.parameter.shape)
-        flat = torch.zeros(self.parameter.numel(), dtype=torch.float32, device=self.parameter.device)
-        if self.main is not None:
-            flat[self.start : self.stop] = values[name].flatten()
-        dist.all_reduce(flat, group=self.group)
-        flat = flat.cpu() if wanted else torch.zeros(()).expand_as(flat)
-        return flat.view(self.parameter.shape)
 
 
 def is_mixed(parameter: nn.Parameter) -> bool:
@@ -91,7 +76,7 @@ def own_states(optimizer: Any) -> Iterator[OwnState]:
 
 
 def _whole_state(part: Any, parameter: nn.Parameter, main: Tensor) -> OwnState:
-    return OwnState(parameter, main, 0, parameter.numel(), None, part)
+    return OwnState(parameter, main, 0, parameter.numel(), False, part)
 
 
 def _mixed_precision_states(part: Any) -> Iterator[OwnState]:
@@ -109,54 +94,37 @@ def _distributed_states(part: Any) -> Iterator[OwnState]:
                 held = part._get_model_param_range_map(parameter)["param"]
                 group, order = part.model_param_group_index_map[parameter]
                 main, start, stop = part.optimizer.param_groups[group]["params"][order], held.start, held.end
-            yield OwnState(parameter, main, start, stop, part.data_parallel_group, part)
+            yield OwnState(parameter, main, start, stop, True, part)
 
 
-def sharded_optimizer_state(optimizer: Any, model_state: Mapping[str, Any], *, loading: bool) -> dict[str, Any]:
-    """megatron-core's sharded tensors of the optimizer's state.
+def optimizer_boxes(optimizer: Any, model_state: Mapping[str, Any]) -> list[Box]:
+    """What this rank's optimizer holds, as boxes on its memory: the same to save from and to load into.
 
     Args:
-        model_state: sharded state of the model (any nesting), holding every trained parameter.
-        loading: describe what is wanted here, without gathering what is there.
-
-    Returns:
-        name on this rank -> ShardedTensor (or factory of them), whose key several local names can share: all experts
-        of a layer are one tensor in the checkpoint.
+        model_state: megatron-core's sharded state of the model (any nesting), holding every trained parameter.
     """
-    from megatron.core.dist_checkpointing.mapping import is_main_replica
-
     allocate_moments(optimizer)
-    shards = {id(sharded.data): (name, sharded) for name, sharded in _leaves(model_state)}
-    state: dict[str, Any] = {}
+    shards = {id(sharded.data): sharded for _, sharded in sharded_leaves(model_state)}
+    boxes: list[Box] = []
     for own in own_states(optimizer):
-        if loading and own.main is None:
-            continue
-        local, sharded = shards[id(own.parameter)]
-        written = is_main_replica(sharded.replica_id)
-        for name in (*MOMENTS, MASTER) if is_mixed(own.parameter) else MOMENTS:
-            data = torch.empty(own.parameter.shape) if loading else own.whole(name, written)
-            key = f"optimizer.state.{name}.{sharded.key}"
-            more = {"dtype": torch.float32} if hasattr(sharded, "dtype") else {}
-            state[f"{name}.{local}"] = replace(sharded, key=key, data=data.detach(), **more)
-    return state
-
-
-@torch.no_grad()
-def load_optimizer_state(
-    optimizer: Any, model_state: Mapping[str, Any], loaded: Mapping[str, Tensor], step: int
-) -> None:
-    """Give the optimizer what was loaded for `sharded_optimizer_state(..., loading=True)`.
-
-    Args:
-        model_state: as there.
-        loaded: name on this rank -> tensor of the parameter's local shape.
-        step: updates done so far, for the bias correction.
-    """
-    names = {id(sharded.data): name for name, sharded in _leaves(model_state)}
-    for own in own_states(optimizer):
+        sharded = shards[id(own.parameter)]
         for name, held in own.values().items():
-            tensor = loaded[f"{name}.{names[id(own.parameter)]}"]
-            held.view(-1).copy_(tensor.flatten()[own.start : own.stop])
+            key = f"optimizer.state.{name}.{sharded.key}"
+            boxes += slice_boxes(sharded, key, held, own.start, own.stop, alone=own.is_slice)
+    return boxes
+
+
+def optimizer_step(optimizer: Any) -> int:
+    """Updates done so far by this rank's optimizer; 0 where it trains nothing."""
+    counts = [0]
+    for part in optimizer_parts(optimizer):
+        counts += [int(state["step"]) for state in part.optimizer.state.values() if "step" in state]
+        counts += [int(group["step"]) for group in part.optimizer.param_groups if "step" in group]
+    return max(counts)
+
+
+def set_optimizer_step(optimizer: Any, step: int) -> None:
+    """Set the updates done so far, for the bias correction."""
     for part in optimizer_parts(optimizer):
         for state in part.optimizer.state.values():
             if "step" in state:
@@ -166,30 +134,20 @@ def load_optimizer_state(
                 group["step"] = step
 
 
-def optimizer_step(optimizer: Any) -> int:
-    """Updates done so far, the same on every rank of the world."""
-    counts = [0]
-    for part in optimizer_parts(optimizer):
-        counts += [int(state["step"]) for state in part.optimizer.state.values() if "step" in state]
-        counts += [int(group["step"]) for group in part.optimizer.param_groups if "step" in group]
-    from mindspeed_llm import accelerator
-
-    count = torch.tensor(max(counts), device=accelerator.current().current_device())
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return int(count)
-
-
 def grad_scaler_state(optimizer: Any) -> dict[str, Any] | None:
-    """State of the loss scale; None without one."""
+    """State of the loss scale as plain values; None without one."""
     scalers = [part.grad_scaler for part in optimizer_parts(optimizer) if getattr(part, "grad_scaler", None)]
-    return scalers[0].state_dict() if scalers else None
+    if not scalers:
+        return None
+    return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in scalers[0].state_dict().items()}
 
 
 def load_grad_scaler_state(optimizer: Any, state: dict[str, Any] | None) -> None:
     """Put back what `grad_scaler_state` gave."""
     for part in optimizer_parts(optimizer):
-        if state is not None and getattr(part, "grad_scaler", None):
-            part.grad_scaler.load_state_dict(state)
+        if state and getattr(part, "grad_scaler", None):
+            scale = torch.as_tensor(state["scale"], dtype=torch.float32)
+            part.grad_scaler.load_state_dict(state | {"scale": scale})
 
 
 def allocate_moments(optimizer: Any) -> None:
@@ -200,12 +158,3 @@ def allocate_moments(optimizer: Any) -> None:
                 "step": torch.zeros((), dtype=torch.float32),
                 **{name: torch.zeros_like(own.main, dtype=torch.float32) for name in MOMENTS},
             }
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, ShardedTensor or factory) in nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        elif hasattr(value, "replica_id") and isinstance(getattr(value, "data", None), Tensor):
-            yield prefix + name, value

@@ -1,155 +1,105 @@
-"""Saving and loading a training state as torch_dist: model or adapters, optimizer, schedule, random states."""
+"""Saving and loading a training state as torch_dist, every rank its own part."""
 
 from __future__ import annotations
 
-import random
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
 from mindspeed_llm.checkpoint import directory
-from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state, optimizer_step, sharded_optimizer_state
-from mindspeed_llm.checkpoint.train_record import HF_FILES, iteration_directory, write_record
+from mindspeed_llm.checkpoint.boxes import Box
+from mindspeed_llm.checkpoint.stored_boxes import StoredBoxes
+from mindspeed_llm.checkpoint.train_record import HF_FILES, write_record
+from mindspeed_llm.checkpoint.training_state import TrainingState, merge_facts
+from mindspeed_llm.checkpoint.write_part import merge_parts, report_failure, wait_for_parts, write_part
 from mindspeed_llm.errors import UserError
 
-
-def sharded_model_state(
-    chunks: list[torch.nn.Module], only: list[list[str]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """megatron-core's sharded state of the model: "model0", "model1", ... for its chunks.
-
-    The tensors in a checkpoint are named by their layers' numbers in the whole model, so that another layout finds
-    them; the names of the chunks are this process's alone.
-
-    Args:
-        chunks: the model (unwrapped), one entry per virtual stage.
-        only: names of the parameters to keep in each chunk (a LoRA run keeps what it trains); None keeps everything.
-    """
-    state = {}
-    for number, chunk in enumerate(chunks):
-        full = chunk.sharded_state_dict(metadata=sharding_metadata())
-        state[f"model{number}"] = {k: v for k, v in full.items() if only is None or k in set(only[number])}
-    return state
+# A rank whose part takes longer than this has lost its disk.
+PART_TIMEOUT_SECONDS = 3600.0
 
 
-def sharding_metadata() -> dict[str, Any]:
-    """How megatron-core is to name and cut what it saves.
+@dataclass
+class SaveOrder:
+    """What is to be saved where.
 
-    Layers by number and not stacked: with some layers frozen, a stacked optimizer state would have holes.
-    """
-    from megatron.core import parallel_state
-
-    return {
-        "non_homogeneous_layers": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def training_state(
-    chunks: list[torch.nn.Module],
-    optimizer: Any | None,
-    scheduler: Any | None,
-    only: list[list[str]] | None,
-    *,
-    loading: bool,
-    with_rng: bool = True,
-) -> dict[str, Any]:
-    """The tree that dist_checkpointing saves or, as a template, loads."""
-    state: dict[str, Any] = sharded_model_state(chunks, only)
-    if optimizer is not None:
-        tensors = sharded_optimizer_state(optimizer, state, loading=loading)
-        if tensors:  # a stage that trains nothing has none
-            state["optimizer"] = tensors
-        if not loading:
-            state["optimizer_step"] = optimizer_step(optimizer)
-            state["grad_scaler"] = grad_scaler_state(optimizer)
-    if scheduler is not None and not loading:
-        state["opt_param_scheduler"] = scheduler.state_dict()
-    if with_rng:
-        state["rng_state"] = sharded_rng_state()
-    return state
-
-
-def sharded_rng_state() -> Any:
-    """This rank's random states as an object addressed by its place in the layout."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    sizes = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-    )
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-    return ShardedObject("rng_state", states, sizes, place)
-
-
-def restore_rng_state(states: dict[str, Any]) -> None:
-    """Put back what `sharded_rng_state` recorded."""
-    from megatron.core import tensor_parallel
-
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-def save_training(
-    root: str | Path,
-    iteration: int,
-    state: dict[str, Any],
-    record: dict[str, Any],
-    hf_files: Path | None,
-    *,
-    keep_last: int | None = None,
-    read_back: bool = False,
-) -> Path:
-    """Write one checkpoint: aside, then renamed, then the tracker moves.
-
-    Args:
-        state: from `training_state`.
+    Attributes:
+        root: the directory of all iterations.
+        iteration: the last finished one.
         record: goes to mindspeed_llm.json; its keys are documented in docs/conversion.md.
         hf_files: directory whose config and tokenizer files are copied into `hf/`; None for none.
         keep_last, read_back: see `directory.complete`.
+    """
+
+    root: str | Path
+    iteration: int
+    record: dict[str, Any]
+    hf_files: Path | None = None
+    keep_last: int | None = None
+    read_back: bool = False
+
+    @property
+    def aside(self) -> Path:
+        """Where it is written before it is complete."""
+        return directory.aside_of(self.root, self.iteration)
+
+
+def save_training(order: SaveOrder, state: TrainingState) -> Path:
+    """Write one checkpoint, all ranks together: aside, then renamed, then the tracker moves.
 
     Returns:
         The directory of the checkpoint.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    leader = dist.get_rank() == 0
-    aside, final = directory.aside_of(root, iteration), iteration_directory(root, iteration)
-    if leader:
-        directory.begin(root, iteration)
-    dist.barrier()
-    with directory.discarding(aside):
-        dist_checkpointing.save(state, str(aside), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
-        if leader:
-            if hf_files is not None:
-                copy_hf_files(hf_files, aside / HF_FILES)
-            write_record(aside, record)
-            directory.complete(aside, iteration, keep_last=keep_last, read_back=read_back)
+    Raises:
+        UserError: the disk is full or failed, on this rank or, for the first one, on any.
+    """
+    begin_save(order)
+    final = write_and_complete(order, state.own_boxes(), state)
     dist.barrier()
     return final
+
+
+def begin_save(order: SaveOrder) -> None:
+    """The first rank makes the directory, the others wait until it is there."""
+    if dist.get_rank() == 0:
+        directory.begin(order.root, order.iteration)
+    dist.barrier()
+
+
+def write_and_complete(order: SaveOrder, boxes: list[Box], state: TrainingState) -> Path:
+    """Write this rank's part; the first rank waits for all others and completes the checkpoint. Not collective.
+
+    Args:
+        boxes: what to write of the state's, in host memory where this runs beside training.
+
+    Returns:
+        The directory of the checkpoint, which is complete on the first rank alone.
+    """
+    rank, aside = dist.get_rank(), order.aside
+    if rank != 0:
+        try:
+            write_part(aside, rank, boxes, state.packed_objects(), state.facts)
+        except OSError as wrong:
+            report_failure(aside, rank, f"{wrong.strerror} ({wrong.filename})")
+            raise UserError(directory.failure_line(aside, wrong)) from wrong
+        return order.aside.with_suffix("")
+    with directory.discarding(aside):
+        write_part(aside, rank, boxes, state.packed_objects(), state.facts)
+        return index_and_complete(order, range(dist.get_world_size()), state.common)
+
+
+def index_and_complete(order: SaveOrder, ranks: Iterable[int], common: dict[str, Any]) -> Path:
+    """Make a complete checkpoint of the parts of these ranks, as soon as they are there. Not collective."""
+    ranks, aside = list(ranks), order.aside
+    wait_for_parts(aside, ranks, PART_TIMEOUT_SECONDS)
+    sums = merge_parts(aside, ranks, common, merge_facts)
+    if order.hf_files is not None:
+        copy_hf_files(order.hf_files, aside / HF_FILES)
+    write_record(aside, order.record)
+    return directory.complete(aside, order.iteration, sums, read_back=order.read_back, keep_last=order.keep_last)
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
@@ -161,25 +111,32 @@ def copy_hf_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def load_training(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Fill `state` (from `training_state(..., loading=True)`) from a torch_dist checkpoint, strictly.
+def load_training(source: Path, state: TrainingState, *, trusted: bool = False) -> dict[str, Any]:
+    """Read a checkpoint into the live tensors of `state`, at whatever layout it was written; all ranks together.
+
+    Args:
+        trusted: unpickle objects of any kind.
+
+    Returns:
+        The common state, and what is stored for each of the state's objects under its key.
 
     Raises:
-        UserError: tensors are missing or have other shapes.
+        UserError: tensors are missing, of other shapes or too many, or a file is damaged or not trusted.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-    from megatron.core.dist_checkpointing.validation import StrictHandling
+    stored = StoredBoxes(source, trusted)
+    _check_none_left(stored, state.boxes)
+    stored.fill(state.boxes)
+    return stored.read_common() | {key: stored.read_object(key) for key in state.objects}
 
-    try:
-        return dist_checkpointing.load(
-            state,
-            str(directory),
-            TorchDistLoadShardedStrategy(),
-            # Ranks read what they need of the optimizer's state, which need not add up to whole tensors.
-            validate_access_integrity=False,
-            strict=StrictHandling.RAISE_UNEXPECTED,
+
+def _check_none_left(stored: StoredBoxes, boxes: list[Box]) -> None:
+    """Refuse weights in the checkpoint that no rank has a place for (the optimizer's state may be left out)."""
+    asked: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(asked, {box.key for box in boxes})
+    left = {key for key in stored.tensors if not key.startswith("optimizer.")} - set().union(*asked)
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(
+            f"checkpoint: {stored.directory} does not fit this model: it holds {', '.join(sorted(left)[:3])}{more}, "
+            f"which the model has no place for"
         )
-    except (CheckpointingException, KeyError, RuntimeError) as wrong:
-        raise UserError(f"checkpoint: {directory} does not fit this model: {' '.join(str(wrong).split())}") from wrong

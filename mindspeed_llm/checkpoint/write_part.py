@@ -23,6 +23,7 @@ from torch import Tensor
 from mindspeed_llm.checkpoint.box_frame import MAX_BOX_BYTES, frame
 from mindspeed_llm.checkpoint.boxes import Box, not_a_partition, split_boxes
 from mindspeed_llm.checkpoint.checksum import CHUNK_BYTES, FileSum, new_checksum
+from mindspeed_llm.checkpoint.directory import reached
 from mindspeed_llm.errors import UserError
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
@@ -64,15 +65,18 @@ def write_part(
     part, name = Part(facts=dict(facts)), f"__{rank}_0.distcp"
     with (directory / name).open("wb", buffering=_BUFFER_BYTES) as file:
         stream = _Summed(file)
-        for box in boxes:
-            for piece in split_boxes(box, MAX_BOX_BYTES):
-                _write_box(stream, piece, name, part)
+        for number, piece in enumerate(piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES)):
+            _write_box(stream, piece, name, part)
+            if number == 0:
+                file.flush()
+                reached("writing")
         for key, content in objects.items():
             part.objects.append((key, name, stream.size, len(content)))
             stream.write(content)
         file.flush()
         os.fsync(file.fileno())
     part.files[name] = FileSum(stream.size, stream.checksum.hexdigest())
+    reached("written")
     _write_durably(_listing(directory, rank), json.dumps(asdict(part)).encode())
     return part
 
@@ -139,7 +143,7 @@ def merge_parts(
     metadata = _metadata(parts, directory)
     sums = {name: FileSum(**values) for part in parts for name, values in part.files.items()}
     contents = {
-        COMMON: _saved(dict(common) | merge_facts([part.facts for part in parts])),
+        COMMON: saved_bytes(dict(common) | merge_facts([part.facts for part in parts])),
         METADATA: pickle.dumps(metadata),
         FORMAT: json.dumps(_FORMAT).encode(),
     }
@@ -147,6 +151,7 @@ def merge_parts(
         sums[name] = _write_durably(directory / name, content)
     for rank in ranks:
         _listing(directory, rank).unlink()
+    reached("indexed")
     return sums
 
 
@@ -229,7 +234,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _saved(value: Any) -> bytes:
+def saved_bytes(value: Any) -> bytes:
+    """What torch.save makes of a value."""
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()

@@ -14,6 +14,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement
 from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.base import base_record
+from mindspeed_llm.plan.continuity import recorded_options
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.data_lines import data_lines
@@ -186,7 +187,8 @@ class Saver:
 
     def __call__(self, progress: Progress) -> None:
         """Save the state after `progress.iteration`."""
-        from mindspeed_llm.checkpoint.train_save import save_training, training_state
+        from mindspeed_llm.checkpoint.train_save import SaveOrder, save_training
+        from mindspeed_llm.checkpoint.training_state import rng_states, training_state
 
         c = self.plan.config.checkpoint
         only = self.model.trained if self.plan.adapters is not None else None
@@ -196,9 +198,10 @@ class Saver:
             None if c.no_save_optim else self.optimizer,
             None if c.no_save_optim else self.scheduler,
             only,
-            loading=False,
+            rng=rng_states(),
         )
-        self.last = save_training(c.save, progress.iteration, state, self.record(progress), self.plan.hf_files)
+        order = SaveOrder(c.save, progress.iteration, self.record(progress), self.plan.hf_files)
+        self.last = save_training(order, state)
         if is_leader():
             note = "" if not c.no_save_optim else " (no optimizer state: it can be tuned from, not resumed)"
             print(f" saved checkpoint at iteration {progress.iteration} to {self.last}{note}", flush=True)
@@ -219,6 +222,7 @@ class Saver:
             "dtype": plan.dtype_name,
             "data": self.data.fingerprint(),
             "continuity": plan.config.of_kind("continuity") | {"global_batch_size": plan.global_batch_size},
+            "options": recorded_options(plan.config),
         }
 
 
@@ -238,13 +242,9 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     Raises:
         UserError: the data changed, or the checkpoint does not fit.
     """
-    from mindspeed_llm.checkpoint.optimizer_state import load_grad_scaler_state, load_optimizer_state
-    from mindspeed_llm.checkpoint.train_save import (
-        load_training,
-        restore_rng_state,
-        sharded_model_state,
-        training_state,
-    )
+    from mindspeed_llm.checkpoint.optimizer_state import load_grad_scaler_state, set_optimizer_step
+    from mindspeed_llm.checkpoint.train_save import load_training
+    from mindspeed_llm.checkpoint.training_state import restore_rng_states, rng_key, rng_states, training_state
 
     source, c = plan.resume, plan.config.checkpoint
     data.check_unchanged(source.record)
@@ -257,20 +257,17 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
         None if c.no_load_optim else optimizer,
         None if c.no_load_optim else scheduler,
         only,
-        loading=True,
-        with_rng=with_rng,
+        rng=rng_states() if with_rng else None,
     )
     loaded = load_training(source.directory, state)
-    load_model_state(model, loaded)
     if not c.no_load_optim:
-        shards = sharded_model_state(model.chunks, only)
-        load_optimizer_state(optimizer, shards, loaded.get("optimizer", {}), loaded["optimizer_step"])
+        set_optimizer_step(optimizer, loaded["optimizer_step"])
         load_grad_scaler_state(optimizer, loaded["grad_scaler"])
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     else:
         optimizer.reload_model_params()
     if with_rng:
-        restore_rng_state(loaded["rng_state"])
+        restore_rng_states(loaded[rng_key()])
     elif not same_layout and draws_masks(plan) and is_leader():
         print(" resume: at another layout dropout starts from the seed again; its masks are others than without a stop")
     return Progress(**source.record["progress"])
@@ -280,21 +277,6 @@ def draws_masks(plan: Plan) -> bool:
     """Whether training drops anything out."""
     rates = [plan.config.model.hidden_dropout, plan.config.model.attention_dropout, plan.shape.attention_dropout]
     return any(rates) or (plan.adapters is not None and plan.adapters.dropout > 0)
-
-
-def load_model_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
-    """Copy loaded parameters into the model; every trained one must be among them.
-
-    Raises:
-        UserError: one is missing.
-    """
-    for number, (chunk, trained) in enumerate(zip(model.chunks, model.trained)):
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        lost = [name for name in missing if name in set(trained)]
-        if lost or unexpected:
-            raise UserError(
-                f"resume: the checkpoint does not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}"
-            )
 
 
 def check_precision(plan: Plan) -> None:
