@@ -22,8 +22,9 @@ class Wish(enum.Flag):
 class LoopHook:
     """What happens beside training; a subclass overrides the points it needs.
 
-    One iteration calls `before_batch`, runs forward and backward, sums `flags` over all ranks with the loss, calls
-    `after_backward`, `before_update` (unless the batch is left out), `after_step` and `end_of_iteration`.
+    One iteration calls `before_batch`, reads the batch, calls `after_data`, runs forward and backward, sums `flags`
+    over all ranks with the loss, calls `after_backward`, `before_update` (unless the batch is left out), `after_step`,
+    `figures` if a log line is due, and `end_of_iteration`.
     Between `before_update` and `after_step` weights and optimizer state are not those of one iteration.
     """
 
@@ -36,6 +37,9 @@ class LoopHook:
 
     def before_batch(self, loop: TrainingLoop) -> None:
         """Nothing of the iteration has happened; `loop.progress` is that of the iteration before."""
+
+    def after_data(self, loop: TrainingLoop) -> None:
+        """The batch has been read; forward and backward are next."""
 
     def after_backward(self, loop: TrainingLoop, result: BatchResult) -> None:
         """Loss and gradients (reduced) are known, nothing is updated."""

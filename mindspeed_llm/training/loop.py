@@ -136,10 +136,12 @@ class TrainingLoop:
 
         for hook in self.hooks:
             hook.before_batch(self)
+        micro = self.data.micro_batches(self.progress.consumed_samples, parallel_state.get_data_parallel_rank())
+        for hook in self.hooks:
+            hook.after_data(self)
         for wrapped in self.model.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro = self.data.micro_batches(self.progress.consumed_samples, parallel_state.get_data_parallel_rank())
         flags = partial(collect_flags, self.hooks)
         result = run_batch(self.model.wrapped, micro, self.plan, forward_only=False, flags=flags)
         for hook in self.hooks:

@@ -21,6 +21,7 @@ from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.evaluate import Evaluation, evaluate
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
+from mindspeed_llm.training.monitor.monitor import Monitor
 from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
 from mindspeed_llm.training.report import LossHistory, Reporter
@@ -96,10 +97,13 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     log = plan.config.logging
     reporter = make_reporter(plan, train_iters, progress.iteration)
     saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
-    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver, [stop])
+    monitor = Monitor(plan, model)
+    hooks = [stop, monitor]
+    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver, hooks)
     try:
         loop.run()
     finally:
+        monitor.close()
         reporter.close(log.loss_curve)
     if stop.reason and is_leader():
         print(f" stopped after iteration {progress.iteration} by {stop.reason}: saved to {saver.last}", flush=True)

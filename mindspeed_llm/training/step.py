@@ -30,6 +30,7 @@ class BatchResult:
         flags: sums over all ranks of what each told the others with its loss.
         own_losses: summed over the tokens of each of this rank's micro-batches, still on the device; empty but on the
             last stage.
+        own_trained_tokens: summed over those micro-batches; 0 but on the last stage.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class BatchResult:
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
     flags: dict[str, float] = field(default_factory=dict)
     own_losses: list[torch.Tensor] = field(default_factory=list)
+    own_trained_tokens: int = 0
 
     @property
     def further_losses(self) -> dict[str, float]:
@@ -80,6 +82,7 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
         sums = losses.detach().double().reshape(-1)
         predicted = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in further)
         logged = {"lm loss": sums[0], "mtp loss": sums[1:].sum(), "mtp tokens": torch.tensor(predicted)}
+        logged["trained tokens"] = torch.tensor(batch.num_trained_tokens)
         return objective(losses, config.mtp_loss_scaling_factor), trained, logged
 
     return output, loss_function
@@ -161,6 +164,7 @@ def run_batch(
     sums = [float(sum(o[name] for o in outputs)) for name in ("lm loss", "mtp loss", "mtp tokens")]
     result = _reduce(sums, batches, flags())
     result.own_losses = [o["lm loss"] for o in outputs]
+    result.own_trained_tokens = sum(int(o["trained tokens"]) for o in outputs)
     if balanced:
         result.auxiliary_losses = auxiliary_loss.take(chunks, num_micro_batches)
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,18 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from mindspeed_llm.config.run import RunConfig
     from mindspeed_llm.plan.plan import Plan
-
-# Option that asks for a sink -> package that it needs.
-PACKAGES = {"wandb_project": "wandb", "swanlab_project": "swanlab"}
-# Option -> the option without which it has no meaning.
-COMPANIONS = {
-    "wandb_exp_name": "wandb_project",
-    "wandb_entity": "wandb_project",
-    "wandb_save_dir": "wandb_project",
-    "swanlab_exp_name": "swanlab_project",
-    "swanlab_workspace": "swanlab_project",
-    "swanlab_save_dir": "swanlab_project",
-}
 
 
 class Sink(Protocol):
@@ -122,20 +109,3 @@ def own_directory(config: RunConfig, asked: str | None, name: str) -> Path:
     if asked is not None:
         return Path(asked)
     return Path(config.checkpoint.save) / name if config.checkpoint.save is not None else Path.cwd()
-
-
-def sink_problems(config: RunConfig) -> list[str]:
-    """A line for each option of a sink that cannot be met."""
-    problems = []
-    for option, package in PACKAGES.items():
-        if config.get(option) is not None and importlib.util.find_spec(package) is None:
-            flag = "--" + option.replace("_", "-")
-            problems.append(
-                f"{flag}: {config.get(option)!r} is wrong, because the package {package} is not installed; "
-                f"try: pip install {package}, or --tensorboard-dir"
-            )
-    for option, needed in COMPANIONS.items():
-        if config.get(option) is not None and config.get(needed) is None:
-            flag, other = ("--" + name.replace("_", "-") for name in (option, needed))
-            problems.append(f"{flag} has no meaning without {other}")
-    return problems
