@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -60,6 +61,13 @@ class Interval:
         self.further_losses.update(result.further_losses)
         self.flops += flops
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the body takes is no time of an iteration."""
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun
+
 
 class TrainingLoop:
     """Iterations from `progress` to `train_iters`.
@@ -100,11 +108,13 @@ class TrainingLoop:
                 self.log(interval, grad_norm)
                 interval = Interval()
             if t.eval_interval and now % t.eval_interval == 0:
-                self.evaluate()
+                with interval.paused():
+                    self.evaluate()
                 evaluated_at = now
             wish = self.wish()
             if self.save and wish:
-                self.save(self.progress)
+                with interval.paused():
+                    self.save(self.progress)
                 saved_at = now
             if Wish.LEAVE in wish:
                 return self.progress
