@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindspeed_llm.checkpoint.directory import FORMER, find_newest, is_complete, iterations
 from mindspeed_llm.checkpoint.hf import HfSource
+from mindspeed_llm.checkpoint.manifest import damage, has_manifest
 from mindspeed_llm.checkpoint.megatron import MegatronSource
 from mindspeed_llm.checkpoint.source import TensorSource
-from mindspeed_llm.checkpoint.torch_dist import METADATA, TorchDistSource
-from mindspeed_llm.checkpoint.train_record import HF_FILES, TRACKER_NAME, iteration_directory, read_record
+from mindspeed_llm.checkpoint.stored_boxes import METADATA
+from mindspeed_llm.checkpoint.torch_dist import TorchDistSource
+from mindspeed_llm.checkpoint.train_record import (
+    HF_FILES,
+    TRACKER_NAME,
+    iteration_directory,
+    iteration_of,
+    read_record,
+    read_tracker,
+)
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.shape import ModelShape
@@ -28,6 +37,7 @@ class Found:
         directory: the directory that holds the weights.
         iteration: number in the name of an iteration directory; 0 for HF and `release`.
         record: what this library wrote beside the weights; empty for foreign checkpoints.
+        skipped: a line for each newer checkpoint that was passed over, with the reason.
     """
 
     format: str
@@ -35,6 +45,7 @@ class Found:
     directory: Path
     iteration: int = 0
     record: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def hf_files(self) -> Path | None:
@@ -59,11 +70,9 @@ def detect(path: str | Path) -> Found:
         raise UserError(
             f"checkpoint: {root} is not a directory; legal: a Hugging Face or Megatron checkpoint directory"
         )
-    tracker = root / TRACKER_NAME
-    if tracker.is_file():
-        return _detect_iteration(root, _tracked(tracker), f"{TRACKER_NAME} -> {tracker.read_text().strip()}")
-    if (root / METADATA).is_file() or any(root.glob("mp_rank_*")):
-        return _detect_iteration(root, root, "")
+    directory, _ = choose_iteration(root)
+    if directory is not None:
+        return detect_iteration(root, directory)
     weights = [*root.glob("*.safetensors"), *root.glob("pytorch_model*.bin")]
     if (root / "config.json").is_file() and weights:
         return Found("hf", root, root)
@@ -109,35 +118,86 @@ def shape_of(found: Found, ignore_fields: Collection[str] = ()) -> ModelShape:
     )
 
 
-def _tracked(tracker: Path) -> Path:
-    word = tracker.read_text(encoding="utf-8").strip()
-    if word == "release":
-        return tracker.parent / "release"
-    if not word.isdigit():
-        raise UserError(f"checkpoint: {tracker} holds {word!r}; legal: an iteration number, or release")
-    return iteration_directory(tracker.parent, int(word))
+def choose_iteration(
+    root: Path, step: int | None = None, *, fall_back: bool = False, healthy: bool = False
+) -> tuple[Path | None, list[str]]:
+    """(directory of the iteration to load or None for no Megatron checkpoint, what was passed over and why).
+
+    Args:
+        root: directory with iterations, or one of them.
+        step: this iteration and no other.
+        fall_back: where the tracker's is damaged or missing, take the newest complete one.
+        healthy: with `fall_back`, pass over what is not marked healthy.
+
+    Raises:
+        UserError: the iteration asked for is not there or not complete, or none is.
+    """
+    word, known = read_tracker(root), iterations(root)
+    if step is not None:
+        if step not in known:
+            there = ", ".join(path.name for path in known.values()) or "none"
+            missing = iteration_directory(root, step)
+            raise UserError(f"checkpoint: --ckpt-step {step}: {missing} is not there; legal: {there}")
+        return refuse_damaged(known[step]), []
+    if word is not None and word != "release" and not word.isdigit():
+        if not fall_back:
+            raise UserError(f"checkpoint: {root / TRACKER_NAME} holds {word!r}; legal: an iteration number, or release")
+        word = None
+    if word is None and not (fall_back and any(map(has_manifest, known.values()))):
+        is_iteration = iteration_of(root.name.removesuffix(FORMER)) is not None or (root / METADATA).is_file()
+        return (refuse_damaged(root) if is_iteration or any(root.glob("mp_rank_*")) else None), []
+    if fall_back:
+        skipped: list[str] = []
+        found = find_newest(root, healthy, skipped)
+        if found is None:
+            raise UserError(f"checkpoint: nothing loadable in {root} ({'; '.join(skipped)}); try: another --load")
+        return found, skipped
+    directory = root / word if word == "release" else known.get(int(word), iteration_directory(root, int(word)))
+    return refuse_damaged(directory, f"{TRACKER_NAME} -> {word}, but "), []
 
 
-def _detect_iteration(root: Path, directory: Path, why: str) -> Found:
-    found_text = f"{why}, but " if why else ""
+def refuse_damaged(directory: Path, why: str = "") -> Path:
+    """The directory, if all files of its manifest are there in their sizes, or there never was one.
+
+    Raises:
+        UserError: they are not; names the file, and what could be loaded instead.
+    """
+    root = directory.parent
     if not directory.is_dir():
-        raise UserError(f"checkpoint: nothing loadable in {root} (found: {found_text}no {directory.name}/)")
-    digits = directory.name.removeprefix("iter_")
-    iteration = int(digits) if digits.isdigit() else 0
+        raise UserError(f"checkpoint: nothing loadable in {root} (found: {why}no {directory.name}/)")
+    wrong = damage(directory)
+    if wrong is None:
+        return directory
+    others = ", ".join(path.name for path in iterations(root).values() if is_complete(path)) or "none"
+    raise UserError(f"checkpoint: {directory} is damaged, because {wrong}; complete: {others}; try: --ckpt-step N")
+
+
+def detect_iteration(root: Path, directory: Path, skipped: Sequence[str] = (), adapters: bool = False) -> Found:
+    """What lies in the directory of one iteration.
+
+    Args:
+        adapters: take those of a LoRA run, as format "adapter".
+
+    Raises:
+        UserError: nothing loadable, or adapters.
+    """
+    number = iteration_of(directory.name.removesuffix(FORMER)) or 0
     try:
         record = read_record(directory)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"checkpoint: the record in {directory} is damaged ({error})") from error
+    if record.get("adapters") and not adapters:
+        raise UserError(
+            f"checkpoint: {directory} holds LoRA adapters only; try: name the base model, and --lora-load for these"
+        )
+    if record.get("adapters"):
+        return Found("adapter", root, directory, number, record, tuple(skipped))
     if (directory / METADATA).is_file():
-        if record.get("adapters"):
-            raise UserError(
-                f"checkpoint: {directory} holds LoRA adapters only; try: name the base model, and --lora-load for these"
-            )
-        return Found("torch_dist", root, directory, iteration, record)
+        return Found("torch_dist", root, directory, number, record, tuple(skipped))
     if any(directory.glob("mp_rank_*")):
-        return Found("megatron", root, directory, iteration, record)
+        return Found("megatron", root, directory, number, record, tuple(skipped))
     raise UserError(
-        f"checkpoint: nothing loadable in {directory} (found: {found_text}{_listing(directory)}); legal: mp_rank_00/, "
+        f"checkpoint: nothing loadable in {directory} (found: {_listing(directory)}); legal: mp_rank_00/, "
         f"mp_rank_00_000/, or torch_dist files"
     )
 

@@ -7,13 +7,10 @@ was heterogeneous; fc1 is [gate; up]; the vocabulary is padded.
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,27 +23,17 @@ from mindspeed_llm.checkpoint.source import (
     packed_range,
     unpack_groups,
 )
+from mindspeed_llm.checkpoint.stored_boxes import StoredBoxes
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.shape import ModelShape
 
-METADATA = ".metadata"
 _NUMBERED = re.compile(r"decoder\.layers\.\d+\.")
 _STACKED = "decoder.layers."
 # what megatron-core calls all experts of a layer, stacked along an axis (after the layers' axis, if there is one)
 _EXPERTS = ".experts.experts."
 # entries of a training state that are no model weights
 _TRAINING_STATE = re.compile(r"(chained_\d+\.|optimizer\b|opt_param_scheduler|rng_state|rerun_state_machine)")
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
-_METADATA_GLOBALS = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-    ("builtins", "slice"),
-}
 
 
 @dataclass(frozen=True)
@@ -59,16 +46,6 @@ class _Stored:
 
     key: str
     stack: tuple[int, ...]
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Admits the classes of torch's checkpoint metadata only, so that a checkpoint cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in _METADATA_MODULES or (module, name) in _METADATA_GLOBALS or is_dtype:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of checkpoint metadata")
 
 
 class TorchDistSource(TensorSource):
@@ -84,15 +61,12 @@ class TorchDistSource(TensorSource):
 
     def __init__(self, directory: str | Path, shape: ModelShape) -> None:
         super().__init__(shape, str(directory))
-        self.directory = Path(directory)
-        self._metadata = self._read_metadata()
-        self._boxes = self._index_boxes()
+        self._boxes = StoredBoxes(directory)
         self._stored = self._find_tensors()
-        self._last_read: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensor_metadata(name).properties.dtype
+        return self._boxes.dtype(self._stored[name].key)
 
     def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
         pair = self.pairs[name]
@@ -114,36 +88,21 @@ class TorchDistSource(TensorSource):
         rows, *rest = self.dims(name)
         return self._read_box(name, [layouts.shard_range(rows, rank, tp), *((0, size) for size in rest)])
 
-    def _read_metadata(self) -> Any:
-        path = self.directory / METADATA
-        try:
-            with path.open("rb") as file:
-                return _MetadataUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
-
-    def _index_boxes(self) -> dict[str, list[tuple[tuple[int, ...], Any]]]:
-        """key -> [(offsets of a box, where its bytes are)]."""
-        boxes: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
-        for index, info in self._metadata.storage_data.items():
-            if index.offset is not None:
-                boxes.setdefault(index.fqn, []).append((tuple(index.offset), info))
-        return boxes
-
     def _find_tensors(self) -> dict[str, _Stored]:
         stored: dict[str, _Stored] = {}
-        for key, metadata in self._metadata.state_dict_metadata.items():
-            if is_extra_state(key.split("/")[0]) or _TRAINING_STATE.match(key) or not hasattr(metadata, "chunks"):
+        for key in self._boxes.tensors:
+            if is_extra_state(key.split("/")[0]) or _TRAINING_STATE.match(key):
                 continue
+            size = self._boxes.shape(key)
             by_layer: dict[str, tuple[int, ...]] = {key: ()}
             if key.startswith(_STACKED) and not _NUMBERED.match(key):
                 rest = key.removeprefix(_STACKED)
-                by_layer = {f"{_STACKED}{layer}.{rest}": (layer,) for layer in range(metadata.size[0])}
+                by_layer = {f"{_STACKED}{layer}.{rest}": (layer,) for layer in range(size[0])}
             for name, stack in by_layer.items():
                 if _EXPERTS not in name:
                     stored[plain_name(name)] = _Stored(key, stack)
                     continue
-                for expert in range(metadata.size[len(stack)]):
+                for expert in range(size[len(stack)]):
                     one = name.replace(_EXPERTS, f".experts.local_experts.{expert}.")
                     stored[one] = _Stored(key, (*stack, expert))
         return stored
@@ -162,49 +121,17 @@ class TorchDistSource(TensorSource):
                 expected[0] = found[0]
             check_dims(name, expected, found, self.origin)
 
-    def _tensor_metadata(self, name: str) -> Any:
-        return self._metadata.state_dict_metadata[self._stored[name].key]
-
     def _found_dims(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensor_metadata(name).size)[len(self._stored[name].stack) :]
+        stored = self._stored[name]
+        return self._boxes.shape(stored.key)[len(stored.stack) :]
 
     def _read_box(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
         """A box [start, stop) per dimension of one tensor, put together from the stored boxes that overlap it."""
-        stored, metadata = self._stored[name], self._tensor_metadata(name)
-        wanted = [*((place, place + 1) for place in stored.stack), *box]
-        out = torch.empty([stop - start for start, stop in wanted], dtype=metadata.properties.dtype)
-        covered = 0
-        for chunk in metadata.chunks:
-            overlap = [
-                (max(start, offset), min(stop, offset + size))
-                for (start, stop), offset, size in zip(wanted, chunk.offsets, chunk.sizes)
-            ]
-            if any(start >= stop for start, stop in overlap):
-                continue
-            piece = self._read_stored(stored.key, tuple(chunk.offsets))
-            inside = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets))
-            target = tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(overlap, wanted))
-            out[target] = piece.reshape(tuple(chunk.sizes))[inside]
-            covered += out[target].numel()
+        stored = self._stored[name]
+        out = torch.empty([1] * len(stored.stack) + [stop - start for start, stop in box], dtype=self.dtype(name))
+        covered = self._boxes.read(stored.key, [*stored.stack, *(start for start, _ in box)], out)
         if covered != out.numel():
             raise UserError(
                 f"checkpoint: {name} in {self.origin} covers {covered} of {out.numel()} values; it is incomplete"
             )
         return out[(0,) * len(stored.stack)]
-
-    def _read_stored(self, key: str, offsets: tuple[int, ...]) -> Tensor:
-        info = next((info for at, info in self._boxes.get(key, ()) if at == offsets), None)
-        if info is None or getattr(info, "transform_descriptors", None):
-            what = "is not stored" if info is None else "is stored compressed"
-            raise UserError(f"checkpoint: {key} at {list(offsets)} {what} in {self.origin}")
-        if self._last_read is not None and self._last_read[0] == (key, offsets):
-            return self._last_read[1]  # a box of several experts, which are asked for one after another
-        path = self.directory / info.relative_path
-        try:
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
-        self._last_read = ((key, offsets), tensor)
-        return tensor

@@ -24,9 +24,10 @@ from mindspeed_llm.checkpoint.box_frame import MAX_BOX_BYTES, frame
 from mindspeed_llm.checkpoint.boxes import Box, not_a_partition, split_boxes
 from mindspeed_llm.checkpoint.checksum import CHUNK_BYTES, FileSum, new_checksum
 from mindspeed_llm.checkpoint.directory import reached
+from mindspeed_llm.checkpoint.stored_boxes import COMMON, METADATA
 from mindspeed_llm.errors import UserError
 
-METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+FORMAT = "metadata.json"
 # Gathers what is small; pieces of large boxes are longer and go past it.
 _BUFFER_BYTES = CHUNK_BYTES // 4
 _POLL_SECONDS = 0.05
