@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from mindspeed_llm import __version__
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement
 from mindspeed_llm.parallel.watch import Watch, watched
-from mindspeed_llm.plan.base import base_record
-from mindspeed_llm.plan.continuity import recorded_options
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.data_lines import data_lines
@@ -25,11 +23,11 @@ from mindspeed_llm.training.monitor.monitor import Monitor
 from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
 from mindspeed_llm.training.report import LossHistory, Reporter
+from mindspeed_llm.training.saving import Saver, SaveSchedule, layout_record
 from mindspeed_llm.training.setup import (
     DTYPES,
     TrainingModel,
     build,
-    gather_parameters,
     is_leader,
     is_logger,
     start_processes,
@@ -98,16 +96,18 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     reporter = make_reporter(plan, train_iters, progress.iteration)
     saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
     monitor = Monitor(plan, model)
-    hooks = [stop, monitor]
+    schedule = SaveSchedule(plan.config)
+    hooks = [stop, schedule, monitor]
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver, hooks)
     try:
         loop.run()
     finally:
         monitor.close()
         reporter.close(log.loss_curve)
-    if stop.reason and is_leader():
-        print(f" stopped after iteration {progress.iteration} by {stop.reason}: saved to {saver.last}", flush=True)
-    return RunResult(progress, reporter.history, None, saver.last if saver else None, stop.reason)
+    reason, last = stop.reason or schedule.reason, saver.last if saver else None
+    if reason and is_leader():
+        print(f" stopped after iteration {progress.iteration} by {reason}: saved to {last or 'nowhere'}", flush=True)
+    return RunResult(progress, reporter.history, None, last, reason)
 
 
 def make_reporter(plan: Plan, train_iters: int, done: int) -> Reporter:
@@ -181,65 +181,6 @@ def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters
         print(" no validation: the split leaves no whole sample for it", flush=True)
 
 
-class Saver:
-    """Writes checkpoints of a run: adapters alone for LoRA, everything otherwise."""
-
-    def __init__(self, plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> None:
-        self.plan, self.model, self.optimizer, self.scheduler, self.data = plan, model, optimizer, scheduler, data
-        self.last: Path | None = None
-        self.base = base_record(plan.weights, plan.stored_shape, plan.adapters is not None) if is_leader() else None
-
-    def __call__(self, progress: Progress) -> None:
-        """Save the state after `progress.iteration`."""
-        from mindspeed_llm.checkpoint.train_save import SaveOrder, save_training
-        from mindspeed_llm.checkpoint.training_state import rng_states, training_state
-
-        c = self.plan.config.checkpoint
-        only = self.model.trained if self.plan.adapters is not None else None
-        gather_parameters(self.model)
-        state = training_state(
-            self.model.chunks,
-            None if c.no_save_optim else self.optimizer,
-            None if c.no_save_optim else self.scheduler,
-            only,
-            rng=rng_states(),
-        )
-        order = SaveOrder(c.save, progress.iteration, self.record(progress), self.plan.hf_files)
-        self.last = save_training(order, state)
-        if is_leader():
-            note = "" if not c.no_save_optim else " (no optimizer state: it can be tuned from, not resumed)"
-            print(f" saved checkpoint at iteration {progress.iteration} to {self.last}{note}", flush=True)
-
-    def record(self, progress: Progress) -> dict[str, Any]:
-        """What is written beside the tensors."""
-        plan = self.plan
-        return {
-            "format": "torch_dist",
-            "version": __version__,
-            "iteration": progress.iteration,
-            "progress": asdict(progress),
-            "resumable": not plan.config.checkpoint.no_save_optim,
-            "shape": plan.shape.to_json(),
-            "adapters": plan.adapters.to_json() if plan.adapters else None,
-            "base": self.base,
-            "layout": layout_record(plan),
-            "dtype": plan.dtype_name,
-            "data": self.data.fingerprint(),
-            "continuity": plan.config.of_kind("continuity") | {"global_batch_size": plan.global_batch_size},
-            "options": recorded_options(plan.config),
-        }
-
-
-def layout_record(plan: Plan) -> dict[str, int]:
-    """What a checkpoint says about the layout that wrote it."""
-    return {
-        "tensor_parallel": plan.tensor_parallel_size,
-        "pipeline_parallel": plan.pipeline_parallel_size,
-        "context_parallel": plan.layout.cp,
-        "data_parallel": plan.data_parallel_size,
-    }
-
-
 def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> Progress:
     """Load optimizer, schedule, random states and progress of `plan.resume`; the weights too when they are in it.
 
@@ -254,12 +195,12 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     data.check_unchanged(source.record)
     check_precision(plan)
     only = model.trained if plan.adapters is not None else None
-    same_layout = source.record["layout"] == layout_record(plan)
+    same_layout = source.record["layout"].items() <= layout_record(plan).items()
     with_rng = same_layout and not c.no_load_rng
     state = training_state(
         model.chunks,
         None if c.no_load_optim else optimizer,
-        None if c.no_load_optim else scheduler,
+        scheduler,
         only,
         rng=rng_states() if with_rng else None,
     )
@@ -267,9 +208,9 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     if not c.no_load_optim:
         set_optimizer_step(optimizer, loaded["optimizer_step"])
         load_grad_scaler_state(optimizer, loaded["grad_scaler"])
-        scheduler.load_state_dict(loaded["opt_param_scheduler"])
     else:
         optimizer.reload_model_params()
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         restore_rng_states(loaded[rng_key()])
     elif not same_layout and draws_masks(plan) and is_leader():
