@@ -52,7 +52,7 @@ STAGES = (
 observers: list[Callable[[str], None]] = []
 """Called with the name of each stage that this process passes; fault injection hangs here."""
 
-_ASIDE, _FORMER = ".tmp", ".old"
+ASIDE, FORMER = ".tmp", ".old"
 
 
 def reached(stage: str) -> None:
@@ -76,7 +76,7 @@ def begin(root: str | Path, iteration: int, tidy: bool = True) -> Path:
     aside = aside_of(root, iteration)
     if tidy:
         _restore_former(root)
-    for left in {aside, *(_named(root, _ASIDE) if tidy else ())}:
+    for left in {aside, *(_named(root, ASIDE) if tidy else ())}:
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     reached("begun")
@@ -156,7 +156,7 @@ def failure_line(aside: Path, wrong: OSError) -> str:
     """What a user needs to know when the disk refuses a checkpoint."""
     before = find_newest(aside.parent)
     intact = f"{before.name} is intact" if before is not None else "there was none before it"
-    name, why = aside.name.removesuffix(_ASIDE), wrong.strerror or wrong
+    name, why = aside.name.removesuffix(ASIDE), wrong.strerror or wrong
     return (
         f"save: {name} cannot be written to {aside.parent}, because of {why} ({wrong.filename or 'while writing'}); "
         f"{intact}; try: more room there, or --keep-last"
@@ -171,7 +171,7 @@ def is_complete(directory: Path) -> bool:
 def iterations(root: str | Path) -> dict[int, Path]:
     """Iteration -> its directory, complete or not, ascending by number; leftovers of unfinished saves are not there."""
     root = Path(root)
-    found = {n: path for path in _named(root, _FORMER) if (n := iteration_of(path.name[: -len(_FORMER)])) is not None}
+    found = {n: path for path in _named(root, FORMER) if (n := iteration_of(path.name[: -len(FORMER)])) is not None}
     found |= {n: path for path in root.glob("iter_*") if (n := iteration_of(path.name)) is not None}
     return dict(sorted(found.items()))
 
@@ -217,13 +217,13 @@ def prune(root: str | Path, keep_last: int) -> list[Path]:
     root = Path(root)
     word = read_tracker(root)
     tracked = int(word) if word is not None and word.isdigit() else None
-    ours = [n for n, path in iterations(root).items() if is_complete(path) and path.suffix != _FORMER]
+    ours = [n for n, path in iterations(root).items() if is_complete(path) and path.suffix != FORMER]
     current = [n for n in ours if tracked is None or n <= tracked]
     kept = {tracked, *ours[-1:], *current[len(current) - keep_last :]} if keep_last < len(current) else set(ours)
     kept |= set([n for n in ours if is_healthy(iteration_directory(root, n))][-1:])
     removed = [iteration_directory(root, n) for n in ours if n not in kept]
     for directory in removed:
-        leftover = directory.with_name(directory.name + _ASIDE)  # what is half removed is never loaded
+        leftover = directory.with_name(directory.name + ASIDE)  # what is half removed is never loaded
         os.replace(directory, leftover)
         shutil.rmtree(leftover)
     return removed
@@ -254,15 +254,15 @@ def _read_back(aside: Path) -> None:
     wrong = changed_file(aside)
     if wrong is not None:
         raise UserError(
-            f"save: {aside.name.removesuffix(_ASIDE)} is not on the disk as it was written: {wrong}; the checkpoint "
+            f"save: {aside.name.removesuffix(ASIDE)} is not on the disk as it was written: {wrong}; the checkpoint "
             "before is intact; try: another disk"
         )
 
 
 def _restore_former(root: Path) -> None:
     """End the exchange of two checkpoints of one iteration that was interrupted."""
-    for former in _named(root, _FORMER):
-        final = former.with_name(former.name[: -len(_FORMER)])
+    for former in _named(root, FORMER):
+        final = former.with_name(former.name[: -len(FORMER)])
         if final.exists() and damage(final) is None:
             shutil.rmtree(former)
         else:
@@ -271,14 +271,21 @@ def _restore_former(root: Path) -> None:
 
 
 def _named(root: Path, suffix: str) -> list[Path]:
-    return [p for p in sorted(root.glob(f"iter_*{suffix}")) if iteration_of(p.name[: -len(suffix)]) is not None]
+    found = sorted(root.glob(f"iter_*{suffix}"))
+    return [p for p in found if iteration_of(p.name[: -len(suffix)].removesuffix(_DYING)) is not None]
 
 
 def aside_of(root: str | Path, iteration: int) -> Path:
     """The directory that a checkpoint is written into."""
     final = iteration_directory(root, iteration)
-    return final.with_name(final.name + _ASIDE)
+    return final.with_name(final.name + ASIDE)
+
+
+def dying_aside_of(root: str | Path, iteration: int) -> Path:
+    """The directory that a checkpoint is written into while training threads may still write the regular one."""
+    final = iteration_directory(root, iteration)
+    return final.with_name(final.name + _DYING + _ASIDE)
 
 
 def _former(final: Path) -> Path:
-    return final.with_name(final.name + _FORMER)
+    return final.with_name(final.name + FORMER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
+from mindspeed_llm.config.schema import TRAINING_DOORS, StepsOrMinutes, at_least, option, section
 
 
 @section
@@ -11,8 +11,32 @@ class CheckpointConfig:
 
     load: str | None = option(help="HF directory, Megatron checkpoint, a directory written by --save, or a hub name")
     save: str | None = option(help="directory for checkpoints", doors=TRAINING_DOORS)
-    save_interval: int | None = option(
-        help="save every N iterations; default: at the end", check=at_least(1), doors=TRAINING_DOORS
+    save_interval: StepsOrMinutes | None = option(
+        help="save every N iterations, or as 30m every so many minutes; default: at the end",
+        check=StepsOrMinutes.problem,
+        metavar="N|Nm",
+        doors=TRAINING_DOORS,
+    )
+    keep_last: int | None = option(
+        help="keep the newest N checkpoints of --save (and always the tracker's and the newest healthy one)",
+        check=at_least(1),
+        doors=TRAINING_DOORS,
+    )
+    auto_resume: bool = option(
+        help="when --save holds a checkpoint of this run, go on from it; --load, --finetune, --no-load-optim and "
+        "--no-load-rng are for the first start. Implied when torchrun starts the run again",
+        doors=TRAINING_DOORS,
+    )
+    load_healthy: bool = option(
+        help="resume from the newest checkpoint that the guards marked healthy", level="advanced", doors=TRAINING_DOORS
+    )
+    verify_checkpoint: str = option(
+        "load",
+        help="compare checksums with the manifest: of what a run loads, of what it saved by reading it back, of both. "
+        "Names and sizes are always compared",
+        choices=("off", "load", "save", "both"),
+        level="advanced",
+        doors=TRAINING_DOORS,
     )
     ckpt_step: int | None = option(
         help="load this iteration instead of the latest", level="advanced", check=at_least(0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_llm.config.run import RunConfig, all_options, door_options
-from mindspeed_llm.config.schema import Option
+from mindspeed_llm.config.schema import Option, StepsOrMinutes
 from mindspeed_llm.config.upstream import upstream_flags
 from mindspeed_llm.errors import UserError
 
@@ -130,7 +130,7 @@ def _scalar(o: Option, text: str) -> Any:
             return float(text)
         except ValueError:
             raise ValueError(f"{text!r} is not a number") from None
-    return text
+    return o.scalar(text)
 
 
 def _read_yaml(parsed: Parsed, values: list[str]) -> None:
@@ -156,14 +156,15 @@ def _read_yaml(parsed: Parsed, values: list[str]) -> None:
         elif wrong := _wrong_type(o, value):
             parsed.problems.append(f"{where}: {wrong}")
         elif value is not None:
-            _accept(parsed, o, float(value) if o.scalar is float and not o.many else value, values[0])
+            converted = o.scalar in (float, StepsOrMinutes) and not o.many
+            _accept(parsed, o, o.scalar(value) if converted else value, values[0])
 
 
 def _wrong_type(o: Option, value: Any) -> str | None:
     items = value if o.many else [value]
     if o.many and value is not None and not isinstance(value, list):
         return f"{value!r} is not a list"
-    legal = (int, float) if o.scalar is float else (o.scalar,)
+    legal = {float: (int, float), StepsOrMinutes: (int, str)}.get(o.scalar, (o.scalar,))
     for item in items or []:
         is_bool = isinstance(item, bool)
         if item is not None and (not isinstance(item, legal) or (is_bool and o.scalar is not bool)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -13,6 +14,28 @@ LEVELS = ("basic", "advanced", "expert")
 KINDS = ("identity", "continuity", "free")
 DOORS = ("preprocess", "convert", "pretrain", "posttrain", "inference")
 TRAINING_DOORS = ("pretrain", "posttrain")
+
+
+class StepsOrMinutes(str):
+    """`500` (iterations) or `30m` (minutes)."""
+
+    @property
+    def iterations(self) -> int | None:
+        """The number of iterations, None when minutes are meant."""
+        return int(self) if self.isdigit() else None
+
+    @property
+    def minutes(self) -> float | None:
+        """The number of minutes, None when iterations are meant."""
+        return float(self[:-1]) if self.endswith("m") else None
+
+    def problem(self) -> str | None:
+        """What is wrong with the text, and what is legal; None when nothing is."""
+        number = self.removesuffix("m")
+        well_formed = number.isdigit() or (self.endswith("m") and re.fullmatch(r"\d*\.\d+", number))
+        if well_formed and float(number) > 0:
+            return None
+        return "legal: a number of iterations such as 500, or of minutes such as 30m"
 
 
 def option(

@@ -28,6 +28,9 @@ class TrainingConfig:
     exit_interval: int | None = option(
         help="stop after iterations divisible by N, with a checkpoint", level="advanced", check=at_least(1)
     )
+    exit_duration_in_mins: float | None = option(
+        help="stop after so many minutes of training, with a checkpoint", level="advanced", check=above(0)
+    )
     eval_interval: int | None = option(help="evaluate every N iterations; default: at the end", check=at_least(1))
     eval_iters: int = option(10, help="global batches per evaluation; 0 for none", check=at_least(0))
     eval_only: bool = option(help="evaluate the loaded model on the validation split and exit")

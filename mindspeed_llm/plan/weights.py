@@ -11,6 +11,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
+from mindspeed_llm.plan.restart import find_restart
 from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 
 # Names that people know from upstream's --model-type-hf.
@@ -32,10 +33,17 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
         UserError: nothing loadable where an option points, or adapters without their base model.
     """
     c = config.checkpoint
-    weights = find_source(c.load, c.ckpt_step) if c.load is not None else None
-    adapter_source = None
-    if config.lora.lora_load is not None:
-        adapter_source = find_source(config.lora.lora_load)
+    restart = find_restart(config)
+    if restart is not None:
+        _forget_first_start(config)
+    going_on = config.door != "inference" and not c.finetune
+    adapter_source = restart if restart is not None and restart.format == "adapter" else None
+    weights = restart if adapter_source is None else None
+    if c.load is not None and weights is None:
+        step, healthy = (None, False) if restart is not None else (c.ckpt_step, going_on and c.load_healthy)
+        weights = find_source(c.load, step, fall_back=going_on and restart is None, healthy=healthy)
+    if config.lora.lora_load is not None and restart is None:
+        adapter_source = find_source(config.lora.lora_load, fall_back=going_on, healthy=going_on and c.load_healthy)
         if adapter_source is None or adapter_source.format not in ADAPTER_FORMATS:
             raise UserError(f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT")
     if c.load is not None and weights is None:
@@ -51,17 +59,39 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
         if adapter_source is not None:
             raise UserError("lora: --load holds adapters and so does --lora-load; give the base model with --load")
         adapter_source, weights = weights, _base_of(weights)
-    started = adapter_source if adapter_source is not None else weights
-    resumable = started is not None and started.format in ("torch_dist", "adapter") and started.record.get("resumable")
-    resume = started if resumable and not c.finetune and config.door != "inference" else None
-    if c.save is not None and find_source(c.save) is not None:
+    elif adapter_source is not None and adapter_source is restart and weights is None:
+        weights = _base_of(adapter_source)
+    resume = _resumed(adapter_source if adapter_source is not None else weights) if going_on else None
+    if c.save is not None and (there := find_source(c.save, fall_back=True)) is not None:
         if resume is None or Path(c.save).resolve() != resume.path.resolve():
-            flag = "--lora-load" if find_source(c.save).format == "adapter" else "--load"
+            flag = "--lora-load" if there.format == "adapter" else "--load"
             problems.append(
-                f"checkpoint: --save {c.save} already holds a checkpoint; try: {flag} {c.save} to resume it, or "
-                "another directory"
+                f"checkpoint: --save {c.save} already holds a checkpoint; try: {flag} {c.save} to resume it, "
+                "--auto-resume to go on from there whenever the same command is started again, or another directory"
             )
     return weights, adapter_source, resume
+
+
+def _resumed(started: Found | None) -> Found | None:
+    """The checkpoint that a run goes on from: what it loads, if training of ours wrote it.
+
+    Raises:
+        UserError: training wrote it without what it takes to go on.
+    """
+    if started is None or started.format not in ("torch_dist", "adapter") or "resumable" not in started.record:
+        return None
+    if not started.record["resumable"]:
+        raise UserError(
+            f"resume: {started.directory} cannot be gone on from, because it was saved with --no-save-optim; "
+            "try: --finetune to start anew from its weights"
+        )
+    return started
+
+
+def _forget_first_start(config: RunConfig) -> None:
+    """What a command line says about its first start is not for the start that goes on from `--save`."""
+    for name in ("finetune", "no_load_optim", "no_load_rng"):
+        config.set(name, False)
 
 
 def _base_of(adapter: Found) -> Found:

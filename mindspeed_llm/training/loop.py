@@ -97,7 +97,7 @@ class TrainingLoop:
         self.used_learning_rate = 0.0
 
     def run(self) -> Progress:
-        """Train until the end (or --exit-interval), evaluating and saving on the way and at the end."""
+        """Train until the end (or until a hook wants to leave), evaluating and saving on the way and at the end."""
         t, c = self.plan.config.training, self.plan.config
         interval, saved_at, evaluated_at = Interval(), -1, -1
         while self.progress.iteration < self.train_iters:
@@ -125,13 +125,8 @@ class TrainingLoop:
         return self.progress
 
     def wish(self) -> Wish:
-        """What the options and the hooks ask for at the end of this iteration; leaving saves too."""
-        t, c, now = self.plan.config.training, self.plan.config.checkpoint, self.progress.iteration
+        """What the hooks ask for at the end of this iteration; leaving saves too."""
         wish = Wish.NOTHING
-        if t.exit_interval and now % t.exit_interval == 0:
-            wish |= Wish.LEAVE
-        if c.save_interval and now % c.save_interval == 0:
-            wish |= Wish.SAVE
         for hook in self.hooks:
             wish |= hook.end_of_iteration(self)
         return wish

@@ -203,6 +203,7 @@ CASES: dict[str, Case] = {
     "train_epochs": case(2.0, before=1.0, train_iters=ABSENT),
     "train_samples": case(16, before=8, train_iters=ABSENT),
     "exit_interval": case(2),
+    "exit_duration_in_mins": case(2.0),
     "eval_interval": case(2),
     "eval_iters": case(0),
     "eval_only": case(True),
@@ -397,12 +398,16 @@ def stub_model(num_layers):
 def loop_events(plan, data, train_iters):
     """What the training loop does, and after which iterations."""
     from mindspeed_llm.training.loop import Progress, TrainingLoop
+    from mindspeed_llm.training.saving import SaveSchedule
 
     events = []
+    minutes = iter(range(100))
+    schedule = SaveSchedule(plan.config, clock=lambda: 60.0 * next(minutes))
 
     class Quiet(TrainingLoop):
         def step(self):
             self.progress.iteration += 1
+            schedule.after_backward(self, types.SimpleNamespace(flags=schedule.flags()))
             return types.SimpleNamespace(tokens=1, trained_tokens=1, loss=1.0, further_losses={}), 1.0
 
         def flops(self, result):
@@ -418,7 +423,7 @@ def loop_events(plan, data, train_iters):
         events.append(("save", progress.iteration))
 
     asked_to_save = save if plan.config.checkpoint.save else None
-    Quiet(plan, None, None, None, data, None, Progress(), train_iters, asked_to_save).run()
+    Quiet(plan, None, None, None, data, None, Progress(), train_iters, asked_to_save, [schedule]).run()
     return events
 
 

@@ -1,0 +1,71 @@
+"""Whether a volume has room for what is to be written to it, found out before it is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from mindspeed_llm.errors import UserError
+
+# More than a file system keeps in an inode, so that a block of a quota is really taken.
+PROBE_BYTES = 2**16
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may write on the volume of a path, which need not exist yet."""
+    volume = os.statvfs(nearest_existing(path))
+    return volume.f_bavail * volume.f_frsize
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the closest directory above it that exists."""
+    absolute = path.absolute()
+    return next(parent for parent in (absolute, *absolute.parents) if parent.exists())
+
+
+def space_problem(root: Path, needed: int, what: str) -> str | None:
+    """Why `needed` bytes cannot be written below a directory, None when they can.
+
+    Args:
+        what: needs them, for the message, e.g. "a checkpoint".
+    """
+    free = free_bytes(root)
+    if needed <= free:
+        return None
+    return (
+        f"save: {root} has {in_units(free)} free, because {what} needs {in_units(needed)} it is too little; "
+        "try: another --save, fewer --keep-last, or room there"
+    )
+
+
+def probe(root: Path) -> None:
+    """Make a directory and write a small file into it, as a checkpoint will: read-only volumes and quotas fail here.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    file = root / f".probe_{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            with file.open("wb") as stream:
+                stream.write(b"\0" * PROBE_BYTES)
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            file.unlink(missing_ok=True)
+    except OSError as wrong:
+        reason = "the quota is used up" if wrong.errno == errno.EDQUOT else wrong.strerror
+        raise UserError(
+            f"save: --save {root} cannot be written to, because of: {reason}; legal: a directory this user may write"
+        ) from wrong
+
+
+def in_units(num_bytes: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} TiB"

@@ -1,0 +1,222 @@
+"""When a run saves, whether there is room for it, and what stands in the record beside the tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_llm import __version__, accelerator
+from mindspeed_llm.checkpoint.directory import iterations
+from mindspeed_llm.checkpoint.space import in_units, probe, space_problem
+from mindspeed_llm.config.run import RunConfig
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.base import base_record
+from mindspeed_llm.plan.continuity import recorded_options
+from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.plan.restart import started_from
+from mindspeed_llm.training.data import TrainingData
+from mindspeed_llm.training.hooks import LoopHook, Wish
+from mindspeed_llm.training.setup import TrainingModel, gather_parameters, is_leader
+
+if TYPE_CHECKING:
+    from mindspeed_llm.checkpoint.train_save import SaveOrder
+    from mindspeed_llm.checkpoint.training_state import TrainingState
+    from mindspeed_llm.training.loop import Progress, TrainingLoop
+    from mindspeed_llm.training.step import BatchResult
+
+SECONDS_A_MINUTE = 60.0
+# Adam: two moments, and in reduced precision the weights once more, all fp32.
+MOMENT_BYTES, MAIN_WEIGHT_BYTES = 8, 4
+
+
+class SaveSchedule(LoopHook):
+    """When checkpoints are due, and when the run has lasted long enough.
+
+    Iterations are counted by every rank; the clock is the first rank's, who tells the others with the loss.
+    """
+
+    def __init__(self, config: RunConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every, self.lasting = config.checkpoint.save_interval, config.training.exit_duration_in_mins
+        self.exit_interval, self.clock = config.training.exit_interval, clock
+        self.started = self.saved = clock()
+        self.reason: str | None = None
+        self._told: Mapping[str, float] = {}
+
+    def flags(self) -> Mapping[str, float]:
+        """What the first rank's clock says, if anybody asked for minutes."""
+        due = {}
+        if self.every is not None and self.every.minutes is not None:
+            due["save due"] = float(is_leader() and self._minutes_since(self.saved) >= self.every.minutes)
+        if self.lasting is not None:
+            due["time is up"] = float(is_leader() and self._minutes_since(self.started) >= self.lasting)
+        return due
+
+    def after_backward(self, loop: TrainingLoop, result: BatchResult) -> None:
+        """Hear the clock."""
+        self._told = result.flags
+
+    def end_of_iteration(self, loop: TrainingLoop) -> Wish:
+        """Save, leave (which saves), both or nothing."""
+        now, wish = loop.progress.iteration, Wish.NOTHING
+        counted = self.every is not None and self.every.iterations is not None and now % self.every.iterations == 0
+        if counted or self._told.get("save due"):
+            self.saved = self.clock()
+            wish |= Wish.SAVE
+        if self.exit_interval and now % self.exit_interval == 0:
+            self.reason = f"--exit-interval {self.exit_interval}"
+        elif self._told.get("time is up"):
+            self.reason = f"--exit-duration-in-mins {self.lasting:g}"
+        return wish | Wish.LEAVE if self.reason else wish
+
+    def _minutes_since(self, moment: float) -> float:
+        return (self.clock() - moment) / SECONDS_A_MINUTE
+
+
+class Saver:
+    """Writes checkpoints of a run: adapters alone for LoRA, everything otherwise.
+
+    Attributes:
+        last: the directory written last.
+        health: what the guards say of the state at hand, for its record; None when none looks.
+
+    Raises:
+        UserError: `--save` cannot be written to, or has no room for a checkpoint.
+    """
+
+    def __init__(self, plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> None:
+        self.plan, self.model, self.optimizer, self.scheduler, self.data = plan, model, optimizer, scheduler, data
+        self.root = Path(plan.config.checkpoint.save)
+        self.last: Path | None = None
+        self.health: Callable[[], dict[str, Any]] | None = None
+        self.base = base_record(plan.weights, plan.stored_shape, plan.adapters is not None) if is_leader() else None
+        self.started_from = started_from(plan)
+        self.num_bytes = checkpoint_bytes(plan, model)
+        refuse_together(self._room_problem)
+
+    def __call__(self, progress: Progress) -> None:
+        """Save the state after `progress.iteration`."""
+        from mindspeed_llm.checkpoint.train_save import save_training
+        from mindspeed_llm.checkpoint.training_state import rng_states
+
+        c = self.plan.config.checkpoint
+        refuse_together(lambda: space_problem(self.root, self.num_bytes, f"iteration {progress.iteration}"))
+        gather_parameters(self.model)
+        state, order = self.state(rng_states()), self.order(progress)
+        self.last = save_training(order, state)
+        if is_leader():
+            note = "" if not c.no_save_optim else " (no optimizer state: it can be tuned from, not resumed)"
+            print(f" saved checkpoint at iteration {progress.iteration} to {self.last}{note}", flush=True)
+
+    def state(self, rng: Mapping[str, Any] | None) -> TrainingState:
+        """What this rank holds; needs no other rank."""
+        from mindspeed_llm.checkpoint.training_state import training_state
+
+        c = self.plan.config.checkpoint
+        return training_state(
+            self.model.chunks,
+            None if c.no_save_optim else self.optimizer,
+            None if c.no_save_optim else self.scheduler,
+            self.model.trained if self.plan.adapters is not None else None,
+            rng=rng,
+        )
+
+    def order(self, progress: Progress) -> SaveOrder:
+        """What a checkpoint of the state after `progress.iteration` is to be like."""
+        from mindspeed_llm.checkpoint.train_save import SaveOrder
+
+        c = self.plan.config.checkpoint
+        return SaveOrder(
+            c.save,
+            progress.iteration,
+            self.record(progress),
+            self.plan.hf_files,
+            keep_last=c.keep_last,
+            read_back=c.verify_checkpoint in ("save", "both"),
+        )
+
+    def record(self, progress: Progress) -> dict[str, Any]:
+        """What is written beside the tensors."""
+        plan = self.plan
+        return {
+            "format": "torch_dist",
+            "version": __version__,
+            "iteration": progress.iteration,
+            "progress": asdict(progress),
+            "resumable": not plan.config.checkpoint.no_save_optim,
+            "shape": plan.shape.to_json(),
+            "adapters": plan.adapters.to_json() if plan.adapters else None,
+            "base": self.base,
+            "started_from": self.started_from,
+            "layout": layout_record(plan),
+            "dtype": plan.dtype_name,
+            "data": self.data.fingerprint(),
+            "continuity": plan.config.of_kind("continuity") | {"global_batch_size": plan.global_batch_size},
+            "options": recorded_options(plan.config),
+            "health": self.health() if self.health is not None else None,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+
+    def _room_problem(self) -> str | None:
+        """Why the first checkpoint would not fit; says what is needed later if nothing is ever removed."""
+        probe(self.root)
+        keep, there = self.plan.config.checkpoint.keep_last, len(iterations(self.root))
+        # The newest is complete before the oldest goes.
+        more = 1 if keep is None else max(keep + 1 - there, 1)
+        what = "a checkpoint" if more == 1 else f"--keep-last {keep} and the one being written ({more} more)"
+        return space_problem(self.root, more * self.num_bytes, f"{what} of {in_units(self.num_bytes)} each")
+
+
+def checkpoint_bytes(plan: Plan, model: TrainingModel) -> int:
+    """About how many bytes one checkpoint of the run has, all ranks together; what replicas share counts once."""
+    from megatron.core import parallel_state
+
+    adapted, optimizer = plan.adapters is not None, not plan.config.checkpoint.no_save_optim
+    dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    expert = parallel_state.get_expert_data_parallel_world_size()
+    own = 0.0
+    for chunk in model.chunks:
+        for parameter in chunk.parameters():
+            if adapted and not parameter.requires_grad:
+                continue
+            each = parameter.element_size()
+            if optimizer and parameter.requires_grad:
+                each += MOMENT_BYTES + (MAIN_WEIGHT_BYTES if parameter.element_size() < MAIN_WEIGHT_BYTES else 0)
+            own += parameter.numel() * each / (dense if getattr(parameter, "allreduce", True) else expert)
+    total = torch.tensor(own, dtype=torch.float64, device=accelerator.current().current_device())
+    dist.all_reduce(total)
+    return int(total)
+
+
+def refuse_together(problem: Callable[[], str | None]) -> None:
+    """Ask on the first rank, refuse on all.
+
+    Raises:
+        UserError: there is a problem; every rank raises it.
+    """
+    found: list[str | None] = [None]
+    if is_leader():
+        try:
+            found = [problem()]
+        except UserError as wrong:
+            found = [str(wrong)]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise UserError(found[0])
+
+
+def layout_record(plan: Plan) -> dict[str, int]:
+    """What a checkpoint says about the layout that wrote it."""
+    return {
+        "tensor_parallel": plan.tensor_parallel_size,
+        "pipeline_parallel": plan.pipeline_parallel_size,
+        "context_parallel": plan.layout.cp,
+        "data_parallel": plan.data_parallel_size,
+        "expert_parallel": plan.layout.ep,
+        "expert_tensor_parallel": plan.layout.expert_tp,
+    }
