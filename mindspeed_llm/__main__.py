@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name")
     command.set_defaults(run=_why_patch)
 
+    command = commands.add_parser("watch", help="a running or finished training in the terminal, or as a picture")
+    command.add_argument("place", metavar="DIR", help="the --save directory of the run, or its --metrics-jsonl file")
+    command.add_argument("--once", action="store_true", help="print and exit; the default without a terminal")
+    command.add_argument("--png", metavar="FILE", help="write the curves to this picture and exit")
+    command.set_defaults(run=_watch)
+
     command = commands.add_parser("flags", help="every option as the text of docs/flags.md")
     command.set_defaults(run=_flags)
     return parser
@@ -112,6 +118,12 @@ def _why_patch(arguments: argparse.Namespace) -> None:
     from mindspeed_llm import megatron_adaptor, patching  # noqa: F401  (importing the adaptor applies the patches)
 
     print(patching.why(arguments.name))
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.watch import watch
+
+    return watch(arguments.place, arguments.once, arguments.png)
 
 
 def _flags(_: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     monitor = Monitor(plan, model)
     schedule = SaveSchedule(plan.config)
     hooks = [stop, schedule, monitor]
-    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, saver, hooks)
+    save = partial(save_and_report, saver, reporter) if saver else None
+    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, save, hooks)
     try:
         loop.run()
     finally:
@@ -108,6 +110,12 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     if reason and is_leader():
         print(f" stopped after iteration {progress.iteration} by {reason}: saved to {last or 'nowhere'}", flush=True)
     return RunResult(progress, reporter.history, None, last, reason)
+
+
+def save_and_report(saver: Saver, reporter: Reporter, progress: Progress) -> None:
+    """Save, and tell the sinks."""
+    saver(progress)
+    reporter.event("checkpoint", {"directory": str(saver.last)}, progress.iteration)
 
 
 def make_reporter(plan: Plan, train_iters: int, done: int) -> Reporter:
