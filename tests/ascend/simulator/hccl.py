@@ -1,0 +1,135 @@
+"""The back end `hccl`, by gloo on the host's view of the tensors. What HCCL cannot do is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
+
+from simulator.host import host_view, is_on_device, run_current_stream
+
+# HCCL sums and compares integers and floats of up to 32 bits and int64; it moves everything.
+REDUCED = (torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+
+
+def _host(tree: Any) -> Any:
+    return tree_map(lambda x: host_view(x) if is_on_device(x) else x, tree)
+
+
+def _refuse_others(tensors: Any) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "npu":
+            raise RuntimeError(f"HCCL: tensor on {tensor.device}; collectives take tensors of the device")
+
+
+def _refuse_wide(tensors: Any) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in REDUCED:
+            raise RuntimeError(f"HCCL: {tensor.dtype} cannot be reduced (EI0003, unsupported data type)")
+
+
+class HCCL(dist.ProcessGroup):
+    """torch's old and new names of a collective are both answered: releases differ in which they call."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any, options: Any):
+        super().__init__(rank, size)
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.options = options
+
+    def getBackendName(self) -> str:
+        return "hccl"
+
+    def get_hccl_comm_name(self, rank: int, *_: Any) -> str:
+        return f"simulated_{rank}"
+
+    def _run(self, method: str, tensors: list[Any], *rest: Any, reduces: bool = False) -> Any:
+        flat = [x for x in torch.utils._pytree.tree_leaves(tensors) if isinstance(x, torch.Tensor)]
+        _refuse_others(flat)
+        if reduces:
+            _refuse_wide(flat)
+        run_current_stream()
+        work = getattr(self._gloo, method)(*_host(tensors), *rest)
+        # The device would be waited for on its stream; here the host waits, and the tensors' memory is written then.
+        self._kept = tensors
+        return work
+
+    def allreduce(self, tensors, options=None):
+        return self._run("allreduce", [tensors], *([options] if options else []), reduces=True)
+
+    def allreduce_coalesced(self, tensors, options=None):
+        return self._run("allreduce_coalesced", [tensors], *([options] if options else []), reduces=True)
+
+    def reduce(self, tensors, options=None):
+        return self._run("reduce", [tensors], *([options] if options else []), reduces=True)
+
+    def broadcast(self, tensors, options=None):
+        return self._run("broadcast", [tensors], *([options] if options else []))
+
+    def allgather(self, outputs, inputs, options=None):
+        return self._run("allgather", [outputs, inputs])
+
+    def gather(self, outputs, inputs, options=None):
+        return self._run("gather", [outputs, inputs], *([options] if options else []))
+
+    def scatter(self, outputs, inputs, options=None):
+        return self._run("scatter", [outputs, inputs], *([options] if options else []))
+
+    def _allgather_base(self, output, input, options=None):
+        parts = list(output.view(self.size(), *input.shape).unbind(0))
+        return self._run("allgather", [[parts], [input]])
+
+    def _reduce_scatter_base(self, output, input, options=None):
+        _refuse_others([output, input])
+        _refuse_wide([input])
+        run_current_stream()
+        total = host_view(input).clone()
+        given = dist.AllreduceOptions()
+        if options is not None:
+            given.reduceOp = options.reduceOp
+        work = self._gloo.allreduce([total], given)
+        work.wait()
+        host_view(output).copy_(total.view(self.size(), -1)[self.rank()].view(output.shape))
+        return work
+
+    def reduce_scatter(self, outputs, inputs, options=None):
+        return self._reduce_scatter_base(outputs[0], torch.cat([x.flatten() for x in inputs[0]]), options)
+
+    def alltoall_base(self, output, input, output_sizes, input_sizes, options=None):
+        return self._run("alltoall_base", [output, input], output_sizes, input_sizes)
+
+    def alltoall(self, outputs, inputs, options=None):
+        received = torch.empty_like(torch.cat([x.flatten() for x in outputs]))
+        sizes = ([x.numel() for x in outputs], [x.numel() for x in inputs])
+        work = self.alltoall_base(received, torch.cat([x.flatten() for x in inputs]), *sizes)
+        work.wait()
+        for out, part in zip(outputs, received.split(sizes[0])):
+            out.copy_(part.view(out.shape))
+        return work
+
+    def barrier(self, *_: Any, **__: Any):
+        return self._gloo.barrier()
+
+    def send(self, tensors, destination, tag=0):
+        return self._run("send", [tensors], destination, tag)
+
+    def recv(self, tensors, source, tag=0):
+        return self._run("recv", [tensors], source, tag)
+
+    def recv_anysource(self, tensors, tag=0):
+        return self._run("recv_anysource", [tensors], tag)
+
+    all_gather_single = _allgather_base
+    reduce_scatter_single = _reduce_scatter_base
+    all_to_all_single = alltoall_base
+
+
+def _make(distributed_options: Any, options: Any) -> HCCL:
+    d = distributed_options
+    return HCCL(d.store, d.group_rank, d.group_size, d.timeout, options)
+
+
+def register() -> None:
+    """Put the stand-in where torch_npu entered its own."""
+    dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_make, True)

@@ -1,0 +1,28 @@
+"""The table of kernels, and what a device says when it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def kernel(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: the function computes torch_npu's operator of that name, from CPU tensors."""
+
+    def enter(function: Callable) -> Callable:
+        KERNELS[name] = function
+        return function
+
+    return enter
+
+
+def require(condition: bool, operator: str, rule: str) -> None:
+    """Refuse a call as a device does.
+
+    Raises:
+        RuntimeError: the condition does not hold.
+    """
+    if not condition:
+        raise RuntimeError(f"{operator}: parameter error on the device: {rule}")
