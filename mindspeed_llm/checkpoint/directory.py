@@ -53,6 +53,7 @@ observers: list[Callable[[str], None]] = []
 """Called with the name of each stage that this process passes; fault injection hangs here."""
 
 ASIDE, FORMER = ".tmp", ".old"
+_DYING = ".dying"
 
 
 def reached(stage: str) -> None:
@@ -176,7 +177,12 @@ def iterations(root: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_newest(root: str | Path, healthy: bool = False, skipped: list[str] | None = None) -> Path | None:
+def find_newest(
+    root: str | Path,
+    healthy: bool = False,
+    skipped: list[str] | None = None,
+    wrong: Callable[[Path], str | None] = damage,
+) -> Path | None:
     """The checkpoint to go on from: the tracker's, or, if that is damaged, the newest complete one.
 
     Older ones than the tracker's come before younger ones, which belong to a course that was given up.
@@ -184,6 +190,7 @@ def find_newest(root: str | Path, healthy: bool = False, skipped: list[str] | No
     Args:
         healthy: pass over those that are not marked healthy.
         skipped: gets a line for each that was passed over, with the reason.
+        wrong: why a directory is not to be taken, None when it may be.
     """
     root, skipped = Path(root), [] if skipped is None else skipped
     word, found = read_tracker(root), iterations(root)
@@ -196,12 +203,12 @@ def find_newest(root: str | Path, healthy: bool = False, skipped: list[str] | No
         directory = found[number]
         if not has_manifest(directory) and number != tracked:
             continue
-        wrong = damage(directory)
-        if wrong is None and healthy and not is_healthy(directory):
-            wrong = "is not marked healthy"
-        if wrong is None:
+        why = wrong(directory)
+        if why is None and healthy and not is_healthy(directory):
+            why = "is not marked healthy"
+        if why is None:
             return directory
-        skipped.append(f"{directory.name}: {wrong}")
+        skipped.append(f"{directory.name}: {why}")
     return None
 
 
@@ -284,7 +291,7 @@ def aside_of(root: str | Path, iteration: int) -> Path:
 def dying_aside_of(root: str | Path, iteration: int) -> Path:
     """The directory that a checkpoint is written into while training threads may still write the regular one."""
     final = iteration_directory(root, iteration)
-    return final.with_name(final.name + _DYING + _ASIDE)
+    return final.with_name(final.name + _DYING + ASIDE)
 
 
 def _former(final: Path) -> Path:

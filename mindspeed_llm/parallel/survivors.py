@@ -55,11 +55,14 @@ class LastWill(Protocol):
         """What to save, from the iterations that the ranks that are left have finished.
 
         Returns:
-            {"reason": why nothing is} or {"iteration": n, "writers": ranks, ...}, as json has it.
+            {"reason": why nothing is} or {"iteration": n, "holders": ranks whose parts make a whole}.
         """
 
+    def prepare(self, decision: Mapping[str, Any]) -> None:
+        """Make room for what all write; called by the judge before anybody writes."""
+
     def write(self, decision: Mapping[str, Any]) -> None:
-        """Write this rank's share."""
+        """Write what is to come from this rank: of a holder, or of `decision["judge"]`, or of both in one."""
 
     def complete(self, decision: Mapping[str, Any]) -> str:
         """Make a checkpoint of all shares; its directory."""
@@ -144,14 +147,15 @@ class Survivors:
             decision = {"reason": "nothing is saved, because --save is not given"}
         else:
             decision = will.decide({rank: answer.iteration for rank, answer in answers.items()})
-        self.store.set("decision", json.dumps(decision))
         if "reason" in decision:
+            self.store.set("decision", json.dumps(decision))
             return decision["reason"]
+        decision["judge"] = self.rank
         try:
-            if self.rank in decision["writers"]:
-                will.write(decision)
-                self.store.set(f"wrote/{self.rank}", "")
-            for rank in decision["writers"]:
+            will.prepare(decision)
+            self.store.set("decision", json.dumps(decision))
+            self._write(decision, will)
+            for rank in decision["holders"]:
                 self._wait_for(f"wrote/{rank}", WRITE_SECONDS)
                 if problem := self.store.get(f"wrote/{rank}").decode():
                     raise RuntimeError(f"rank {rank}: {problem}")
@@ -159,18 +163,22 @@ class Survivors:
         except Exception as wrong:
             return f"iteration {decision['iteration']} is not saved, because {one_line(wrong)}"
 
+    def _write(self, decision: Mapping[str, Any], will: LastWill) -> None:
+        """Write this rank's share and say so, or why not."""
+        problem = ""
+        try:
+            will.write(decision)
+        except Exception as wrong:
+            problem = one_line(wrong)
+        self.store.set(f"wrote/{self.rank}", problem)
+
     def _follow(self, will: LastWill | None) -> None:
         """Do as the judge decides."""
         self._wait_for("decision", ANSWER_SECONDS + UPDATE_SECONDS)
         decision = json.loads(self.store.get("decision"))
-        if will is not None and self.rank in decision.get("writers", ()):
-            try:
-                will.write(decision)
-                problem = ""
-            except Exception as wrong:
-                problem = one_line(wrong)
-            self.store.set(f"wrote/{self.rank}", problem)
-        self._wait_for("closed", WRITE_SECONDS if "writers" in decision else UPDATE_SECONDS)
+        if will is not None and self.rank in decision.get("holders", ()):
+            self._write(decision, will)
+        self._wait_for("closed", UPDATE_SECONDS if "reason" in decision else WRITE_SECONDS)
 
     def _wait_for(self, key: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds

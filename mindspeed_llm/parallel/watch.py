@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.last_lines import LastLines, listening
 from mindspeed_llm.parallel.stacks import all_stacks, late_line, whereabouts
-from mindspeed_llm.parallel.survivors import Alarm, Survivors, one_line
+from mindspeed_llm.parallel.survivors import Alarm, LastWill, Survivors, one_line
 
 POLL_SECONDS = 1.0
 # A rank that fails by itself, or is ended by its launcher, gets this long before the watch ends it.
@@ -80,7 +80,9 @@ class Watch:
         self.hang_after, self.logs, self.lines = hang_seconds, logs, lines or LastLines()
         self.main_thread = threading.get_ident()
         self.stopped, self.over, self.alerted = threading.Event(), threading.Event(), threading.Event()
-        self.suspicious, self.will = False, None
+        self.suspicious = False
+        self.will: LastWill | None = None
+        self.told: bool | None = None
         self.beats, self.said_at, self.dumped_at = 0, -1, -1
         self.last_beat = time.monotonic()
         self.survivors = Survivors(store, rank, world_size, self._lines_of)
@@ -96,7 +98,7 @@ class Watch:
 
     def report(self, error: BaseException) -> bool:
         """Tell everybody that this rank failed; whether it is the first to."""
-        own = not OF_OTHERS.search(str(error)) or isinstance(error, (UserError, OSError))
+        own = is_own(error)
         savable = getattr(error, "is_savable", not isinstance(error, UserError))
         told = f"rank {self.rank} on {socket.gethostname()} failed first: {one_line(error)}"
         first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable))
@@ -240,12 +242,14 @@ class Watch:
 
     def tell(self, error: BaseException) -> bool:
         """This rank has raised: let everybody know; whether it is the first."""
-        try:
-            first = self.report(error)
-            self._write_error_file(self.survivors.alarm(), error)
-        except (RuntimeError, OSError):  # nobody can be told, or nothing written
-            return True
-        return first
+        if self.told is None:
+            self.told = True
+            try:
+                self.told = self.report(error)
+                self._write_error_file(self.survivors.alarm(), error)
+            except (RuntimeError, OSError):
+                pass  # nobody can be told, or nothing written
+        return self.told
 
     def end(self) -> None:
         """This rank leaves the run."""
@@ -273,6 +277,11 @@ class _Beating:
     def __exit__(self, *unused: Any) -> None:
         self.ended.set()
         self.thread.join()
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether an error is this rank's, and not the consequence of another rank's end."""
+    return isinstance(error, (UserError, OSError)) or not OF_OTHERS.search(str(error))
 
 
 _current: Watch | None = None
@@ -341,7 +350,8 @@ def _fail(watch: Watch, error: Exception) -> None:
     says = not isinstance(error, UserError)  # the door prints those
     first = watch.tell(error)
     if first and says and not alone:
-        traceback.print_exception(error)
+        if is_own(error):
+            traceback.print_exception(error)
         get_error_handler().record_exception(error)
     watch.over.wait()
     if says and not alone:

@@ -17,7 +17,9 @@ from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.data_lines import data_lines
+from mindspeed_llm.training.dying import DyingBreath
 from mindspeed_llm.training.evaluate import Evaluation, evaluate
+from mindspeed_llm.training.intact import with_intact_checkpoint
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
 from mindspeed_llm.training.monitor.monitor import Monitor
@@ -33,6 +35,7 @@ from mindspeed_llm.training.setup import (
     is_logger,
     start_processes,
 )
+from mindspeed_llm.training.standing import Standing
 from mindspeed_llm.training.stopping import StopRequest
 
 
@@ -61,6 +64,7 @@ def run_training(plan: Plan, prefixes: Sequence[str], pad_token_id: int) -> RunR
         pad_token_id: fills what collation rounds up.
     """
     start_processes(plan)
+    plan = with_intact_checkpoint(plan)
     stop = StopRequest()
     with stop.listening() if takes_signals(plan) else nullcontext(), watched(**watch_settings(plan)) as watch:
         return _train(plan, prefixes, pad_token_id, stop, watch)
@@ -99,10 +103,19 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     monitor = Monitor(plan, model)
     schedule = SaveSchedule(plan.config)
     hooks = [stop, schedule, monitor]
+    if saver and watch:
+        standing = Standing(watch.rank, watch.store)
+        hooks.append(standing)
+        watch.will = DyingBreath(saver, standing, plan.layout, watch.rank, watch.store)
+        watch.will.announce()
     save = partial(save_and_report, saver, reporter) if saver else None
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, save, hooks)
     try:
         loop.run()
+    except Exception as error:
+        if watch:  # the others wait for this rank while it closes its files
+            watch.tell(error)
+        raise
     finally:
         monitor.close()
         reporter.close(log.loss_curve)
@@ -204,7 +217,8 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     check_precision(plan)
     only = model.trained if plan.adapters is not None else None
     same_layout = source.record["layout"].items() <= layout_record(plan).items()
-    with_rng = same_layout and not c.no_load_rng
+    known = source.record.get("random_states", True)  # unless a rank died that had not told them
+    with_rng = same_layout and known and not c.no_load_rng
     state = training_state(
         model.chunks,
         None if c.no_load_optim else optimizer,
@@ -221,8 +235,9 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         restore_rng_states(loaded[rng_key()])
-    elif not same_layout and draws_masks(plan) and is_leader():
-        print(" resume: at another layout dropout starts from the seed again; its masks are others than without a stop")
+    elif not (same_layout and known) and draws_masks(plan) and is_leader():
+        where = "after the loss of a rank's random states" if same_layout else "at another layout"
+        print(f" resume: {where} dropout starts from the seed again; its masks are others than without a stop")
     return Progress(**source.record["progress"])
 
 

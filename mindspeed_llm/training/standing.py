@@ -1,0 +1,108 @@
+"""Which iteration this rank's weights and optimizer state are of, and what of it the next iteration changes early.
+
+Weights and optimizer state change in one short stretch of an iteration. At any other time they are those of the last
+finished one, and so are, in copies taken at its end, the small things that change earlier: random states, schedule,
+loss scale, biases of routers. The random states go to the launcher's store (30 kB and 0.4 ms for an iteration), so that
+those of a rank that was killed are known.
+"""
+
+from __future__ import annotations
+
+import threading
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state
+from mindspeed_llm.checkpoint.training_state import rng_key, rng_states
+from mindspeed_llm.checkpoint.write_part import saved_bytes
+from mindspeed_llm.training.hooks import LoopHook
+
+if TYPE_CHECKING:
+    from mindspeed_llm.training.loop import Progress, TrainingLoop
+    from mindspeed_llm.training.step import BatchResult
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Small state after an iteration.
+
+    Attributes:
+        buffers: copies of the model's persistent buffers by the address of the live ones.
+    """
+
+    progress: Progress
+    scheduler: dict[str, Any]
+    grad_scaler: dict[str, Any] | None
+    buffers: dict[int, torch.Tensor]
+
+
+class Standing(LoopHook):
+    """Keeps `finished` true, and holds the training thread back once `freeze` was asked.
+
+    Args:
+        store: where random states go, any torch.distributed store.
+    """
+
+    def __init__(self, rank: int, store: Any) -> None:
+        self.rank, self.store = rank, store
+        self.finished: Finished | None = None
+        self._changing = threading.Lock()
+        self._holds = False
+
+    def before_batch(self, loop: TrainingLoop) -> None:
+        """The first iteration, and any that does not follow the last one, stands on a state that was loaded."""
+        if self.finished is None or self.finished.progress != loop.progress:
+            self._take(loop)
+
+    def before_update(self, loop: TrainingLoop) -> None:
+        """From here the state is of no iteration."""
+        self._changing.acquire()  # never returns once the state is frozen
+        self._holds = True
+
+    def after_step(self, loop: TrainingLoop, result: BatchResult, grad_norm: float) -> None:
+        """The state is of one iteration again."""
+        if not self._holds:  # a batch that was left out
+            self._changing.acquire()
+        self._take(loop)
+        self._holds = False
+        self._changing.release()
+
+    def freeze(self, seconds: float) -> int | None:
+        """Keep the finished iteration until the process ends.
+
+        Returns:
+            Its number; None before the first, and in the middle of an update that does not end in `seconds`.
+        """
+        if not self._changing.acquire(timeout=seconds) or self.finished is None:
+            return None
+        return self.finished.progress.iteration
+
+    def _take(self, loop: TrainingLoop) -> None:
+        buffers = {b.data_ptr(): b.detach().clone() for chunk in loop.model.chunks for b in persistent_buffers(chunk)}
+        progress, schedule = deepcopy(loop.progress), dict(loop.scheduler.state_dict())
+        self.finished = Finished(progress, schedule, grad_scaler_state(loop.optimizer), buffers)
+        # Ranks are at most one iteration apart, so two are kept.
+        content = f"{progress.iteration} {rng_key()}\n".encode() + saved_bytes([rng_states()])
+        self.store.set(f"streams/{self.rank}/{progress.iteration % 2}", content)
+
+    def streams_of(self, rank: int, iteration: int) -> dict[str, bytes]:
+        """A rank's random states after an iteration as a checkpoint stores them: {key: object}, {} when not known."""
+        key = f"streams/{rank}/{iteration % 2}"
+        if not self.store.check([key]):
+            return {}
+        words, _, content = self.store.get(key).partition(b"\n")
+        number, place = words.decode().split(" ")
+        return {place: content} if int(number) == iteration else {}
+
+
+def persistent_buffers(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Buffers that belong to the state of a module."""
+    return [
+        buffer
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]

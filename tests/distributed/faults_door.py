@@ -1,0 +1,111 @@
+"""A training door with a fault in it: what test_faults.py and benchmarks/faults.py start under torchrun.
+
+The environment names the fault: FAULT is a function below, FAULT_RANK where it happens, FAULT_AT after which iteration
+or at which stage of saving. A fault happens once: FAULT_ONCE names a file that it leaves behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+RANK = int(os.environ.get("RANK", "0"))
+AT = os.environ.get("FAULT_AT", "")
+
+
+def first_time() -> bool:
+    """Whether the fault has not happened yet; from now on it has."""
+    mark = Path(os.environ["FAULT_ONCE"])
+    if RANK != int(os.environ["FAULT_RANK"]) or mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+def in_iteration(act) -> None:
+    """Do it in the middle of the iteration after AT, when its micro-batches are asked for."""
+    from mindspeed_llm.training.loop import TrainingLoop
+
+    step = TrainingLoop.step
+
+    def faulty(self):
+        if self.progress.iteration == int(AT) and first_time():
+            batches = self.data.micro_batches
+
+            def then(*args):
+                act()
+                return batches(*args)
+
+            self.data.micro_batches = then
+        return step(self)
+
+    TrainingLoop.step = faulty
+
+
+def kill() -> None:
+    """This process ends at once, as by the kernel's out-of-memory killer."""
+    in_iteration(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def raises() -> None:
+    """This rank raises."""
+
+    def act():
+        print("reading shard 7", flush=True)
+        raise OSError("storage is gone")
+
+    in_iteration(act)
+
+
+def sleeps() -> None:
+    """This rank does not come back."""
+
+    def held_up_by_storage():
+        time.sleep(600)
+
+    in_iteration(held_up_by_storage)
+
+
+def asked_to_stop() -> None:
+    """This rank, alone, is sent a signal."""
+    in_iteration(lambda: os.kill(os.getpid(), getattr(signal, os.environ["FAULT_SIGNAL"])))
+
+
+def kill_in_update() -> None:
+    """This process ends while its weights are between two iterations."""
+    from mindspeed_llm.training.standing import Standing
+
+    before = Standing.before_update
+
+    def faulty(self, loop):
+        before(self, loop)
+        if loop.progress.iteration == int(AT) and first_time():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Standing.before_update = faulty
+
+
+def kill_in_save() -> None:
+    """This process ends at a stage of saving."""
+    from mindspeed_llm.checkpoint import directory
+
+    directory.observers.append(lambda stage: stage == AT and first_time() and os.kill(os.getpid(), signal.SIGKILL))
+
+
+def main() -> int:
+    """Open the door with the fault in place."""
+    fault, door = os.environ.get("FAULT"), sys.argv[1]
+    if fault:
+        globals()[fault]()
+    from importlib import import_module
+
+    return import_module(f"mindspeed_llm.cli.{door}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
