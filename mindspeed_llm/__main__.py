@@ -32,6 +32,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", action="store_true", help="print every layer's difference")
     command.set_defaults(run=_verify)
 
+    checkpoint = commands.add_parser("checkpoint", help="the checkpoints in a directory").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    command = checkpoint.add_parser("list", help="a table of them: complete, healthy, size, layout")
+    command.add_argument("directory")
+    command.set_defaults(run=_list_checkpoints)
+    command = checkpoint.add_parser("verify", help="compare all files with their checksums; status 1 if any differs")
+    command.add_argument("directory")
+    command.set_defaults(run=_verify_checkpoints)
+    command = checkpoint.add_parser("prune", help="remove all but the newest")
+    command.add_argument("directory")
+    command.add_argument("--keep-last", type=int, required=True, metavar="N")
+    command.set_defaults(run=_prune_checkpoints)
+
     data = commands.add_parser("data", help="look at preprocessed data").add_subparsers(required=True, metavar="WHAT")
     command = data.add_parser("show", help="rows with the trained tokens coloured")
     command.add_argument("data_path", nargs="+", help="as --data-path: a prefix, or several, with weights or without")
@@ -82,6 +96,24 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(report.table())
     print(report)
     return report.exit_code
+
+
+def _list_checkpoints(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.checkpoint import list_checkpoints
+
+    return list_checkpoints(arguments.directory)
+
+
+def _verify_checkpoints(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.checkpoint import verify_checkpoints
+
+    return verify_checkpoints(arguments.directory)
+
+
+def _prune_checkpoints(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.checkpoint import prune_checkpoints
+
+    return prune_checkpoints(arguments.directory, arguments.keep_last)
 
 
 def _show_data(arguments: argparse.Namespace) -> None:

@@ -162,6 +162,16 @@ def _adapters(config: RunConfig, source: Found | None, problems: list[str]) -> A
     return adapters_asked_for(config) if source is None else recorded_adapters(config, source, problems)
 
 
+def _passed_over(*loaded: Found | None) -> list[str]:
+    """Checkpoints that were to be loaded and are damaged."""
+    return [
+        f"checkpoint: passed over {line}; loading {found.directory}"
+        for found in loaded
+        if found is not None
+        for line in found.skipped
+    ]
+
+
 def _notes(config: RunConfig) -> list[str]:
     """Options that are accepted without effect, each with the reason."""
     p, t = config.parallel, config.training
@@ -241,5 +251,5 @@ def _assemble(config, layout, shape, stored_shape, weights, adapter_source, resu
         seq_length=seq_length,
         padded_vocab_size=padded,
         rules=rules,
-        notes=_notes(config),
+        notes=[*_passed_over(weights, adapter_source), *_notes(config)],
     )
