@@ -11,6 +11,7 @@ from mindspeed_llm.config.checkpoint import CheckpointConfig
 from mindspeed_llm.config.convert import ConvertConfig
 from mindspeed_llm.config.data import EVERY_DATA_DOOR, DataConfig, TokenizerConfig
 from mindspeed_llm.config.experts import ExpertConfig
+from mindspeed_llm.config.guards import GuardConfig
 from mindspeed_llm.config.inference import InferenceConfig
 from mindspeed_llm.config.logging import LoggingConfig
 from mindspeed_llm.config.lora import LoraConfig
@@ -33,6 +34,7 @@ SECTION_DOORS = {
     "optimizer": TRAINING_DOORS,
     "lora": (*MODEL_DOORS, "convert"),
     "checkpoint": MODEL_DOORS,
+    "guards": TRAINING_DOORS,
     "logging": TRAINING_DOORS,
     "convert": ("convert",),
     "inference": ("inference",),
@@ -55,6 +57,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)

@@ -167,18 +167,32 @@ class _Recorder:
         if self.inner is not None:
             self.inner.zero_grad()
 
-    def step(self) -> tuple[bool, float, None]:
+    @property
+    def chained_optimizers(self) -> list[Any]:
+        """Parts whose gradients are clipped; plain gradient descent clips nothing."""
+        return [] if self.inner is None else self.inner.chained_optimizers
+
+    def prepare_grads(self) -> bool:
+        """Gather what the first (of plain gradient descent, every) step starts from."""
         for wrapped in self.model.wrapped:
             complete_gradients(wrapped)
-        values = {p: p.main_grad for chunk in self.model.chunks for p in chunk.parameters() if p.requires_grad}
         if self.inner is None or not self.gradients:
-            self.gradients.append(gather(self.plan, self.model.chunks, values))
+            self.gradients.append(gather(self.plan, self.model.chunks, self._gradients()))
+        return False if self.inner is None else self.inner.prepare_grads()
+
+    def get_grad_norm(self) -> float:
+        return 1.0 if self.inner is None else self.inner.get_grad_norm()
+
+    def step_with_ready_grads(self) -> bool:
         if self.inner is not None:
-            return self.inner.step()
+            return self.inner.step_with_ready_grads()
         with torch.no_grad():
-            for parameter, gradient in values.items():
+            for parameter, gradient in self._gradients().items():
                 parameter -= self.learning_rate * gradient
-        return True, 1.0, None
+        return True
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        return {p: p.main_grad for chunk in self.model.chunks for p in chunk.parameters() if p.requires_grad}
 
 
 @torch.no_grad()

@@ -16,11 +16,13 @@ from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.evaluate import evaluate
 from mindspeed_llm.training.flops import training_flops
+from mindspeed_llm.training.guards.guards import REWIND, UPDATE, Guards, Verdict
 from mindspeed_llm.training.hooks import LoopHook, Wish, collect_flags
 from mindspeed_llm.training.log_line import IterationLog
 from mindspeed_llm.training.report import Reporter
 from mindspeed_llm.training.setup import TrainingModel
 from mindspeed_llm.training.step import BatchResult, run_batch
+from mindspeed_llm.training.update import apply_gradients
 
 
 @dataclass
@@ -32,6 +34,10 @@ class Progress:
         skipped_iterations: without an update, for whatever reason.
         nan_iterations: those of them whose loss or gradient was not finite (an overflow of the loss scaling is none).
         skipped_samples: [first, end) ranges of `consumed_samples` whose batches were left out and stay so.
+        rewinds: how often the run went back to a checkpoint because of what it computed.
+        recent: the latest losses and gradient norms, where spikes of them are watched for.
+        spiking: ranges of `consumed_samples` of the spikes in a row that the last iterations were.
+        ailments: what is wrong with the state after this iteration; a healthy one has none.
     """
 
     iteration: int = 0
@@ -39,6 +45,15 @@ class Progress:
     skipped_iterations: int = 0
     nan_iterations: int = 0
     skipped_samples: list[list[int]] = field(default_factory=list)
+    rewinds: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    spiking: list[list[int]] = field(default_factory=list)
+    ailments: list[str] = field(default_factory=list)
+
+    @property
+    def num_skipped_samples(self) -> int:
+        """Samples in `skipped_samples` that lie behind."""
+        return sum(max(min(end, self.consumed_samples) - first, 0) for first, end in self.skipped_samples)
 
 
 class Interval:
@@ -56,8 +71,9 @@ class Interval:
         self.iterations += 1
         self.tokens += result.tokens
         self.samples += samples
-        self.trained_tokens += result.trained_tokens
-        self.loss_sum += result.loss * result.trained_tokens
+        if math.isfinite(result.loss):
+            self.trained_tokens += result.trained_tokens
+            self.loss_sum += result.loss * result.trained_tokens
         self.further_losses.update(result.further_losses)
         self.flops += flops
 
@@ -75,6 +91,7 @@ class TrainingLoop:
     Args:
         save: called with the progress when a checkpoint is due.
         hooks: what else happens at the points of an iteration.
+        guards: what watches over the numbers; default: guards by the plan's options that cannot rewind.
     """
 
     def __init__(
@@ -89,10 +106,12 @@ class TrainingLoop:
         train_iters: int,
         save: Callable[[Progress], None] | None,
         hooks: Sequence[LoopHook] = (),
+        guards: Guards | None = None,
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
         self.data, self.reporter, self.progress = data, reporter, progress
         self.train_iters, self.save, self.hooks = train_iters, save, hooks
+        self.guards = guards or Guards(plan, model, data)
         self.eval_iters = evaluation_iterations(data, plan.config.training.eval_iters)
         self.used_learning_rate = 0.0
 
@@ -101,7 +120,11 @@ class TrainingLoop:
         t, c = self.plan.config.training, self.plan.config
         interval, saved_at, evaluated_at = Interval(), -1, -1
         while self.progress.iteration < self.train_iters:
+            before = self.progress.iteration
             result, grad_norm = self.step()
+            if self.progress.iteration <= before:  # went back
+                interval = Interval()
+                continue
             interval.add(result, self.plan.global_batch_size, self.flops(result))
             now = self.progress.iteration
             if now % c.logging.log_interval == 0 or now == self.train_iters:
@@ -114,14 +137,14 @@ class TrainingLoop:
             wish = self.wish()
             if self.save and wish:
                 with interval.paused():
-                    self.save(self.progress)
+                    self.checkpoint()
                 saved_at = now
             if Wish.LEAVE in wish:
                 return self.progress
         if evaluated_at != self.progress.iteration:
             self.evaluate()
         if self.save and saved_at != self.progress.iteration:
-            self.save(self.progress)
+            self.checkpoint()
         return self.progress
 
     def wish(self) -> Wish:
@@ -132,15 +155,34 @@ class TrainingLoop:
         return wish
 
     def step(self) -> tuple[BatchResult, float]:
-        """One iteration: forward, backward, optimizer step.
+        """One iteration: forward, backward, optimizer step; or none, if the batch is left out or the run goes back.
 
         Raises:
-            RuntimeError: the loss or (outside loss scaling) the gradient is not finite, or no parameter has a gradient.
+            UserError: the guards stop the run; weights are those of the iteration before.
         """
-        from megatron.core import parallel_state
-
         for hook in self.hooks:
             hook.before_batch(self)
+        if self.guards.is_left_out(self.progress):
+            return self._finish(BatchResult(math.nan, 0, 0, 0), math.nan, stepped=False)
+        result = self.guards.run(self._batch(), self.progress)
+        for hook in self.hooks:
+            hook.after_backward(self, result)
+        self.used_learning_rate = self.learning_rate()
+        verdict = self.guards.judge(result, self.optimizer, self.progress)
+        if verdict.action == UPDATE:
+            self._update(verdict)
+            return self._finish(result, verdict.grad_norm, stepped=True)
+        if verdict.reason:
+            self.warn(self.guards.refuse(verdict, self.progress))
+        if verdict.action == REWIND:
+            self._rewind()
+            return result, verdict.grad_norm
+        return self._finish(result, verdict.grad_norm, stepped=False)
+
+    def _batch(self) -> Callable[[], BatchResult]:
+        """Forward and backward of the next batch, as often as it is called; gradients are zero before the first."""
+        from megatron.core import parallel_state
+
         micro = self.data.micro_batches(self.progress.consumed_samples, parallel_state.get_data_parallel_rank())
         for hook in self.hooks:
             hook.after_data(self)
@@ -148,48 +190,42 @@ class TrainingLoop:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         flags = partial(collect_flags, self.hooks)
-        result = run_batch(self.model.wrapped, micro, self.plan, forward_only=False, flags=flags)
-        for hook in self.hooks:
-            hook.after_backward(self, result)
-        self.check_loss(result)
-        self.used_learning_rate = self.learning_rate()
+        return lambda: run_batch(self.model.wrapped, micro, self.plan, forward_only=False, flags=flags)
+
+    def _update(self, verdict: Verdict) -> None:
+        if verdict.reason:
+            self.warn(verdict.reason)
         for hook in self.hooks:
             hook.before_update(self)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
-        if succeeded:
-            self.check_gradient(grad_norm)
-            self.scheduler.step(increment=self.plan.global_batch_size)
-        else:
-            self.progress.skipped_iterations += 1
+        apply_gradients(self.optimizer, verdict.grad_norm)
+        self.scheduler.step(increment=self.plan.global_batch_size)
+
+    def _finish(self, result: BatchResult, grad_norm: float, stepped: bool) -> tuple[BatchResult, float]:
         self.progress.iteration += 1
+        self.progress.skipped_iterations += not stepped
         self.progress.consumed_samples += self.plan.global_batch_size
         for hook in self.hooks:
             hook.after_step(self, result, grad_norm)
+        if stepped:
+            self.guards.after_update(self.optimizer, self.progress)
         return result, grad_norm
 
-    def where(self) -> str:
-        """Iteration and samples for messages."""
-        rows = self.data.sample_indices(self.progress.consumed_samples)
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        return f"iteration {self.progress.iteration + 1}, samples {shown} of {self.data.name}"
+    def _rewind(self) -> None:
+        came_from = self.progress.iteration + 1
+        self.guards.rewind(self.progress)
+        self.warn(f"rewind: from iteration {came_from} back to the checkpoint after {self.progress.iteration}")
+        if self.reporter is not None:
+            self.reporter.rewind(self.progress.iteration)
 
-    def check_loss(self, result: BatchResult) -> None:
-        """Refuse to step on a loss that means nothing."""
-        if result.trained_tokens == 0:
-            raise RuntimeError(f"loss: no trained token in the global batch ({self.where()}); weights are unchanged")
-        if not math.isfinite(result.loss):
-            raise RuntimeError(f"loss: {result.loss} at {self.where()}; no step was taken, weights are unchanged")
+    def warn(self, text: str) -> None:
+        """A warning in the log."""
+        if self.reporter is not None:
+            self.reporter.warn(text)
 
-    def check_gradient(self, grad_norm: float) -> None:
-        """Refuse to go on after a step that trained nothing or ruined the weights."""
-        if not math.isfinite(grad_norm):
-            raise RuntimeError(f"gradient: norm is {grad_norm} at {self.where()}; go on from the last checkpoint")
-        if grad_norm == 0.0 and self.progress.iteration == 0:
-            raise RuntimeError(
-                f"gradient: norm is exactly 0 at iteration 1 with {self.model.num_trained} trained tensors on this "
-                "rank; nothing is being trained"
-            )
+    def checkpoint(self) -> None:
+        """Save, after the guards have looked at what is saved."""
+        self.guards.before_save(self.optimizer, self.progress)
+        self.save(self.progress)
 
     def flops(self, result: BatchResult) -> float:
         """Model FLOPs of an iteration."""
@@ -217,11 +253,13 @@ class TrainingLoop:
                 samples=interval.samples / n,
                 learning_rate=self.used_learning_rate,
                 global_batch_size=self.plan.global_batch_size,
-                loss=interval.loss_sum / interval.trained_tokens,
+                loss=interval.loss_sum / interval.trained_tokens if interval.trained_tokens else math.nan,
                 further_losses={name: value / n for name, value in interval.further_losses.items()},
                 loss_scale=float(self.optimizer.get_loss_scale()),
                 grad_norm=grad_norm,
                 skipped_iterations=self.progress.skipped_iterations,
+                nan_iterations=self.progress.nan_iterations,
+                skipped_samples=self.progress.num_skipped_samples,
                 flops=interval.flops / n,
                 devices=self.plan.world_size,
                 peak_flops=accelerator.current().peak_flops(self.model.chunks[0].config.params_dtype),
@@ -229,8 +267,6 @@ class TrainingLoop:
                 log_memory=self.plan.config.logging.log_memory,
                 trained_tokens=interval.trained_tokens / n,
                 epoch=self.progress.consumed_samples / self.data.samples_per_epoch,
-                nan_iterations=self.progress.nan_iterations,
-                skipped_samples=sum(end - first for first, end in self.progress.skipped_samples),
                 device_memory=accelerator.current().peak_memory_allocated() or None,
                 host_memory=accelerator.current().resident_memory(),
                 monitored=monitored,

@@ -228,7 +228,7 @@ def test_a_nan_stops_the_run_before_the_step(door, toy_llama, corpus, tmp_path):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"loss: nan at iteration 1, samples .*; no step was taken"):
+    with pytest.raises(UserError, match=r"loss: nan at iteration 1, samples .*; no step was taken"):
         door("pretrain", TEXT, f"--load {broken} --data-path {corpus} --train-iters 1")
 
 
