@@ -111,8 +111,7 @@ def complete(
     flush_tree(aside)
     reached("flushed")
     write_manifest(aside, sums)
-    if read_back:
-        _read_back(aside)
+    _check_written(aside, read_back)
     reached("listed")
     swap_in(aside, final, lambda: reached("set_aside"))
     reached("renamed")
@@ -256,13 +255,16 @@ def is_healthy(directory: Path) -> bool:
     return bool((health_of(directory) or {}).get("healthy"))
 
 
-def _read_back(aside: Path) -> None:
-    forget_cached(aside)
-    wrong = changed_file(aside)
+def _check_written(aside: Path, read_back: bool) -> None:
+    """Compare a directory with its manifest: sizes, and on request all bytes as the disk has them."""
+    wrong = damage(aside)
+    if wrong is None and read_back:
+        forget_cached(aside)
+        wrong = changed_file(aside)
     if wrong is not None:
         raise UserError(
-            f"save: {aside.name.removesuffix(ASIDE)} is not on the disk as it was written: {wrong}; the checkpoint "
-            "before is intact; try: another disk"
+            f"save: {aside.name.removesuffix(ASIDE)} is not on the disk as it was written, because {wrong}; the "
+            "checkpoint before is intact; try: another disk"
         )
 
 

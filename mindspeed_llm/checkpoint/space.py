@@ -28,14 +28,14 @@ def space_problem(root: Path, needed: int, what: str) -> str | None:
     """Why `needed` bytes cannot be written below a directory, None when they can.
 
     Args:
-        what: needs them, for the message, e.g. "a checkpoint".
+        what: needs them, for the message, e.g. "2 checkpoints".
     """
     free = free_bytes(root)
     if needed <= free:
         return None
     return (
-        f"save: {root} has {in_units(free)} free, because {what} needs {in_units(needed)} it is too little; "
-        "try: another --save, fewer --keep-last, or room there"
+        f"save: {root} has too little room, {in_units(free)}, because {what} need {in_units(needed)}; "
+        "try: another --save, a smaller --keep-last, or room there"
     )
 
 

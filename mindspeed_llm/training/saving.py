@@ -22,9 +22,10 @@ from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.restart import started_from
 from mindspeed_llm.training.data import TrainingData
 from mindspeed_llm.training.hooks import LoopHook, Wish
-from mindspeed_llm.training.setup import TrainingModel, gather_parameters, is_leader
+from mindspeed_llm.training.setup import DTYPES, TrainingModel, gather_parameters, is_leader
 
 if TYPE_CHECKING:
+    from mindspeed_llm.checkpoint.async_save import AsyncSave
     from mindspeed_llm.checkpoint.train_save import SaveOrder
     from mindspeed_llm.checkpoint.training_state import TrainingState
     from mindspeed_llm.training.loop import Progress, TrainingLoop
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 SECONDS_A_MINUTE = 60.0
 # Adam: two moments, and in reduced precision the weights once more, all fp32.
 MOMENT_BYTES, MAIN_WEIGHT_BYTES = 8, 4
+# After a failure a save in the background gets this long to end.
+SETTLE_SECONDS = 30.0
 
 
 class SaveSchedule(LoopHook):
@@ -78,8 +81,10 @@ class SaveSchedule(LoopHook):
         return (self.clock() - moment) / SECONDS_A_MINUTE
 
 
-class Saver:
+class Saver(LoopHook):
     """Writes checkpoints of a run: adapters alone for LoRA, everything otherwise.
+
+    As a hook it notices between iterations that a save in the background has failed.
 
     Attributes:
         last: the directory written last.
@@ -98,20 +103,58 @@ class Saver:
         self.started_from = started_from(plan)
         self.num_bytes = checkpoint_bytes(plan, model)
         refuse_together(self._room_problem)
+        self.background = self._background() if plan.config.checkpoint.async_save else None
 
     def __call__(self, progress: Progress) -> None:
         """Save the state after `progress.iteration`."""
         from mindspeed_llm.checkpoint.train_save import save_training
         from mindspeed_llm.checkpoint.training_state import rng_states
 
-        c = self.plan.config.checkpoint
-        refuse_together(lambda: space_problem(self.root, self.num_bytes, f"iteration {progress.iteration}"))
+        refuse_together(lambda: space_problem(self.root, self.num_bytes, "a checkpoint's files"))
         gather_parameters(self.model)
         state, order = self.state(rng_states()), self.order(progress)
-        self.last = save_training(order, state)
+        if self.background is not None:
+            self.background.start(order, state)
+        else:
+            save_training(order, state)
+            self._say(order)
+        self.last = order.final
+
+    def before_batch(self, loop: TrainingLoop) -> None:
+        """Stop the run when the checkpoint that it believes to be under way will never come."""
+        if self.background is not None:
+            self.background.check()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.background is not None:
+            self.background.wait()
+
+    def settle(self) -> None:
+        """Let a save in the background end, on the way out after a failure of something else."""
+        if self.background is None:
+            return
+        try:
+            self.background.wait(SETTLE_SECONDS)
+        except UserError as failed:
+            print(f"warning: {failed}", flush=True)
+
+    def _background(self) -> AsyncSave:
+        from mindspeed_llm.checkpoint.async_save import AsyncSave
+
+        background = AsyncSave(self._say)
+        background.reserve(self.state(None))
+        return background
+
+    def _say(self, order: SaveOrder) -> None:
         if is_leader():
-            note = "" if not c.no_save_optim else " (no optimizer state: it can be tuned from, not resumed)"
-            print(f" saved checkpoint at iteration {progress.iteration} to {self.last}{note}", flush=True)
+            resumable = not self.plan.config.checkpoint.no_save_optim
+            note = "" if resumable else " (no optimizer state: it can be tuned from, not resumed)"
+            print(f" saved checkpoint at iteration {order.iteration} to {order.final}{note}", flush=True)
 
     def state(self, rng: Mapping[str, Any] | None) -> TrainingState:
         """What this rank holds; needs no other rank."""
@@ -163,13 +206,16 @@ class Saver:
         }
 
     def _room_problem(self) -> str | None:
-        """Why the first checkpoint would not fit; says what is needed later if nothing is ever removed."""
+        """Why the run could not save: the newest checkpoint is complete before the oldest one goes."""
         probe(self.root)
-        keep, there = self.plan.config.checkpoint.keep_last, len(iterations(self.root))
-        # The newest is complete before the oldest goes.
-        more = 1 if keep is None else max(keep + 1 - there, 1)
-        what = "a checkpoint" if more == 1 else f"--keep-last {keep} and the one being written ({more} more)"
-        return space_problem(self.root, more * self.num_bytes, f"{what} of {in_units(self.num_bytes)} each")
+        c, there = self.plan.config.checkpoint, len(iterations(self.root))
+        more = 1 if c.keep_last is None else max(c.keep_last + 1 - there, 1)
+        what = f"{more} checkpoint{'s' * (more > 1)} of {in_units(self.num_bytes)}"
+        needed = more * self.num_bytes
+        if c.save_hf:
+            exported = self.plan.shape.num_parameters() * DTYPES[self.plan.dtype_name].itemsize
+            what, needed = f"{what} and a Hugging Face model of {in_units(exported)}", needed + exported
+        return space_problem(self.root, needed, what)
 
 
 def checkpoint_bytes(plan: Plan, model: TrainingModel) -> int:
