@@ -11,7 +11,6 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,10 +59,10 @@ class AsyncSave:
     """Saves in the background, one at a time.
 
     Args:
-        completed: called by the thread of the first rank with each complete checkpoint.
+        completed: called by the thread of the first rank for each complete checkpoint.
     """
 
-    def __init__(self, completed: Callable[[Path], None] = lambda path: None) -> None:
+    def __init__(self, completed: Callable[[SaveOrder], None] = lambda order: None) -> None:
         self._completed, self._buffer = completed, StagingBuffer()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -116,9 +115,9 @@ class AsyncSave:
 
     def _write(self, order: SaveOrder, copies: list[Box], state: TrainingState) -> None:
         try:
-            final = write_and_complete(order, copies, state)
+            write_and_complete(order, copies, state)
             if dist.get_rank() == 0:
-                self._completed(final)
+                self._completed(order)
         except Exception as wrong:  # whatever it is, the training thread raises it
             self._failure = wrong
 

@@ -9,7 +9,7 @@ whole rows, the beginning of the last, and so on inward.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,9 @@ class Box:
         global_shape: of the global tensor.
         offsets: of this part, one for each dimension.
         tensor: the values, of as many dimensions; a view of the memory they live in.
-        replica_id: megatron-core's: 0s alone for the one that is written where several ranks hold the same.
+        replica_id: megatron-core's: 0s alone for the main one where several ranks hold the same; the last number counts
+            data-parallel ranks.
+        replicas: data-parallel ranks that hold the same.
         flexible: the stored tensor may be longer or shorter (a padded vocabulary); the rest reads as zeros.
     """
 
@@ -35,6 +37,7 @@ class Box:
     offsets: tuple[int, ...]
     tensor: Tensor
     replica_id: int | tuple[int, ...] = 0
+    replicas: int = 1
     flexible: bool = False
 
     @property
@@ -53,7 +56,7 @@ class Box:
         return self.key, self.offsets, self.shape
 
     def is_main(self) -> bool:
-        """Whether this is the replica that is written."""
+        """Whether this is the first replica."""
         ids = (self.replica_id,) if isinstance(self.replica_id, int) else self.replica_id
         return not any(ids)
 
@@ -67,26 +70,53 @@ def sharded_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
             yield prefix + name, value
 
 
-def tensor_boxes(sharded: Any) -> list[Box]:
-    """The boxes of a ShardedTensor, or of a factory (two for a gated fc1), as views of its data."""
-    boxes = [_box(piece, piece.data.detach()) for piece in _pieces(sharded)]
+def own_share(boxes: Iterable[Box]) -> list[Box]:
+    """The boxes that this rank writes when all ranks are there: data-parallel ranks share what they all hold.
+
+    All of them see the same boxes with the same sizes, so each finds the same shares without asking: the largest box
+    first, to the one with the least so far.
+    """
+    own, shared = [], []
+    for box in boxes:
+        if box.replicas == 1:
+            own += [box] if box.is_main() else []
+        elif not any(box.replica_id[:-1]):
+            shared.append(box)
+    loads = {count: [0] * count for count in {box.replicas for box in shared}}
+    for box in sorted(shared, key=lambda box: (-box.nbytes, box.place)):
+        load = loads[box.replicas]
+        writer = load.index(min(load))
+        load[writer] += box.nbytes
+        if writer == box.replica_id[-1]:
+            own.append(box)
+    return own
+
+
+def tensor_boxes(sharded: Any, replicas: int = 1) -> list[Box]:
+    """The boxes of a ShardedTensor, or of a factory (two for a gated fc1), as views of its data.
+
+    Args:
+        replicas: data-parallel ranks that hold the same.
+    """
+    boxes = [_box(piece, piece.data.detach(), replicas) for piece in _pieces(sharded)]
     whole = sharded.data.untyped_storage().data_ptr()
     assert all(box.tensor.untyped_storage().data_ptr() == whole for box in boxes), f"{sharded.key} is stored as a copy"
     return boxes
 
 
-def slice_boxes(sharded: Any, key: str, held: Tensor, start: int, stop: int, *, alone: bool) -> list[Box]:
+def slice_boxes(sharded: Any, key: str, held: Tensor, start: int, stop: int, replicas: int | None) -> list[Box]:
     """The boxes of a slice of a flattened tensor.
 
     Args:
         sharded: where the whole tensor belongs: megatron-core's description of a contiguous parameter.
         key: name of the global tensor that the slice is part of, in place of the parameter's.
         held: the values of [start, stop) of the flattened tensor, contiguous, of any type.
-        alone: no data-parallel rank holds the same slice, whatever the parameter's replicas.
+        replicas: data-parallel ranks that hold the same slice; None where each holds another, whatever the
+            parameter's replicas.
     """
     assert held.is_contiguous() and held.numel() == stop - start, (sharded.key, held.shape, start, stop)
     flat, replica = held.detach().view(-1), sharded.replica_id
-    if alone and not isinstance(replica, int):
+    if replicas is None and not isinstance(replica, int):
         replica = (*replica[:-1], 0)
     outline = torch.empty(sharded.data.shape, dtype=held.dtype, device="meta")
     boxes = []
@@ -99,7 +129,7 @@ def slice_boxes(sharded: Any, key: str, held: Tensor, start: int, stop: int, *, 
             begin = flat.storage_offset() + first - start
             view = flat.as_strided((1,) * lead + shape, (1,) * lead + layout.stride(), begin)
             at = tuple(a + b for a, b in zip(piece.global_offset, (0,) * lead + offsets))
-            boxes.append(replace(_box(piece, view), key=key, offsets=at, replica_id=replica))
+            boxes.append(replace(_box(piece, view, replicas or 1), key=key, offsets=at, replica_id=replica))
     return boxes
 
 
@@ -198,7 +228,7 @@ def _with_data(sharded: Any, data: Tensor) -> Any:
     return replace(sharded, data=data, **({"dtype": data.dtype} if hasattr(sharded, "dtype") else {}))
 
 
-def _box(piece: Any, values: Tensor) -> Box:
+def _box(piece: Any, values: Tensor, replicas: int) -> Box:
     lead = len(piece.global_offset) - values.dim()
     return Box(
         piece.key,
@@ -206,5 +236,6 @@ def _box(piece: Any, values: Tensor) -> Box:
         tuple(int(at) for at in piece.global_offset),
         values[(None,) * lead] if lead > 0 else values,
         piece.replica_id,
+        1 if isinstance(piece.replica_id, int) else replicas,
         piece.allow_shape_mismatch,
     )

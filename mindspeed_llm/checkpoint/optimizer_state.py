@@ -9,7 +9,7 @@ and asks that every rank holds a part of the state.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +97,12 @@ def _distributed_states(part: Any) -> Iterator[OwnState]:
             yield OwnState(parameter, main, start, stop, True, part)
 
 
-def optimizer_boxes(optimizer: Any, model_state: Mapping[str, Any]) -> list[Box]:
+def optimizer_boxes(optimizer: Any, model_state: Mapping[str, Any], replicas: Callable[[Tensor], int]) -> list[Box]:
     """What this rank's optimizer holds, as boxes on its memory: the same to save from and to load into.
 
     Args:
         model_state: megatron-core's sharded state of the model (any nesting), holding every trained parameter.
+        replicas: how many data-parallel ranks hold the same of a parameter.
     """
     allocate_moments(optimizer)
     shards = {id(sharded.data): sharded for _, sharded in sharded_leaves(model_state)}
@@ -110,7 +111,8 @@ def optimizer_boxes(optimizer: Any, model_state: Mapping[str, Any]) -> list[Box]
         sharded = shards[id(own.parameter)]
         for name, held in own.values().items():
             key = f"optimizer.state.{name}.{sharded.key}"
-            boxes += slice_boxes(sharded, key, held, own.start, own.stop, alone=own.is_slice)
+            same = None if own.is_slice else replicas(own.parameter)
+            boxes += slice_boxes(sharded, key, held, own.start, own.stop, same)
     return boxes
 
 

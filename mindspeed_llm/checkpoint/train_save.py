@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mindspeed_llm.checkpoint import directory
 from mindspeed_llm.checkpoint.boxes import Box
 from mindspeed_llm.checkpoint.stored_boxes import StoredBoxes
-from mindspeed_llm.checkpoint.train_record import HF_FILES, write_record
+from mindspeed_llm.checkpoint.train_record import HF_FILES, iteration_directory, write_record
 from mindspeed_llm.checkpoint.training_state import TrainingState, merge_facts
 from mindspeed_llm.checkpoint.write_part import merge_parts, report_failure, wait_for_parts, write_part
 from mindspeed_llm.errors import UserError
@@ -40,6 +40,11 @@ class SaveOrder:
     hf_files: Path | None = None
     keep_last: int | None = None
     read_back: bool = False
+
+    @property
+    def final(self) -> Path:
+        """Where it is when it is complete."""
+        return iteration_directory(self.root, self.iteration)
 
     @property
     def aside(self) -> Path:
@@ -85,16 +90,18 @@ def write_and_complete(order: SaveOrder, boxes: list[Box], state: TrainingState)
         except OSError as wrong:
             report_failure(aside, rank, f"{wrong.strerror} ({wrong.filename})")
             raise UserError(directory.failure_line(aside, wrong)) from wrong
-        return order.aside.with_suffix("")
+        return order.final
     with directory.discarding(aside):
         write_part(aside, rank, boxes, state.packed_objects(), state.facts)
         return index_and_complete(order, range(dist.get_world_size()), state.common)
 
 
-def index_and_complete(order: SaveOrder, ranks: Iterable[int], common: dict[str, Any]) -> Path:
+def index_and_complete(
+    order: SaveOrder, ranks: Iterable[int], common: dict[str, Any], timeout_seconds: float = PART_TIMEOUT_SECONDS
+) -> Path:
     """Make a complete checkpoint of the parts of these ranks, as soon as they are there. Not collective."""
     ranks, aside = list(ranks), order.aside
-    wait_for_parts(aside, ranks, PART_TIMEOUT_SECONDS)
+    wait_for_parts(aside, ranks, timeout_seconds)
     sums = merge_parts(aside, ranks, common, merge_facts)
     if order.hf_files is not None:
         copy_hf_files(order.hf_files, aside / HF_FILES)

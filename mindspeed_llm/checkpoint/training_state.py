@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindspeed_llm.checkpoint.boxes import Box, sharded_leaves, tensor_boxes
+from mindspeed_llm import accelerator
+from mindspeed_llm.checkpoint.boxes import Box, own_share, sharded_leaves, tensor_boxes
 from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state, optimizer_boxes, optimizer_step
 from mindspeed_llm.checkpoint.write_part import bytes_of_part, saved_bytes
 
@@ -33,7 +34,7 @@ class TrainingState:
 
     def own_boxes(self) -> list[Box]:
         """The boxes that this rank writes when all ranks are there."""
-        return [box for box in self.boxes if box.is_main()]
+        return own_share(self.boxes)
 
     def packed_objects(self) -> dict[str, bytes]:
         """The objects as megatron-core stores them."""
@@ -57,15 +58,25 @@ def training_state(
         rng: random states to save (`rng_states`); None leaves them out.
     """
     model = sharded_model_state(chunks, only)
-    state = TrainingState([box for _, sharded in sharded_leaves(model) for box in tensor_boxes(sharded)])
+    leaves = [sharded for _, sharded in sharded_leaves(model)]
+    state = TrainingState([box for sharded in leaves for box in tensor_boxes(sharded, data_replicas(sharded.data))])
     if optimizer is not None:
-        state.boxes += optimizer_boxes(optimizer, model)
+        state.boxes += optimizer_boxes(optimizer, model, data_replicas)
         state.facts = {"optimizer_step": optimizer_step(optimizer), "grad_scaler": grad_scaler_state(optimizer)}
     if scheduler is not None:
         state.common["opt_param_scheduler"] = scheduler.state_dict()
     if rng is not None:
         state.objects[rng_key()] = dict(rng)
     return state
+
+
+def data_replicas(parameter: torch.Tensor) -> int:
+    """How many data-parallel ranks hold the same of a parameter; there are fewer of an expert's."""
+    from megatron.core import parallel_state
+
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_world_size()
 
 
 def merge_facts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -126,8 +137,9 @@ def rng_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    device = accelerator.current()
+    if device.device_type != "cpu":
+        states[device.device_type] = device.generator().get_state()
     return states
 
 
@@ -139,8 +151,9 @@ def restore_rng_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    device = accelerator.current()
+    if device.device_type in states:
+        device.generator().set_state(states[device.device_type])
     tensor_parallel.get_cuda_rng_tracker().set_states(dict(states["tracker"]))
 
 

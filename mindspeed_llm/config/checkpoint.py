@@ -51,6 +51,16 @@ class CheckpointConfig:
         level="advanced",
         doors=TRAINING_DOORS,
     )
+    async_save: bool = option(
+        help="write checkpoints beside training, from a copy of each process's part in host memory",
+        doors=TRAINING_DOORS,
+    )
+    trust_checkpoint: bool = option(
+        help="resume from a checkpoint whose objects are more than tensors and plain values; loading them runs the "
+        "code they name",
+        level="expert",
+        doors=TRAINING_DOORS,
+    )
     allow_random_init: bool = option(
         help="start from random weights when --load holds nothing", level="advanced", doors=TRAINING_DOORS
     )

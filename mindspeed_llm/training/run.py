@@ -20,6 +20,8 @@ from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.dying import DyingBreath
 from mindspeed_llm.training.evaluate import Evaluation, evaluate
 from mindspeed_llm.training.intact import with_intact_checkpoint
+from mindspeed_llm.training.guards.guards import Guards
+from mindspeed_llm.training.guards.rewinding import plan_of_rewind
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
 from mindspeed_llm.training.monitor.monitor import Monitor
@@ -108,13 +110,23 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
         hooks.append(standing)
         watch.will = DyingBreath(saver, standing, plan.layout, watch.rank, watch.store)
         watch.will.announce()
+    if saver:
+        hooks.append(saver)
     save = partial(save_and_report, saver, reporter) if saver else None
-    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, save, hooks)
+    guards = Guards(plan, model, data, partial(go_back, plan, model, optimizer, scheduler, data, saver))
+    guards.recall(progress)
+    if saver:
+        saver.health = lambda: {"healthy": not progress.ailments, "reasons": progress.ailments}
+    loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, save, hooks, guards)
     try:
         loop.run()
+        if saver:
+            saver.finish()
     except Exception as error:
         if watch:  # the others wait for this rank while it closes its files
             watch.tell(error)
+        if saver:
+            saver.settle()
         raise
     finally:
         monitor.close()
@@ -226,7 +238,7 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
         only,
         rng=rng_states() if with_rng else None,
     )
-    loaded = load_training(source.directory, state)
+    loaded = load_training(source.directory, state, trusted=c.trust_checkpoint)
     if not c.no_load_optim:
         set_optimizer_step(optimizer, loaded["optimizer_step"])
         load_grad_scaler_state(optimizer, loaded["grad_scaler"])
@@ -239,6 +251,18 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
         where = "after the loss of a rank's random states" if same_layout else "at another layout"
         print(f" resume: {where} dropout starts from the seed again; its masks are others than without a stop")
     return Progress(**source.record["progress"])
+
+
+def go_back(
+    plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData, saver: Saver
+) -> Progress:
+    """Load the newest healthy checkpoint of this run.
+
+    Raises:
+        UserError: there is none.
+    """
+    saver.finish()
+    return resume(plan_of_rewind(plan), model, optimizer, scheduler, data)
 
 
 def draws_masks(plan: Plan) -> bool:
