@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mindspeed_llm.accelerator.protocol import Accelerator
 
 # Order of preference when the user names none.
-NAMES = ("cuda", "cpu")
+NAMES = ("cuda", "npu", "cpu")
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_DEVICE"
 
 
@@ -27,6 +27,10 @@ def get(name: str) -> Accelerator:
         from mindspeed_llm.accelerator.cuda import CUDA
 
         return CUDA()
+    if name == "npu":
+        from mindspeed_llm.accelerator.npu import NPU
+
+        return NPU()
     if name == "cpu":
         from mindspeed_llm.accelerator.cpu import CPU
 
@@ -69,7 +73,7 @@ def _available(name: str, asked_by: str) -> Accelerator:
     chosen = get(name)
     if not chosen.is_available():
         raise UserError(
-            f"{asked_by}: {name} is wrong, because torch sees no such device here; "
+            f"{asked_by}: {name} is wrong, because {chosen.why_unavailable()}; "
             f"legal: {', '.join(other for other in NAMES if get(other).is_available())}"
         )
     return chosen

@@ -79,12 +79,16 @@ class CPU:
     device_type = "cpu"
     distributed_backend = "gloo"
     supports_pin_memory = False
+    reduces_float64 = True
 
     def __init__(self) -> None:
         self._stream = HostStream()
 
     def is_available(self) -> bool:
         return True
+
+    def why_unavailable(self) -> str:
+        return ""
 
     def device_count(self) -> int:
         return 1
@@ -135,6 +139,9 @@ class CPU:
 
     def empty_cache(self) -> None:
         """The host allocator keeps no cache of ours."""
+
+    def group_options(self, description: str | None) -> None:
+        return None
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         return None

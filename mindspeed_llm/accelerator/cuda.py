@@ -20,9 +20,13 @@ class CUDA:
     device_type = "cuda"
     distributed_backend = "nccl"
     supports_pin_memory = True
+    reduces_float64 = True
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()
+
+    def why_unavailable(self) -> str:
+        return "" if self.is_available() else "torch sees no CUDA device here"
 
     def device_count(self) -> int:
         return torch.cuda.device_count()
@@ -69,6 +73,9 @@ class CUDA:
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
+
+    def group_options(self, description: str | None) -> None:
+        return None
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         name = torch.cuda.get_device_name()

@@ -16,15 +16,20 @@ class Accelerator(Protocol):
         device_type: torch's device type string.
         distributed_backend: the torch.distributed backend for tensors on it (`gloo`, `nccl`, `hccl`).
         supports_pin_memory: whether host memory can be page-locked for faster copies to it.
+        reduces_float64: whether its collectives can add float64.
     """
 
     name: str
     device_type: str
     distributed_backend: str
     supports_pin_memory: bool
+    reduces_float64: bool
 
     def is_available(self) -> bool:
         """Whether this process can use the device; initialises nothing."""
+
+    def why_unavailable(self) -> str:
+        """What is missing, for an error message; "" when nothing is."""
 
     def device_count(self) -> int:
         """Number of devices visible to this process (1 for a CPU)."""
@@ -70,6 +75,9 @@ class Accelerator(Protocol):
 
     def empty_cache(self) -> None:
         """Return cached blocks to the device."""
+
+    def group_options(self, description: str | None) -> Any:
+        """Options for torch.distributed.new_group of a group that megatron describes so; None for the defaults."""
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Peak dense matrix-multiplication FLOP/s for `dtype`, None where no honest number is known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mindspeed_llm.config.hccl_groups import buffers_problem
 from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option, section
 
 CUTTING_DOORS = (*TRAINING_DOORS, "convert")
@@ -118,7 +119,15 @@ class RuntimeConfig:
     bf16: bool = option(help="bf16 weights and activations; training keeps fp32 masters")
     fp16: bool = option(help="fp16 weights and activations; training keeps fp32 masters and scales the loss")
     fp32: bool = option(help="compute in fp32; default for inference: as the checkpoint", doors=("inference",))
-    device: str = option("auto", help="where to compute", choices=("auto", "cpu", "cuda"), level="advanced")
+    device: str = option("auto", help="where to compute", choices=("auto", "cpu", "cuda", "npu"), level="advanced")
+    npu_deterministic: bool = option(
+        help="Ascend: kernels and collectives sum in a fixed order, at some cost in speed", level="advanced"
+    )
+    hccl_group_buffer: str | None = option(
+        help='Ascend: MB of HCCL\'s buffers by process group, e.g. "dp:200;tp:300;default:100"',
+        check=buffers_problem,
+        level="expert",
+    )
     num_threads: int | None = option(
         help="CPU threads per process; default: cores / processes on this host", level="expert", check=at_least(1)
     )

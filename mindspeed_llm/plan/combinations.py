@@ -6,6 +6,7 @@ import importlib.util
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.config.run import RunConfig, all_options
+from mindspeed_llm.plan.guarding import guarding_problems
 from mindspeed_llm.plan.monitoring import monitoring_problems
 
 # Apex's extension, by the name under which megatron-core imports it.
@@ -26,7 +27,9 @@ def combination_problems(config: RunConfig) -> list[str]:
         *_dry_run_and_tokenizer_problems(config),
         *_adapter_problems(config),
         *_operator_and_checkpoint_problems(config),
+        *_device_problems(config),
         *monitoring_problems(config),
+        *guarding_problems(config),
     ]
 
 
@@ -127,3 +130,12 @@ def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
         ),
         (c.save_hf and c.save is None, "--save-hf has no meaning without --save"),
     )
+
+
+def _device_problems(config: RunConfig) -> list[str]:
+    """Options of one kind of device that are given on another."""
+    device = accelerator.current().name if config.runtime.device == "auto" else config.runtime.device
+    given = [n for n in ("npu_deterministic", "hccl_group_buffer") if config.get(n)]
+    if device == "npu":
+        return []
+    return [f"--{n.replace('_', '-')} needs an Ascend NPU, and the device is {device}; leave the flag out" for n in given]

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.config.hccl_groups import parse_buffers
+from mindspeed_llm.config.parallel import RuntimeConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.freeze import freeze_parameters
@@ -48,17 +50,18 @@ def start_processes(plan: Plan) -> None:
     Raises:
         UserError: the asked device is not there, or ranks were started differently.
     """
-    from mindspeed_llm import megatron_adaptor
+    from mindspeed_llm import patches
     from mindspeed_llm.parallel.launch import check_agreement, check_devices
     from mindspeed_llm.parallel.setup import initialize_distributed, initialize_process_group
     from mindspeed_llm.training.facts import launch_facts
 
     # megatron-core 0.16 calls what torch 2.13 calls by a newer name; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
-    megatron_adaptor.patch()
+    patches.apply()
     r = plan.config.runtime
     if r.device != "auto":
         accelerator.select(r.device)
+    _configure_npu(r)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
     choose_operators(plan)
@@ -86,6 +89,14 @@ def is_leader() -> bool:
 def is_logger() -> bool:
     """Whether this process writes log lines: the last rank, which has the loss, as in Megatron."""
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+
+def _configure_npu(runtime: RuntimeConfig) -> None:
+    """What the options of Ascend change in the device, before process groups are made."""
+    if runtime.hccl_group_buffer is not None:
+        accelerator.current().set_group_buffers(parse_buffers(runtime.hccl_group_buffer))
+    if runtime.npu_deterministic:
+        accelerator.current().be_deterministic()
 
 
 # Option -> the operators it switches between their best form and the plain reference.

@@ -15,6 +15,7 @@ from mindspeed_llm.data.record import IGNORE_INDEX
 from mindspeed_llm.models.prediction_targets import further_targets, objective
 from mindspeed_llm.parallel import watch
 from mindspeed_llm.parallel.context_split import SequenceSplit
+from mindspeed_llm.parallel.exact_sum import sum_float64
 
 
 @dataclass
@@ -198,7 +199,7 @@ def _reduce(sums: list[float], batches: list[MicroBatch], flags: Mapping[str, fl
     counted = has_loss and parallel_state.get_context_parallel_rank() == 0
     own = [*(sums if has_loss else [0.0] * len(sums)), *(counts if counted else [0] * len(counts)), *flags.values()]
     totals = torch.tensor(own, dtype=torch.float64, device=accelerator.current().current_device())
-    dist.all_reduce(totals)
+    sum_float64(totals)
     loss, mtp_loss, predicted, trained, tokens, pairs, *told = totals.tolist()
     return BatchResult(
         loss / trained if trained else float("nan"),

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.parallel.exact_sum import sum_float64
 
 LOAD_BALANCING = {
     "aux_loss": "load_balancing_loss",
@@ -106,9 +106,9 @@ def take(chunks: Iterable[nn.Module], num_micro_batches: int) -> dict[str, float
     device = accelerator.current().current_device()
     totals = torch.tensor(sums, dtype=torch.float64, device=device)
     layers = torch.tensor(float(len(found)), dtype=torch.float64, device=device)
-    dist.all_reduce(totals, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    sum_float64(totals, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     for tensor in (totals, layers):
-        dist.all_reduce(tensor, group=parallel_state.get_pipeline_model_parallel_group())
+        sum_float64(tensor, parallel_state.get_pipeline_model_parallel_group())
     means = totals / (layers * num_micro_batches)
     return dict(zip(names, means.tolist()))
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.optimizer_state import own_states
+from mindspeed_llm.parallel.exact_sum import sum_float64
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -42,5 +42,5 @@ def embedding_gradient_squares(chunks: list[torch.nn.Module], optimizer: Any) ->
 def embedding_gradient_norm(squares: Tensor) -> float:
     """The norm over all ranks, from their `embedding_gradient_squares`."""
     total = squares.clone()
-    dist.all_reduce(total)
+    sum_float64(total)
     return float(total.sqrt())

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.parallel.exact_sum import sum_float64
 from mindspeed_llm.training.log_line import PARAMS_NORM, ZEROS_IN_GRADIENT
 from mindspeed_llm.training.monitor.places import PlacedChunk
 
@@ -111,7 +111,7 @@ class LayerNorms:
                     sums[2, part.place] += (part.gradient == 0).sum()
                 if part.weight is not None:
                     sums[1, part.place] += square_sum(part.weight)
-        dist.all_reduce(sums)
+        sum_float64(sums)
         gradients, weights, zeros = sums.tolist()
         return {
             PARAMS_NORM: math.sqrt(sum(weights)),

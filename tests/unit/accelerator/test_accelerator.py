@@ -26,7 +26,7 @@ def test_the_environment_names_the_device(monkeypatch):
     assert accelerator.current().name == "cpu"
     accelerator.current.cache_clear()
     monkeypatch.setenv("MINDSPEED_LLM_DEVICE", "tpu")
-    with pytest.raises(UserError, match="'tpu'.*legal: cuda, cpu"):
+    with pytest.raises(UserError, match="'tpu'.*legal: cuda, npu, cpu"):
         accelerator.current()
     if not torch.cuda.is_available():
         monkeypatch.setenv("MINDSPEED_LLM_DEVICE", "cuda")

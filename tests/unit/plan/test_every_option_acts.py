@@ -184,6 +184,8 @@ CASES: dict[str, Case] = {
     "bf16": case(True),
     "fp16": case(True),
     "device": case("cpu"),
+    "npu_deterministic": case(True, refused="after"),  # no NPU here; tests/ascend has one
+    "hccl_group_buffer": case("dp:100", refused="after"),
     "num_threads": case(3),
     "distributed_timeout_minutes": case(3.0),
     "hang_timeout": case(90.0),
