@@ -19,9 +19,9 @@ from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.dying import DyingBreath
 from mindspeed_llm.training.evaluate import Evaluation, evaluate
-from mindspeed_llm.training.intact import with_intact_checkpoint
 from mindspeed_llm.training.guards.guards import Guards
 from mindspeed_llm.training.guards.rewinding import plan_of_rewind
+from mindspeed_llm.training.intact import with_intact_checkpoint
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
 from mindspeed_llm.training.monitor.monitor import Monitor

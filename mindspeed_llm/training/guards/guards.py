@@ -56,7 +56,7 @@ class Guards:
 
     Args:
         restore: loads the newest healthy checkpoint into model, optimizer and schedule and returns its progress, or
-            raises a UserError; None where nothing is saved.
+            raises a UserError; the plan asks for it only where something is saved.
     """
 
     def __init__(
