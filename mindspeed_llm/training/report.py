@@ -84,10 +84,10 @@ class Reporter:
             for sink in self.sinks:
                 sink.event(kind, self._last if iteration is None else iteration, facts)
 
-    def warn(self, text: str) -> None:
-        """A line that begins with `warning:`, shown and recorded."""
+    def warn(self, text: str, iteration: int | None = None) -> None:
+        """A line that begins with `warning:`, shown and recorded; `iteration` as in `event`."""
         self.say(f"warning: {text}")
-        self.event("warning", {"text": text})
+        self.event("warning", {"text": text}, iteration)
 
     def rewind(self, iteration: int) -> None:
         """The run goes on after `iteration`, which is before what was reported last."""

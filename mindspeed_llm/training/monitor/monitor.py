@@ -124,7 +124,7 @@ class Monitor(LoopHook):
         if threshold is not None and self._compared >= window:
             self._compared = 0
             for line in stragglers(reports, self.hosts, self.plan.layout, threshold, window):
-                loop.reporter.warn(line)
+                loop.reporter.warn(line, loop.progress.iteration)
         return found
 
     def _own_report(self, loop: TrainingLoop) -> RankReport:
