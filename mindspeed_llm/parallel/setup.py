@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import torch_facade
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.parallel.attempt import store_of_attempt
 
 # Before megatron is loaded, which the functions below do.
 torch_facade.install(accelerator.current())
@@ -34,6 +35,13 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> None:
     if device.device_count() > 1:
         device.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = store_of_attempt(store, rank, world_size, timeout.total_seconds())
+        dist.init_process_group(
+            device.distributed_backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        return
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(device.distributed_backend, timeout=timeout)
         return
