@@ -66,6 +66,7 @@ class AsyncSave:
         self._completed, self._buffer = completed, StagingBuffer()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._given_up = False
 
     def reserve(self, state: TrainingState) -> None:
         """Take the memory for the copy before it is needed."""
@@ -113,9 +114,18 @@ class AsyncSave:
         self.check()
         return not self.is_busy()
 
+    def give_up(self, seconds: float) -> None:
+        """Let the save that is under way end within this time, or see to it that it will never be complete.
+
+        For a run that has failed: ranks that it waits for may be gone, and another checkpoint comes next.
+        """
+        if self._thread is not None:
+            self._thread.join(seconds)
+        self._given_up = True
+
     def _write(self, order: SaveOrder, copies: list[Box], state: TrainingState) -> None:
         try:
-            write_and_complete(order, copies, state)
+            write_and_complete(order, copies, state, lambda: self._given_up)
             if dist.get_rank() == 0:
                 self._completed(order)
         except Exception as wrong:  # whatever it is, the training thread raises it

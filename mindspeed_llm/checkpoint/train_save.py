@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,14 @@ def begin_save(order: SaveOrder) -> None:
     dist.barrier()
 
 
-def write_and_complete(order: SaveOrder, boxes: list[Box], state: TrainingState) -> Path:
+def write_and_complete(
+    order: SaveOrder, boxes: list[Box], state: TrainingState, stop: Callable[[], bool] = lambda: False
+) -> Path:
     """Write this rank's part; the first rank waits for all others and completes the checkpoint. Not collective.
 
     Args:
         boxes: what to write of the state's, in host memory where this runs beside training.
+        stop: asked while waiting for the other ranks; True gives up.
 
     Returns:
         The directory of the checkpoint, which is complete on the first rank alone.
@@ -93,19 +96,21 @@ def write_and_complete(order: SaveOrder, boxes: list[Box], state: TrainingState)
         return order.final
     with directory.discarding(aside):
         write_part(aside, rank, boxes, state.packed_objects(), state.facts)
-        return index_and_complete(order, range(dist.get_world_size()), state.common)
+        return index_and_complete(order, range(dist.get_world_size()), state.common, stop)
 
 
 def index_and_complete(
-    order: SaveOrder, ranks: Iterable[int], common: dict[str, Any], timeout_seconds: float = PART_TIMEOUT_SECONDS
+    order: SaveOrder, ranks: Iterable[int], common: dict[str, Any], stop: Callable[[], bool] = lambda: False
 ) -> Path:
     """Make a complete checkpoint of the parts of these ranks, as soon as they are there. Not collective."""
     ranks, aside = list(ranks), order.aside
-    wait_for_parts(aside, ranks, timeout_seconds)
+    wait_for_parts(aside, ranks, PART_TIMEOUT_SECONDS, stop)
     sums = merge_parts(aside, ranks, common, merge_facts)
     if order.hf_files is not None:
         copy_hf_files(order.hf_files, aside / HF_FILES)
     write_record(aside, order.record)
+    if stop():
+        raise UserError(f"save: {aside} was given up, because the run failed meanwhile; a later one is saved instead")
     return directory.complete(aside, order.iteration, sums, read_back=order.read_back, keep_last=order.keep_last)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.checkpoint import directory
-from mindspeed_llm.checkpoint.boxes import Box
+from mindspeed_llm.checkpoint.boxes import Box, own_share
 from mindspeed_llm.checkpoint.train_record import iteration_directory, read_tracker
 from mindspeed_llm.checkpoint.train_save import SaveOrder, index_and_complete
 from mindspeed_llm.checkpoint.write_part import write_part
@@ -56,7 +56,9 @@ class DyingBreath:
             self.store.set("base", json.dumps(self.saver.base))
 
     def freeze(self, seconds: float) -> int | None:
-        """See `Standing.freeze`."""
+        """See `Standing.freeze`; a save in the background ends first, or is given up."""
+        if self.saver.background is not None:
+            self.saver.background.give_up(seconds)
         return self.standing.freeze(seconds)
 
     def decide(self, finished: Mapping[int, int | None]) -> dict[str, Any]:
@@ -102,8 +104,9 @@ class DyingBreath:
             spread = self.saver.plan.config.parallel.use_distributed_optimizer
             state = self.saver.state(rng=None)
             facts = state.facts | {"grad_scaler": finished.grad_scaler}
-            boxes = [box for box in state.boxes if (box.is_main() if spread else stands_for_main(box))]
-            boxes = [as_finished(box, finished) for box in boxes]
+            boxes = [as_finished(box, finished) for box in state.boxes]
+            # A spread state has all ranks there; otherwise one of those that hold the same writes all of it.
+            boxes = own_share(boxes) if spread else [box for box in boxes if stands_for_main(box)]
             common = {"progress": asdict(finished.progress), "opt_param_scheduler": finished.scheduler}
             self.store.set(f"common/{iteration}", json.dumps(common))
         if self.rank == decision["judge"]:

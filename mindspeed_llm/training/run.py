@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,15 +105,17 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     monitor = Monitor(plan, model)
     schedule = SaveSchedule(plan.config)
     hooks = [stop, schedule, monitor]
+    changing = nullcontext
     if saver and watch:
         standing = Standing(watch.rank, watch.store)
         hooks.append(standing)
+        changing = standing.changing
         watch.will = DyingBreath(saver, standing, plan.layout, watch.rank, watch.store)
         watch.will.announce()
     if saver:
         hooks.append(saver)
     save = partial(save_and_report, saver, reporter) if saver else None
-    guards = Guards(plan, model, data, partial(go_back, plan, model, optimizer, scheduler, data, saver))
+    guards = Guards(plan, model, data, partial(go_back, plan, model, optimizer, scheduler, data, saver, changing))
     guards.recall(progress)
     if saver:
         saver.health = lambda: {"healthy": not progress.ailments, "reasons": progress.ailments}
@@ -254,15 +256,25 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
 
 
 def go_back(
-    plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData, saver: Saver
+    plan: Plan,
+    model: TrainingModel,
+    optimizer: Any,
+    scheduler: Any,
+    data: TrainingData,
+    saver: Saver,
+    changing: Callable[[], AbstractContextManager],
 ) -> Progress:
     """Load the newest healthy checkpoint of this run.
+
+    Args:
+        changing: the context in which weights and optimizer state are of no iteration.
 
     Raises:
         UserError: there is none.
     """
     saver.finish()
-    return resume(plan_of_rewind(plan), model, optimizer, scheduler, data)
+    with changing():
+        return resume(plan_of_rewind(plan), model, optimizer, scheduler, data)
 
 
 def draws_masks(plan: Plan) -> bool:

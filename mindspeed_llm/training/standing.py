@@ -9,6 +9,8 @@ those of a rank that was killed are known.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,6 +71,13 @@ class Standing(LoopHook):
         self._take(loop)
         self._holds = False
         self._changing.release()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Another change of weights and optimizer state than an update; `before_batch` looks at what came of it."""
+        with self._changing:
+            yield
+            self.finished = None
 
     def freeze(self, seconds: float) -> int | None:
         """Keep the finished iteration until the process ends.
