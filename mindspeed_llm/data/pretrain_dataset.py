@@ -86,7 +86,13 @@ class PretrainDataset:
 
     def describe(self, index: int) -> str:
         """Which sample `index` is, for messages."""
-        return f"sample {index} of {self.path}"
+        epoch, position = self._locate(index)
+        return f"sample {position} in epoch {epoch} of {self.path}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(epoch, window in the epoch's stream) of a sample."""
+        epoch, position = divmod(index, self.samples_per_epoch)
+        return epoch, int(self._windows(epoch)[position]) if self.shuffle else position
 
     def sample(self, index: int) -> dict[str, Any]:
         """Sample `index` (0, 1, 2, ... over all epochs).
@@ -95,9 +101,7 @@ class PretrainDataset:
             input_ids [seq_length] int64; labels [seq_length] int64, already shifted: the token that follows, or -100;
             segment_lengths, only with `reset_attention_mask`: tokens of each document, summing to seq_length.
         """
-        epoch, position = divmod(index, self.samples_per_epoch)
-        if self.shuffle:
-            position = int(self._windows(epoch)[position])
+        epoch, position = self._locate(index)
         pieces = self._window(epoch, position * self.seq_length)
         tokens = np.concatenate(pieces).astype(np.int64)
         sample = {"input_ids": tokens[:-1], "labels": tokens[1:].copy()}

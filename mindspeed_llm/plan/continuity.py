@@ -11,7 +11,7 @@ from mindspeed_llm.config.run import RunConfig, all_options, door_options
 
 # Sections whose options decide what is computed. Layout, devices, files and logging are each start's own affair.
 RECORDED_SECTIONS = ("data", "tokenizer", "model", "experts", "operators", "training", "optimizer")
-RECORDED_BESIDE = ("bf16", "fp16")
+RECORDED_BESIDE = ("bf16", "fp16", "num_threads")  # threads divide sums among them
 # About the machine or this start alone; trust in files, which a checkpoint cannot give itself; layers cut off already.
 NOT_RECORDED = (
     "cache_dir", "overwrite_cache", "workers", "trust_remote_code", "gradient_accumulation_fusion", "exit_interval",
