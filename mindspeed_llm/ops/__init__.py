@@ -14,10 +14,16 @@ OPERATORS = (
     "norm",
     "rotary",
     "swiglu",
+    "npu.attention",
+    "npu.attention_part",
+    "npu.grouped_matmul",
+    "npu.norm",
+    "npu.rotary",
+    "npu.swiglu",
 )
 
 
 def load_all() -> None:
-    """Import every operator, so that the registry knows all implementations."""
+    """Import every operator and its implementations, so that the registry knows all implementations."""
     for name in OPERATORS:
         importlib.import_module(f"mindspeed_llm.ops.{name}")

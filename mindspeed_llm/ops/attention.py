@@ -38,15 +38,29 @@ def attention(
     Returns:
         [s, b, n * e].
     """
-    run = implementation("attention")
     if cu_seqlens is None:
-        return run(query, key, value, window_size, dropout, scale)
+        return implementation("attention")(query, key, value, window_size, dropout, scale)
     if query.shape[1] != 1:
         raise ValueError(f"packed attention takes a batch of 1, not {query.shape[1]}")
     lengths = cu_seqlens.diff().tolist()
     if sum(lengths) != query.shape[0] or query.shape[0] != key.shape[0]:
         raise ValueError(f"cu_seqlens ends at {sum(lengths)}, the packed row has {query.shape[0]} tokens")
     lengths = [length for length in lengths if length]
+    return implementation("packed_attention")(query, key, value, lengths, window_size, dropout, scale)
+
+
+@register("packed_attention", REFERENCE)
+def by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    window_size: int | None,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """A call of the operator `attention` for each document; `lengths` are theirs, none of them 0."""
+    run = implementation("attention")
     # split's backward is one concatenation; slicing would write a zero-filled row for every document.
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
     return torch.cat([run(q, k, v, window_size, dropout, scale) for q, k, v in documents])

@@ -31,8 +31,9 @@ GRACE_SECONDS = 2.0
 class Pool:
     """`world_size` processes, started at the first `run` and again after a failure left them unusable."""
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, join: Callable[[int, int, str], None] | None = None):
         self.world_size = world_size
+        self._join = _address(join or join_on_cpu)
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
         self._resting = True
@@ -92,7 +93,7 @@ class Pool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             # Not daemons: the asynchronous checkpoint writer starts processes of its own.
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, store))
+            process = context.Process(target=_serve, args=(theirs, self._join, rank, self.world_size, store))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -131,9 +132,14 @@ def _rest_all_but(active: Pool) -> None:
 
 
 @functools.cache
-def pool(world_size: int) -> Pool:
-    """The session's pool of that size."""
-    made = Pool(world_size)
+def pool(world_size: int, join: Callable[[int, int, str], None] | None = None) -> Pool:
+    """The session's pool of that size.
+
+    Args:
+        join: top-level function called first in every process with rank, world size and the path of a file to meet at;
+            it joins the default process group. None for gloo on the CPU.
+    """
+    made = Pool(world_size, join)
     atexit.register(made.close)
     return made
 
@@ -184,14 +190,21 @@ def _answer(function_address: tuple[str, str], args: tuple) -> bytes:
         return pickle.dumps((False, error, trace))
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
-    """The life of one process: join the group, then answer until the parent is gone."""
-    import torch
+def join_on_cpu(rank: int, world_size: int, store: str) -> None:
+    """Join a gloo group with the CPU as device."""
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     os.environ["MINDSPEED_LLM_DEVICE"] = "cpu"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+def _serve(pipe: Connection, join: tuple[str, str], rank: int, world_size: int, store: str) -> None:
+    """The life of one process: join the group, then answer until the parent is gone."""
+    import torch
+
+    torch.set_num_threads(1)
+    join_path, join_name = join
+    getattr(_load(join_path), join_name)(rank, world_size, store)
     while True:
         try:
             message = pickle.loads(pipe.recv_bytes())

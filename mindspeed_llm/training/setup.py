@@ -101,7 +101,13 @@ def _configure_npu(runtime: RuntimeConfig) -> None:
 
 # Option -> the operators it switches between their best form and the plain reference.
 FUSED_OPERATORS = {
-    "use_flash_attn": ("attention", "attention_part", "attention_part_backward", "masked_attention"),
+    "use_flash_attn": (
+        "attention",
+        "packed_attention",
+        "attention_part",
+        "attention_part_backward",
+        "masked_attention",
+    ),
     "use_fused_rmsnorm": ("rms_norm",),
     "use_fused_swiglu": ("swiglu",),
     "use_fused_rotary_pos_emb": ("rotary", "split_qkv_rotary"),

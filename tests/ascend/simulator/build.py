@@ -62,6 +62,8 @@ def environment(made: Path) -> dict[str, str]:
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         # Kernels here read memory when they are called; torch_npu's queue would still be copying then.
         "TASK_QUEUE_ENABLE": "0",
+        # Segments that grow are not simulated.
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False",
         "MINDSPEED_LLM_DEVICE": "npu",
         "ASCEND_SIMULATOR": str(made),
     }

@@ -60,12 +60,13 @@ class Sequences:
 
 def check(query: Tensor, key: Tensor, value: Tensor, s: Settings) -> None:
     """Limits of aclnnFlashAttentionScore's documentation."""
-    rule = "fused attention"
+    rule = "npu_fusion_attention"
     require(s.layout in LAYOUTS, rule, f"input_layout {s.layout} is not one of {', '.join(LAYOUTS)}")
     require(query.dtype in DTYPES, rule, f"{query.dtype} is not float16, bfloat16 or float32")
     require(query.dtype == key.dtype == value.dtype, rule, "query, key and value differ in type")
     require(1 <= s.heads <= 256, rule, f"head_num {s.heads} is outside 1..256")
-    q, k, v = (split(x, s, ends)[0] for x, ends in ((query, s.query_ends), (key, s.key_ends), (value, s.key_ends)))
+    first = next(sequences(query, key, value, s))
+    q, k, v = first.query, first.key, first.value
     require(q.shape[1] == s.heads, rule, f"head_num {s.heads} is not the {q.shape[1]} heads of query")
     require(q.shape[1] % k.shape[1] == 0, rule, "the heads of query are not a multiple of those of key")
     require(q.shape[3] == k.shape[3] <= 768, rule, "head sizes of query and key differ or exceed 768")
@@ -104,7 +105,10 @@ def merge(parts: list[Tensor], s: Settings, like: Tensor) -> Tensor:
 
 
 def sequences(query: Tensor, key: Tensor, value: Tensor, s: Settings) -> Iterator[Sequences]:
-    parts = list(zip(split(query, s, s.query_ends), split(key, s, s.key_ends), split(value, s, s.key_ends)))
+    # In BSH and SBH the values' head size shows in the number of key heads only.
+    key_heads = key.shape[-1] // s.head_size if s.head_size else 0
+    of_value = replace(s, head_size=value.shape[-1] // key_heads) if key_heads else s
+    parts = list(zip(split(query, s, s.query_ends), split(key, s, s.key_ends), split(value, of_value, s.key_ends)))
     for index, (q, k, v) in enumerate(parts):
         yield Sequences(index, len(parts) - 1, q, k, v)
 

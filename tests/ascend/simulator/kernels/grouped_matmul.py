@@ -40,10 +40,10 @@ def npu_grouped_matmul(
     require(group_list is not None and group_list.dtype == torch.int64, "grouped matmul", "group_list must be int64")
     sizes = sizes_of(group_list, group_list_type)
     if group_type == INNER:
-        require(sum(sizes) <= x[0].shape[1], "grouped matmul", "group_list exceeds the inner dimension")
-        parts = zip(x[0].split([*sizes, x[0].shape[1] - sum(sizes)], 1), weight[0].split([*sizes, weight[0].shape[0] - sum(sizes)]))
-        products = [(a.float() @ b.float()).to(x[0].dtype) for a, b in parts][: len(sizes)]
-        return [torch.stack(products)]
+        inner = sum(sizes)
+        require(inner <= x[0].shape[1], "grouped matmul", "group_list exceeds the inner dimension")
+        parts = zip(x[0][:, :inner].split(sizes, 1), weight[0][:inner].split(sizes))
+        return [torch.stack([(a.float() @ b.float()).to(x[0].dtype) for a, b in parts])]
     require(group_type == ROWS, "grouped matmul", f"group_type {group_type} is not simulated")
     require(sum(sizes) <= x[0].shape[0], "grouped matmul", "group_list exceeds the rows")
     weights = weight[0].unbind(0) if len(weight) == 1 and weight[0].dim() == 3 else weight

@@ -71,9 +71,10 @@ def npu_moe_token_unpermute_grad_v2(
 @kernel("npu_moe_token_permute_with_routing_map")
 def npu_moe_token_permute_with_routing_map(tokens, routing_map, *, probs=None, num_out_tokens=None, drop_and_pad=False):
     """Tokens [T, H] where routing_map [T, E] says so, expert by expert -> rows, their weights, row of each slot."""
-    require(not drop_and_pad, "npu_moe_token_permute_with_routing_map", "drop_and_pad is not simulated")
+    rule = "npu_moe_token_permute_with_routing_map"
+    require(not drop_and_pad, rule, "drop_and_pad is not simulated")
     per_token = routing_map.long().sum(1)
-    require(bool((per_token == per_token[:1]).all()), "npu_moe_token_permute_with_routing_map", "rows of the map differ")
+    require(bool((per_token == per_token[:1]).all()), rule, "tokens have different numbers of experts")
     experts, rows = routing_map.bool().t().nonzero(as_tuple=True)
     weights = tokens.new_empty(0) if probs is None else probs.t()[experts, rows]
     return tokens[rows], weights, torch.argsort(rows, stable=True).int()

@@ -1,0 +1,280 @@
+"""Every operator of ops/npu equals its reference, forward and backward, and the kernel is what computes it."""
+
+import pytest
+import torch
+
+from mindspeed_llm.ops import registry
+from mindspeed_llm.ops.attention import attention
+from mindspeed_llm.ops.attention import reference as attention_reference
+from mindspeed_llm.ops.attention_masked import masked_attention, masked_scores
+from mindspeed_llm.ops.attention_part import (
+    attention_part,
+    attention_part_backward,
+    part_backward_by_rows,
+    part_by_rows,
+)
+from mindspeed_llm.ops.grouped_matmul import grouped_matmul
+from mindspeed_llm.ops.grouped_matmul import reference as grouped_reference
+from mindspeed_llm.ops.norm import rms_norm, rms_norm_reference
+from mindspeed_llm.ops.rotary import (
+    apply_rotary,
+    apply_rotary_reference,
+    rotary_table,
+    split_qkv_rotary,
+    split_qkv_rotary_reference,
+)
+from mindspeed_llm.ops.swiglu import reference as swiglu_reference
+from mindspeed_llm.ops.swiglu import swiglu
+from simulator.kernels.registry import KERNELS
+
+# Largest difference over largest value: fp32 sums in another order; bf16 rounds every result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Names of torch_npu's kernels in the order they ran."""
+    ran = []
+    original = torch.library.Library
+    assert original  # the kernels are registered already: count calls where they look up their function
+    for name, function in KERNELS.items():
+        monkeypatch.setitem(KERNELS, name, function)
+    return ran
+
+
+def tensors(*shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def compare(ours, reference, inputs, dtype=torch.float32, others=()):
+    """Forward and backward of `ours` on the device against `reference` on the CPU in float64, of the same numbers."""
+    on_device = [x.npu().requires_grad_() for x in inputs]
+    on_host = [x.double().requires_grad_() for x in inputs]
+    results, expected = ours(*on_device), reference(*on_host)
+    results, expected = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (results, expected))
+    grads = tensors(*(x.shape for x in expected), seed=1)
+    found = torch.autograd.grad(results, on_device, [g.to(x.dtype).npu() for g, x in zip(grads, results)])
+    exact = torch.autograd.grad(expected, on_host, [g.to(x.dtype) for g, x in zip(grads, expected)])
+    assert all(x.device.type == "npu" for x in (*results, *found))
+    for ours_, exact_ in zip((*results, *found), (*expected, *exact)):
+        close(ours_, exact_, TOLERANCE[dtype])
+
+
+def close(found, exact, tolerance=1e-5):
+    assert found.shape == exact.shape
+    difference = (found.cpu().double() - exact.double()).abs().max() if exact.numel() else 0.0
+    assert float(difference) <= tolerance * max(1.0, float(exact.abs().max()) if exact.numel() else 0.0)
+
+
+def test_the_best_implementations_are_torch_npus():
+    chosen = registry.chosen()
+    own = {name: value for name, value in chosen.items() if value.startswith("npu_")}
+    assert own == {
+        "attention": "npu_fusion_attention",
+        "attention_part": "npu_fusion_attention",
+        "attention_part_backward": "npu_fusion_attention_grad",
+        "grouped_matmul": "npu_grouped_matmul",
+        "masked_attention": "npu_fusion_attention",
+        "packed_attention": "npu_fusion_attention",
+        "rms_norm": "npu_rms_norm",
+        "rotary": "npu_rotary_mul",
+        "split_qkv_rotary": "npu_rotary_mul",
+        "swiglu": "npu_swiglu",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 2, 24), (1, 8), (0, 8)])
+def test_rms_norm(shape, dtype):
+    inputs = tensors(shape, shape[-1:], dtype=dtype)
+    compare(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 2, 24), (1, 2), (0, 8)])
+def test_swiglu(shape, dtype):
+    compare(swiglu, swiglu_reference, tensors(shape, dtype=dtype), dtype)
+
+
+def table_of(positions, width):
+    return rotary_table(positions, 1.0 / 100 ** (torch.arange(width // 2) / width), 1.0, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [8, 4], ids=["whole", "partial"])
+@pytest.mark.parametrize("rows", [1, 2], ids=["one table", "packed positions"])
+def test_rotary(rows, width, dtype):
+    positions = torch.stack([torch.arange(6) * (row + 1) for row in range(rows)])
+    table = table_of(positions, width)
+    (x,) = tensors((6, 2, 3, 8), dtype=dtype)
+    compare(
+        lambda x: apply_rotary(x, table.to(dtype).npu()),
+        lambda x: apply_rotary_reference(x, table.to(dtype).double()),
+        [x],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_split_qkv_rotary(rotates):
+    table = table_of(torch.arange(5)[None], 8) if rotates else None
+    (qkv,) = tensors((5, 2, 2 * (3 + 2) * 8))
+    compare(
+        lambda qkv: split_qkv_rotary(qkv, 2, 8, None if table is None else table.float().npu()),
+        lambda qkv: split_qkv_rotary_reference(qkv, 2, 8, None if table is None else table.float().double()),
+        [qkv],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "s, s_k, window, value_channels",
+    [(7, 7, None, 8), (7, 7, 3, 8), (1, 9, None, 8), (3, 9, None, 8), (3, 9, 4, 8), (1, 1, None, 8), (6, 6, None, 6)],
+)
+def test_attention(s, s_k, window, value_channels, dtype):
+    inputs = tensors((s, 2, 4, 8), (s_k, 2, 2, 8), (s_k, 2, 2, value_channels), dtype=dtype)
+    compare(
+        lambda q, k, v: attention(q, k, v, window_size=window, scale=0.3),
+        lambda q, k, v: attention_reference(q, k, v, window_size=window, scale=0.3),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("starts", [[0, 4, 5, 12], [0, 0, 12], [0, 12]])
+def test_packed_attention_keeps_documents_apart(starts, window):
+    inputs = tensors((12, 1, 4, 8), (12, 1, 2, 8), (12, 1, 2, 8))
+    bounds = torch.tensor(starts)
+    compare(
+        lambda q, k, v: attention(q, k, v, cu_seqlens=bounds, window_size=window),
+        lambda q, k, v: attention_reference(q, k, v, cu_seqlens=bounds, window_size=window),
+        inputs,
+    )
+
+
+def test_more_documents_than_a_call_takes(monkeypatch):
+    from mindspeed_llm.ops.npu import attention as npu
+
+    inputs, bounds = tensors((12, 1, 4, 8), (12, 1, 2, 8), (12, 1, 2, 8)), torch.tensor([0, 2, 3, 7, 12])
+    monkeypatch.setattr(npu, "MOST_DOCUMENTS", 3)
+    compare(
+        lambda q, k, v: attention(q, k, v, cu_seqlens=bounds),
+        lambda q, k, v: attention_reference(q, k, v, cu_seqlens=bounds),
+        inputs,
+    )
+
+
+def test_a_mask_that_is_off_by_one_is_noticed(monkeypatch):
+    from mindspeed_llm.ops.npu import visibility
+
+    wrong = torch.ones(2048, 2048, dtype=torch.bool).triu(1).npu()
+    monkeypatch.setattr(visibility, "CAUSAL", visibility.BAND)  # a band of no width: each sees itself
+    monkeypatch.setattr(visibility, "triangle", lambda device: wrong)
+    inputs = tensors((7, 1, 2, 8), (7, 1, 2, 8), (7, 1, 2, 8))
+    with pytest.raises(AssertionError):
+        compare(lambda q, k, v: attention(q, k, v), attention_reference, inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masked_attention(rows):
+    inputs = tensors((7, 2, 4, 8), (9, 2, 2, 8), (9, 2, 2, 6))
+    hidden = torch.rand(rows, 1, 7, 9, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden[:, :, 3] = True  # a query that sees nothing
+    compare(
+        lambda q, k, v: masked_attention(q, k, v, hidden.npu(), scale=0.4),
+        lambda q, k, v: masked_scores(q, k, v, hidden, 0.0, 0.4),
+        inputs,
+    )
+
+
+PARTS = [(6, 6, 0, None), (6, 6, 6, None), (6, 9, 2, None), (6, 6, 2, 3), (6, 6, 5, 7), (6, 6, 3, 4)]
+
+
+@pytest.mark.parametrize("s, s_k, shift, window", PARTS)
+def test_attention_part(s, s_k, shift, window):
+    query, key, value, grad = tensors((s, 2, 4, 8), (s_k, 2, 2, 8), (s_k, 2, 2, 8), (s, 2, 4, 8))
+    expected = part_by_rows(query.double(), key.double(), value.double(), shift, window, 0.3)
+    found = attention_part(query.npu(), key.npu(), value.npu(), shift=shift, window_size=window, scale=0.3)
+    for ours, exact in zip(found, expected):
+        close(ours, exact)
+    # Of a larger whole: out and lse are of other keys too.
+    out, lse = expected[0] * 0.7, expected[1] + 0.5
+    inputs = (grad, query, key, value, out.float(), lse.float())
+    exact = part_backward_by_rows(*(x.double() for x in inputs), shift, window, 0.3)
+    ours = attention_part_backward(*(x.npu() for x in inputs), shift=shift, window_size=window, scale=0.3)
+    for one, other in zip(ours, exact):
+        close(one, other)
+
+
+def test_attention_part_under_a_mask():
+    query, key, value, grad = tensors((5, 1, 4, 8), (6, 1, 2, 8), (6, 1, 2, 8), (5, 1, 4, 8))
+    hidden = torch.rand(1, 1, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden[:, :, 2] = True
+    out, lse = part_by_rows(query.double(), key.double(), value.double(), 0, None, 0.3, hidden)
+    on_device = [x.npu() for x in (query, key, value)]
+    found = attention_part(*on_device, shift=0, window_size=None, scale=0.3, hidden=hidden.npu())
+    close(found[0], out)
+    assert torch.equal(found[1].cpu()[2], lse[2].float())  # -inf
+    close(found[1].cpu().nan_to_num(neginf=0.0), lse.nan_to_num(neginf=0.0))
+    inputs = (grad, query, key, value, out.float(), lse.float())
+    exact = part_backward_by_rows(*(x.double() for x in inputs), 0, None, 0.3, hidden)
+    ours = attention_part_backward(
+        *(x.npu() for x in inputs), shift=0, window_size=None, scale=0.3, hidden=hidden.npu()
+    )
+    for one, other in zip(ours, exact):
+        close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sizes", [[3, 0, 4], [0, 0, 7], [7, 0, 0], [0, 0, 0]])
+def test_grouped_matmul(sizes, dtype):
+    inputs = tensors((sum(sizes), 6), (3, 5, 6), dtype=dtype)
+    sizes = torch.tensor(sizes)
+    compare(
+        lambda x, w: grouped_matmul(x, w, sizes),
+        lambda x, w: grouped_reference(x, w, sizes),
+        inputs,
+        dtype,
+    )
+
+
+def test_dropout_repeats_its_mask_in_the_backward_pass():
+    q, k, v = (x.npu().requires_grad_() for x in tensors((16, 1, 2, 8), (16, 1, 2, 8), (16, 1, 2, 8)))
+    torch.npu.manual_seed(1)
+    first = attention(q, k, v, dropout=0.5)
+    second = attention(q, k, v, dropout=0.5)
+    torch.npu.manual_seed(1)
+    assert torch.equal(first, attention(q, k, v, dropout=0.5)) and not torch.equal(first, second)
+    # Along v the result is linear, so its derivative in the direction v is the result itself.
+    (grad,) = torch.autograd.grad(first.sum(), v)
+    close((grad * v).sum(), first.sum().detach().cpu(), 1e-4)
+
+
+REFUSED = {
+    "attention in float64": lambda n: n.npu_fusion_attention(*[torch.randn(4, 1, 8).double().npu()] * 3, 2, "SBH"),
+    "a causal mask that is no 2048 triangle": lambda n: n.npu_fusion_attention(
+        *[torch.randn(4, 1, 8).npu()] * 3, 2, "SBH", atten_mask=torch.ones(4, 4).bool().npu(), sparse_mode=3
+    ),
+    "more than 256 heads": lambda n: n.npu_fusion_attention(*[torch.randn(4, 1, 2 * 257).npu()] * 3, 257, "SBH"),
+    "packed attention without lengths": lambda n: n.npu_fusion_attention(*[torch.randn(4, 2, 8).npu()] * 3, 2, "TND"),
+    "rotation of odd width": lambda n: n.npu_rotary_mul(
+        torch.randn(4, 1, 2, 7).npu(), *[torch.randn(4, 1, 1, 7).npu()] * 2
+    ),
+    "float64 norm": lambda n: n.npu_rms_norm(torch.randn(2, 8).double().npu(), torch.randn(8).double().npu()),
+    "odd swiglu": lambda n: n.npu_swiglu(torch.randn(2, 7).npu()),
+    "groups as int32": lambda n: n.npu_grouped_matmul(
+        [torch.randn(4, 8).npu()],
+        [torch.randn(2, 8, 8).npu()],
+        group_list=torch.tensor([2, 4], dtype=torch.int32).npu(),
+        split_item=3,
+        group_type=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_device_refuses_is_refused(what):
+    with pytest.raises(RuntimeError):
+        REFUSED[what](torch.ops.npu)
