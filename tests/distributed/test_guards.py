@@ -3,7 +3,6 @@
 import json
 import os
 import pydoc_data.topics
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -26,8 +25,8 @@ class Fault:
 
     Args:
         sample: its number in the training part; None for no sample.
-        harm: "output" (nan), "gradient" (nan), "large gradient", "gradient once" (one bit, in the first pass, on
-            the last rank), or "bit": a weight of the second last rank changes after the second step.
+        harm: "output" (nan), "gradient" (nan), "large gradient", "gradient once" (in the first pass on the last
+            rank), or "bit": a weight of the second last rank changes after the second step.
     """
 
     def __init__(self, sample, harm):
@@ -46,7 +45,7 @@ class Fault:
         return build
 
     def hook(self, module, inputs, output):
-        """Output [s, b, h] or, under sequence parallelism, this rank's part of it; harm is done at the first token."""
+        """Output [b, s, h] or [s, b, h]; harm is done at the sample's first token."""
         (ids,) = inputs
         mark = torch.from_numpy(self.data.train.dataset.sample(self.sample)["input_ids"][:MARK])
         if not any((window == mark).all() for row in ids for window in row.unfold(0, MARK, 1)):
@@ -56,7 +55,6 @@ class Fault:
         self.passes += 1
         where = next(i for i, window in enumerate(ids[0].unfold(0, MARK, 1)) if (window == mark).all())
         place = torch.zeros_like(output)
-        place[0 if output.shape[0] == 1 else 0].view(-1)[0] = 0
         if output.shape[:2] == ids.shape:
             place[0, where] = 1
         else:
@@ -212,3 +210,141 @@ def test_a_nan_names_rank_sample_and_module_and_changes_nothing(toy_llama, rows,
 def test_a_judge_that_always_steps_would_be_noticed(toy_llama, rows):
     found = pool(2).run(run, words(toy_llama, rows[0]), rows[2], 6, "output", True)
     assert found[1]["unchanged"] is False
+
+
+@pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2", "--use-distributed-optimizer --bf16"])
+def test_a_nan_in_the_gradient_alone_is_found_too(toy_llama, rows, flags):
+    found = pool(2).run(run, words(toy_llama, rows[0], flags), rows[2], 6, "gradient")
+    rank = 0 if "pipeline" in flags else 1
+    for one in found:
+        assert "gradient: norm nan at iteration 2" in one["error"]
+        assert f"rank {rank} on " in one["error"] and "sample 6 (row 6 of " in one["error"]
+        assert f"first in the gradient of the weight of {EMBEDDING}, " in one["error"]
+    assert any(one["unchanged"] for one in found) and all(one["unchanged"] in (True, None) for one in found)
+
+
+@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer --bf16", "--tensor-model-parallel-size 2"])
+def test_a_run_that_leaves_a_batch_out_is_the_run_without_it(toy_llama, rows, tmp_path, flags):
+    save = f"--save {tmp_path} --on-nonfinite skip:1"
+    found = pool(2).run(run, words(toy_llama, rows[0], flags, save), rows[2], 6, "output")[1]
+    without = pool(2).run(run, words(toy_llama, rows[1], flags).replace("--train-iters 4", "--train-iters 3"), rows[2])[
+        1
+    ]
+    assert [loss for i, loss in enumerate(found["losses"]) if i != 1] == without["losses"]
+    assert found["losses"][1] != found["losses"][1]
+    assert found["progress"]["nan_iterations"] == found["progress"]["skipped_iterations"] == 1
+    assert "number of nan iterations:   1" in found["said"] and "skipped samples:            4" in found["said"]
+    (skip,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert (skip["first"], skip["end"], skip["iteration"]) == (4, 8, 2)
+
+
+def test_skips_are_limited_and_stay_on_resume(toy_llama, rows, tmp_path):
+    save = f"--save {tmp_path} --save-interval 1 --on-nonfinite skip:1"
+    first = pool(2).run(run, words(toy_llama, rows[0], save), rows[2], 6, "output")[1]
+    again = words(tmp_path, rows[0], save, "--ckpt-step 1")
+    rest = pool(2).run(run, again, rows[2])[1]
+    assert rest["losses"][0] != rest["losses"][0], "the batch was left out though nothing was wrong with it this time"
+    assert rest["losses"][1:] == first["losses"][2:]
+    unlimited = words(toy_llama, rows[0], "--on-nonfinite skip:1 --global-batch-size 2 --micro-batch-size 1")
+    unlimited = unlimited.replace("--global-batch-size 4 --micro-batch-size 2", "")
+    second = pool(2).run(run, unlimited.replace("--no-shuffle", ""), rows[2], None, "every")[1]
+    assert "1 batches were left out before" in second["error"]
+
+
+def test_a_rewind_ends_as_the_run_without_the_batch(toy_llama, rows, tmp_path):
+    longer = "--train-iters 5 --save-interval 2"
+    rewinding = words(toy_llama, rows[0], f"--save {tmp_path} --on-nonfinite rewind", longer).replace(
+        "--train-iters 4", ""
+    )
+    skipping = words(toy_llama, rows[0], "--on-nonfinite skip:1 --train-iters 5").replace("--train-iters 4", "")
+    found = pool(2).run(run, rewinding, rows[2], 14, "output")[1]
+    other = pool(2).run(run, skipping, rows[2], 14, "output")[1]
+    assert "rewind: from iteration 4 back to the checkpoint after 2" in found["said"]
+    assert repr(found["losses"]) == repr(other["losses"]) and len(found["losses"]) == 5
+    assert found["progress"]["rewinds"] == 1 and found["progress"]["skipped_samples"] == [[12, 16]]
+    nowhere = words(toy_llama, rows[0], f"--save {tmp_path / 'new'} --on-nonfinite rewind")
+    assert "no healthy checkpoint to go back to" in pool(2).run(run, nowhere, rows[2], 6, "output")[0]["error"]
+
+
+SPIKES = "--grad-norm-spike-threshold 20 --spike-window 4"
+
+
+def test_a_spike_is_left_out_or_said(toy_llama, rows):
+    base = words(toy_llama, rows[0], SPIKES)
+    skipped = pool(2).run(run, base + " --spike-action skip", rows[2], 14, "large gradient")[1]
+    warned = pool(2).run(run, base, rows[2], 14, "large gradient")[1]
+    calm = pool(2).run(run, base, rows[2])[1]
+    assert "spike: gradient norm " in warned["said"] and warned["progress"]["skipped_iterations"] == 0
+    assert "spike" not in calm["said"]
+    assert skipped["progress"]["skipped_samples"] == [[12, 16]] and skipped["progress"]["nan_iterations"] == 0
+    assert skipped["unchanged"] and not warned["unchanged"]
+
+
+def test_a_spike_makes_a_checkpoint_unhealthy_and_a_rewind_passes_it(toy_llama, rows, tmp_path):
+    flags = f"{SPIKES} --save {tmp_path} --save-interval 1 --spike-action rewind --spike-count 2"
+    warned = pool(2).run(run, words(toy_llama, rows[0], flags), rows[2], 14, "large gradient")[1]
+    records = {p.name: json.loads((p / "mindspeed_llm.json").read_text()) for p in tmp_path.glob("iter_*")}
+    health = {name: record["health"]["healthy"] for name, record in records.items()}
+    assert health == {"iter_0000001": True, "iter_0000002": True, "iter_0000003": True, "iter_0000004": False}
+    assert warned["progress"]["spiking"] == [[12, 16]]
+    at_once = flags.replace("--spike-count 2", "").replace(str(tmp_path), str(tmp_path / "other"))
+    found = pool(2).run(run, words(toy_llama, rows[0], at_once), rows[2], 14, "large gradient")[1]
+    assert "rewind: from iteration 4 back to the checkpoint after 3" in found["said"]
+    assert found["progress"]["skipped_samples"] == [[12, 16]]
+
+
+REPLICAS = "--check-weight-hash-across-dp-replicas-interval 1"
+
+
+@pytest.mark.parametrize("flags, size", [("--bf16", 4), ("--tensor-model-parallel-size 2", 4), ("", 2)])
+def test_a_flipped_bit_of_one_replica_is_named(toy_llama, rows, flags, size):
+    line = words(toy_llama, rows[0], flags, REPLICAS).replace("--micro-batch-size 2", "--micro-batch-size 1")
+    found = pool(size).run(run, line, rows[2], None, "bit")
+    for one in found:
+        assert "replicas: copies differ after iteration 2" in one["error"]
+        assert "decoder.layers.0.self_attention.linear_proj.weight" in one["error"]
+        assert ("on rank 2 (" in one["error"]) == (flags == "--bf16")
+        assert one["error"].count("differs") == 1
+    calm = pool(size).run(run, line, rows[2])
+    assert all(one["error"] is None for one in calm)
+
+
+@pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2", "--use-distributed-optimizer --bf16"])
+def test_a_gradient_that_differs_the_second_time_is_noticed(toy_llama, rows, flags):
+    line = words(toy_llama, rows[0], flags)
+    twice = line + " --replay-batch-interval 2"
+    calm, plain = pool(2).run(run, twice, rows[2])[1], pool(2).run(run, line, rows[2])[1]
+    assert calm["losses"] == plain["losses"] and len(plain["losses"]) == 4
+    if "pipeline" in flags:  # the embedding is on the first stage, where nothing is harmed
+        return
+    found = pool(2).run(run, twice, rows[2], 6, "gradient once")
+    for one in found:
+        assert "repeated batch: another result at iteration 2" in one["error"]
+        assert "rank 1 on " in one["error"] and "rank 0 on " not in one["error"]
+        assert f"the gradient of {EMBEDDING}.weight" in one["error"]
+
+
+def test_a_spike_of_the_loss_is_said_too(toy_llama, rows):
+    calm = "--loss-spike-threshold 1e6 --spike-window 4"
+    touchy = "--loss-spike-threshold 1e-9 --spike-window 4 --lr 1 --lr-decay-style constant"
+    said = pool(2).run(run, words(toy_llama, rows[0], touchy).replace("--lr 1e-3", ""), rows[2])[1]["said"]
+    assert "warning: spike: loss " in said and "deviations above the median" in said
+    assert "spike" not in pool(2).run(run, words(toy_llama, rows[0], calm), rows[2])[1]["said"]
+
+
+@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer --bf16", "--tensor-model-parallel-size 2"])
+def test_a_large_gradient_of_the_embedding_marks_a_checkpoint(toy_llama, rows, tmp_path, flags):
+    line = words(toy_llama, rows[0], flags, "--train-iters 1").replace("--train-iters 4", "")
+    reasons = {}
+    for name, limit in (("low", 1e-6), ("high", 1e6)):
+        more = f" --embedding-local-norm-threshold {limit} --save {tmp_path / name}"
+        pool(2).run(run, line + more, rows[2])
+        health = json.loads((tmp_path / name / "iter_0000001" / "mindspeed_llm.json").read_text())["health"]
+        reasons[name] = health["reasons"]
+        assert health["healthy"] == (name == "high")
+    assert reasons["high"] == [] and "gradient norm of the word embeddings" in reasons["low"][0]
+    alone = f"{words(toy_llama, rows[0], '--train-iters 1')} --save {tmp_path / 'one'}".replace("--train-iters 4", "")
+    pool(1).run(run, alone + " --embedding-local-norm-threshold 1e-6", rows[2])
+    (one,) = json.loads((tmp_path / "one" / "iter_0000001" / "mindspeed_llm.json").read_text())["health"]["reasons"]
+    norms = [float(reason.split(" is above")[0].split()[-1]) for reason in (one, reasons["low"][0])]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)

@@ -22,8 +22,12 @@ class BatchState:
     router_buffers: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def capture(cls, chunks: list[nn.Module]) -> BatchState:
-        """The state before a batch."""
+    def capture(cls, buffers: list[Tensor]) -> BatchState:
+        """The state before a batch.
+
+        Args:
+            buffers: the model's `router_buffers`.
+        """
         from megatron.core import tensor_parallel
 
         states = {
@@ -34,7 +38,7 @@ class BatchState:
         }
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()
-        return cls(states, [(buffer, buffer.clone()) for chunk in chunks for buffer in _router_buffers(chunk)])
+        return cls(states, [(buffer, buffer.clone()) for buffer in buffers])
 
     def restore(self) -> None:
         """Put everything back; may be called again."""
@@ -56,7 +60,8 @@ def _copy(state: Any) -> Any:
     return state.clone() if isinstance(state, Tensor) else state
 
 
-def _router_buffers(chunk: nn.Module) -> list[Tensor]:
-    """Buffers of modules that count the tokens of their experts."""
-    counting = [m for m in chunk.modules() if getattr(m, "local_tokens_per_expert", None) is not None]
+def router_buffers(chunks: list[nn.Module]) -> list[Tensor]:
+    """Buffers of modules that count the tokens of their experts: what a batch changes of a model."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    counting = [m for m in modules if getattr(m, "local_tokens_per_expert", None) is not None]
     return [buffer for module in counting for buffer in module.buffers(recurse=False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from mindspeed_llm.config.guards import DEFAULT_REWINDS, LEGAL_POLICIES, policy_
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.data import TrainingData
-from mindspeed_llm.training.guards.batch_state import BatchState
+from mindspeed_llm.training.guards.batch_state import BatchState, router_buffers
 from mindspeed_llm.training.guards.health import embedding_gradient_norm, embedding_gradient_squares
 from mindspeed_llm.training.guards.nonfinite import Diagnosing, write_culprits
 from mindspeed_llm.training.guards.repeat import Repeating
@@ -90,7 +91,7 @@ class Guards:
         Raises:
             UserError: the two differ.
         """
-        self.state = BatchState.capture(self.model.chunks)
+        self.state = BatchState.capture(self._router_buffers)
         if not self._is_time(self.options.replay_batch_interval, progress.iteration + 1):
             return batch()
         return Repeating(self.plan, self.model).run(batch, self.state, self.where(progress))
@@ -101,17 +102,18 @@ class Guards:
         Raises:
             UserError: it trains nothing.
         """
-        where = self.where(progress)
         if result.trained_tokens == 0:
-            raise UserError(f"loss: no trained token in the global batch of {where}; weights are unchanged")
+            raise UserError(
+                f"loss: no trained token in the global batch of {self.where(progress)}; weights are unchanged"
+            )
         if not math.isfinite(result.loss):
-            return self._nonfinite(math.nan, f"loss: {result.loss} at {where}")
+            return self._nonfinite(math.nan, f"loss: {result.loss} at {self.where(progress)}")
         grad_norm = gradient_norm(optimizer)
         if grad_norm is None:
-            return self._overflow(optimizer, where)
+            return self._overflow(optimizer, progress)
         self.overflowed_at_smallest_scale = False
         if not math.isfinite(grad_norm):
-            return self._nonfinite(grad_norm, f"gradient: norm {grad_norm} at {where}")
+            return self._nonfinite(grad_norm, f"gradient: norm {grad_norm} at {self.where(progress)}")
         if grad_norm == 0.0 and progress.iteration == 0:
             raise UserError(f"gradient: norm is exactly 0 at iteration 1, because {self._untrained()} has none")
         if self.options.embedding_local_norm_threshold is not None:
@@ -188,16 +190,20 @@ class Guards:
         if self._is_time(self.options.check_weight_hash_across_dp_replicas_interval, progress.iteration):
             check_replicas(self.plan, self.model, optimizer, progress.iteration)
 
+    @cached_property
+    def _router_buffers(self) -> list[Any]:
+        return router_buffers(self.model.chunks)
+
     def _is_time(self, interval: int | None, iteration: int) -> bool:
         return interval is not None and iteration % interval == 0
 
-    def _overflow(self, optimizer: Any, where: str) -> Verdict:
+    def _overflow(self, optimizer: Any, progress: Progress) -> Verdict:
         """A scaled gradient beyond fp16: the scale shrinks, unless it cannot."""
         o = self.plan.config.optimizer
         fixed, smallest = o.loss_scale is not None, float(optimizer.get_loss_scale()) <= o.min_loss_scale
         if fixed or (smallest and self.overflowed_at_smallest_scale):
-            scale = float(optimizer.get_loss_scale())
-            return self._nonfinite(math.nan, f"gradient: overflow at loss scale {scale:g}, the smallest, at {where}")
+            scale = f"loss scale {float(optimizer.get_loss_scale()):g}, the smallest"
+            return self._nonfinite(math.nan, f"gradient: overflow at {scale}, at {self.where(progress)}")
         self.overflowed_at_smallest_scale = smallest
         return Verdict(LEAVE_OUT, math.nan)
 

@@ -264,6 +264,10 @@ ELSEWHERE = {
     "no_load_optim": "tests/unit/plan/test_options_of_a_run.py::test_no_load_optim_forgets_the_moments",
     "no_load_rng": "tests/unit/plan/test_options_of_a_run.py::test_no_load_rng_draws_other_dropout",
     "no_save_optim": "tests/unit/plan/test_options_of_a_run.py::test_no_save_optim_cannot_be_resumed",
+    "keep_last": "tests/unit/training/test_saving.py::test_keep_last_keeps_the_newest",
+    "auto_resume": "tests/unit/training/test_saving.py::test_the_same_command_goes_on_where_it_ended",
+    "load_healthy": "tests/unit/training/test_saving.py::test_the_newest_healthy_one_can_be_resumed",
+    "verify_checkpoint": "tests/unit/training/test_saving.py::test_verify_checkpoint_save_reads_everything_back",
     "save_hf": "tests/unit/plan/test_options_of_a_run.py::test_save_hf_writes_what_was_trained",
     "show_samples": "tests/unit/plan/test_options_of_a_run.py::test_show_samples_prints_rows",
     "progress": "tests/unit/plan/test_options_of_a_run.py::test_progress_is_a_bar_or_lines",
@@ -292,6 +296,15 @@ ELSEWHERE = {
     "log_timing": "tests/distributed/test_monitor.py::test_a_slow_rank_is_named",
     "straggler_threshold": "tests/distributed/test_monitor.py::test_a_slow_rank_is_named",
     "straggler_window": "tests/distributed/test_monitor.py::test_a_slow_rank_is_named",
+    "on_nonfinite": "tests/distributed/test_guards.py::test_a_run_that_leaves_a_batch_out_is_the_run_without_it",
+    "grad_norm_spike_threshold": "tests/distributed/test_guards.py::test_a_spike_is_left_out_or_said",
+    "loss_spike_threshold": "tests/distributed/test_guards.py::test_a_spike_of_the_loss_is_said_too",
+    "spike_window": "tests/distributed/test_guards.py::test_a_spike_is_left_out_or_said",
+    "spike_count": "tests/distributed/test_guards.py::test_a_spike_makes_a_checkpoint_unhealthy_and_a_rewind_passes_it",
+    "spike_action": "tests/distributed/test_guards.py::test_a_spike_is_left_out_or_said",
+    "check_weight_hash_across_dp_replicas_interval": "tests/distributed/test_guards.py::test_a_flipped_bit_of_one_replica_is_named",
+    "replay_batch_interval": "tests/distributed/test_guards.py::test_a_gradient_that_differs_the_second_time_is_noticed",
+    "embedding_local_norm_threshold": "tests/distributed/test_guards.py::test_a_large_gradient_of_the_embedding_marks_a_checkpoint",
 }
 DOORS = ("pretrain", "posttrain")
 OPTIONS = [(door, o.name) for door in DOORS for o in door_options(door)]
