@@ -97,15 +97,15 @@ def kill_in_save() -> None:
     directory.observers.append(lambda stage: stage == AT and first_time() and os.kill(os.getpid(), signal.SIGKILL))
 
 
-def main() -> int:
-    """Open the door with the fault in place."""
-    fault, door = os.environ.get("FAULT"), sys.argv[1]
+def main(argv: list[str]) -> int:
+    """Open the door named first with the fault in place."""
+    fault, (door, *words) = os.environ.get("FAULT"), argv
     if fault:
         globals()[fault]()
     from importlib import import_module
 
-    return import_module(f"mindspeed_llm.cli.{door}").main(sys.argv[2:])
+    return import_module(f"mindspeed_llm.cli.{door}").main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
