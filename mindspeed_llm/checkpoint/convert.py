@@ -61,6 +61,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
     mtp_num_layers: int | None = None,
+    replace: bool = False,
     quiet: bool = False,
 ) -> Path:
     """Convert a checkpoint; every tensor is read, transformed and written before the next one.
@@ -85,6 +86,7 @@ def convert(
         shard_bytes: size of the safetensors files.
         ignore_fields: fields of config.json to disregard.
         mtp_num_layers: leave out the multi-token prediction layers behind the first so many; None keeps all.
+        replace: for "hf", put the result in place of the model that `save_dir` holds, once it is complete.
         quiet: print nothing.
 
     Returns:
@@ -111,7 +113,7 @@ def convert(
         split = bool(vpp or layer_list or noop_layers or embedding_as_layer or loss_as_layer)
         check_no_layout(source, (tp, pp), split)
         return _convert_to_hf(
-            source, dtypes, Path(save_dir), config_files, dtype_of(dtype), transform, shard_bytes, say
+            source, dtypes, Path(save_dir), config_files, dtype_of(dtype), transform, shard_bytes, replace, say
         )
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
     layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
@@ -127,15 +129,17 @@ def _convert_to_hf(
     dtype: torch.dtype | None,
     transform: Transform | None,
     shard_bytes: int,
+    replace: bool,
     say: Say,
 ) -> Path:
-    target = save_dir / RESULT_INSIDE_ORIGINAL if (save_dir / "config.json").is_file() else save_dir
+    beside = (save_dir / "config.json").is_file() and not replace
+    target = save_dir / RESULT_INSIDE_ORIGINAL if beside else save_dir
     plan = [
         PlannedTensor(name, dims, dtypes[pair.mcore]) for pair in source.pairs.values() for name, dims in pair.stored()
     ]
     needed = sum(tensor.num_bytes for tensor in plan)
     announce(source, dtypes, needed, target, transform is not None, say)
-    writer = HfWriter(target, plan, shard_bytes)
+    writer = HfWriter(target, plan, shard_bytes, replace)
     try:
         for name in progress(source.names()):
             tensor = _transformed(source, name, transform)

@@ -118,7 +118,7 @@ def complete(
     write_tracker(root, iteration)
     flush_directory(root)
     reached("tracked")
-    shutil.rmtree(_former(final), ignore_errors=True)
+    shutil.rmtree(former_of(final), ignore_errors=True)
     if keep_last is not None:
         prune(root, keep_last)
     reached("pruned")
@@ -127,7 +127,7 @@ def complete(
 
 def swap_in(aside: Path, final: Path, between: Callable[[], None] = lambda: None) -> None:
     """Give a flushed directory its name; what had the name before is `<name>.old` until the caller removes it."""
-    former = _former(final)
+    former = former_of(final)
     if final.exists():
         shutil.rmtree(former, ignore_errors=True)
         os.replace(final, former)
@@ -296,5 +296,6 @@ def dying_aside_of(root: str | Path, iteration: int) -> Path:
     return final.with_name(final.name + _DYING + ASIDE)
 
 
-def _former(final: Path) -> Path:
+def former_of(final: Path) -> Path:
+    """What a directory is called while another takes its name."""
     return final.with_name(final.name + FORMER)

@@ -14,12 +14,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mindspeed_llm.checkpoint.directory import ASIDE, former_of, swap_in
+from mindspeed_llm.checkpoint.manifest import flush_directory, flush_tree
 from mindspeed_llm.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 """transformers' usual shard size."""
 
-_ASIDE = ".incomplete"
+_INSIDE = ".incomplete"
 _LAST = ("config.json",)
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -41,20 +43,27 @@ class PlannedTensor:
 class HfWriter:
     """Writes planned tensors in order; nothing is visible as a model before `finish`.
 
+    A directory that is not there yet appears all at once. Into one that is there files are moved, config.json last.
+
     Args:
         directory: the model directory to make; must hold no weights yet.
         plan: all tensors, in the order in which they will be written.
         shard_bytes: data per file, exceeded only by a tensor that is larger on its own.
+        replace: a model that is there stays until the new one is complete, and is removed then.
 
     Raises:
         UserError: the directory holds weights already.
     """
 
-    def __init__(self, directory: Path, plan: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES) -> None:
-        if any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin")):
+    def __init__(
+        self, directory: Path, plan: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES, replace: bool = False
+    ) -> None:
+        held = any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
+        if held and not replace:
             raise UserError(f"checkpoint: {directory} holds weights already; try: another --save-dir, or remove them")
         self.directory = directory
-        self._aside = directory / _ASIDE
+        self._as_a_whole = replace or not directory.exists()
+        self._aside = directory.with_name(directory.name + ASIDE) if self._as_a_whole else directory / _INSIDE
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
         self._shards = _shards(plan, shard_bytes)
@@ -80,7 +89,7 @@ class HfWriter:
     def finish(
         self, config_files: Path, dtype: torch.dtype | None = None, changes: Mapping[str, Any] | None = None
     ) -> None:
-        """Add config and tokenizer, write the index, and move everything into place, config.json last.
+        """Add config and tokenizer, write the index, and move everything into place, config.json last where one by one.
 
         Args:
             config_files: directory to take config.json, tokenizer, generation config and chat template from.
@@ -98,9 +107,15 @@ class HfWriter:
             _record_dtype(self._aside / "config.json", dtype)
         if changes:
             _change_config(self._aside / "config.json", changes)
+        flush_tree(self._aside)
+        if self._as_a_whole:
+            swap_in(self._aside, self.directory)
+            shutil.rmtree(former_of(self.directory), ignore_errors=True)
+            return
         for file in sorted(self._aside.iterdir(), key=lambda file: file.name in _LAST):
             os.replace(file, self.directory / file.name)
         self._aside.rmdir()
+        flush_directory(self.directory)
 
     def discard(self) -> None:
         """Remove what was written, after a failure."""

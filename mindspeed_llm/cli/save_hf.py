@@ -10,7 +10,7 @@ from mindspeed_llm.plan.source import find_source
 
 
 def save_final_as_hf(plan: Plan) -> Path | None:
-    """Write `<save>/hf` from the last checkpoint of the run, on the first process.
+    """Write `<save>/hf` from the last checkpoint of the run, on the first process, in place of an earlier one.
 
     Raises:
         UserError: no config.json is known, or the base of the adapters is random and so nowhere on disk.
@@ -34,4 +34,6 @@ def save_final_as_hf(plan: Plan) -> Path | None:
             merging_transform(adapters, plan.adapters, plan.shape, read_trained_base(final.directory, plan.shape)),
             plan.weights.path,
         )
-    return convert(source, target, save_type="hf", hf_cfg_dir=plan.hf_files, transform=transform)
+    # the plan's may lie in a checkpoint that --keep-last has removed
+    files = final.hf_files or plan.hf_files
+    return convert(source, target, save_type="hf", hf_cfg_dir=files, transform=transform, replace=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mindspeed_llm import __version__, accelerator
 from mindspeed_llm.checkpoint.directory import iterations
 from mindspeed_llm.checkpoint.space import in_units, probe, space_problem
+from mindspeed_llm.checkpoint.train_record import HF_FILES
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.base import base_record
@@ -178,10 +179,15 @@ class Saver(LoopHook):
             c.save,
             progress.iteration,
             self.record(progress),
-            self.plan.hf_files,
+            self.hf_files(),
             keep_last=c.keep_last,
             read_back=c.verify_checkpoint in ("save", "both"),
         )
+
+    def hf_files(self) -> Path | None:
+        """Config and tokenizer files: the plan's, or the last checkpoint's copy once the resumed one is removed."""
+        files = self.plan.hf_files
+        return files if files is None or files.is_dir() or self.last is None else self.last / HF_FILES
 
     def record(self, progress: Progress) -> dict[str, Any]:
         """What is written beside the tensors."""

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from mindspeed_llm.errors import UserError
+
 FLAGS = (
     "--seq-length 64 --lr 1e-2 --lr-decay-style constant --global-batch-size 2 --split 1 --hidden-dropout 0.1 "
     "--num-threads 1"
@@ -61,7 +63,9 @@ def test_no_save_optim_cannot_be_resumed(door, toy_llama, tmp_path):
     out = tmp_path / "out"
     door(f"--load {toy_llama} --train-iters 1 --save {out} --no-save-optim --progress lines")
     assert json.loads((out / "iter_0000001" / "mindspeed_llm.json").read_text())["resumable"] is False
-    again = door(f"--load {out} --train-iters 1 --progress lines")
+    with pytest.raises(UserError, match="saved with --no-save-optim; try: --finetune"):
+        door(f"--load {out} --train-iters 2 --progress lines")
+    again = door(f"--load {out} --finetune --train-iters 1 --progress lines")
     assert again.progress.consumed_samples == 2
 
 
