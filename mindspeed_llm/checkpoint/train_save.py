@@ -91,6 +91,8 @@ def write_and_complete(
         try:
             write_part(aside, rank, boxes, state.packed_objects(), state.facts)
         except OSError as wrong:
+            if not aside.exists():
+                raise UserError(f"save: {aside} was given up by the first rank, whose message says why") from wrong
             report_failure(aside, rank, f"{wrong.strerror} ({wrong.filename})")
             raise UserError(directory.failure_line(aside, wrong)) from wrong
         return order.final

@@ -13,6 +13,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,9 @@ def bytes_of_part(boxes: Iterable[Box], objects: Mapping[str, bytes]) -> int:
 
 
 def report_failure(directory: Path, rank: int, why: str) -> None:
-    """Tell who waits for this rank's part that it will not come."""
-    _write_durably(_listing(directory, rank).with_suffix(".failed"), why.encode())
+    """Tell who waits for this rank's part that it will not come, as well as the disk permits."""
+    with suppress(OSError):
+        _listing(directory, rank).with_suffix(".failed").write_text(why)
 
 
 def wait_for_parts(
