@@ -164,7 +164,10 @@ def refuse_damaged(directory: Path, why: str = "") -> Path:
     """
     root = directory.parent
     if not directory.is_dir():
-        raise UserError(f"checkpoint: nothing loadable in {root} (found: {why}no {directory.name}/)")
+        raise UserError(
+            f"checkpoint: nothing loadable in {root} (found: {why}no {directory.name}/); try: --ckpt-step of one "
+            "that is there, or copy it again"
+        )
     wrong = damage(directory)
     if wrong is None:
         return directory

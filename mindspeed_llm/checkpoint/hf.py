@@ -92,7 +92,7 @@ class HfFiles:
             try:
                 self._safe[file] = safe_open(file, framework="pt")
             except Exception as error:  # SafetensorError is the library's own, raised for truncated files
-                raise UserError(f"checkpoint: {file} cannot be read ({error})") from error
+                raise UserError(f"checkpoint: {file} cannot be read ({error}); try: copy it again") from error
         return self._safe[file]
 
     def _open_bin(self, file: Path) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class HfFiles:
                     file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True
                 )
             except Exception as error:
-                raise UserError(f"checkpoint: {file} cannot be read ({error})") from error
+                raise UserError(f"checkpoint: {file} cannot be read ({error}); try: copy it again") from error
         return self._bins[file]
 
     def _keys(self, file: Path) -> list[str]:

@@ -49,7 +49,10 @@ def _from_hugging_face(name: str) -> Path:
             f"hub: {name} cannot be had from {_endpoint()} ({_first_line(error)}); try: set HF_ENDPOINT to a mirror, "
             f"--hub modelscope, or download it elsewhere and name the directory"
         ) from error
-    raise UserError(f"hub: {name} on {_endpoint()} has neither *.safetensors nor pytorch_model*.bin")
+    raise UserError(
+        f"hub: {name} on {_endpoint()} has neither *.safetensors nor pytorch_model*.bin; try: a repository with "
+        "weights, or a directory"
+    )
 
 
 def _from_modelscope(name: str) -> Path:
@@ -60,7 +63,10 @@ def _from_modelscope(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except Exception as error:
-        raise UserError(f"hub: {name} cannot be had from modelscope ({_first_line(error)})") from error
+        raise UserError(
+            f"hub: {name} cannot be had from modelscope ({_first_line(error)}); try: download it elsewhere and "
+            "name the directory"
+        ) from error
 
 
 def _endpoint() -> str:

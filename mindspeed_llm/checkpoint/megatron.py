@@ -64,7 +64,7 @@ class MegatronSource(TensorSource):
         if sorted(by_rank) != list(range(size)):
             raise UserError(
                 f"checkpoint: {name} in {self.origin} is cut into {size} slices, of which the files hold "
-                f"{sorted(by_rank)}; it is incomplete"
+                f"{sorted(by_rank)}; it is incomplete; try: copy the missing mp_rank directories"
             )
         return [by_rank[rank] for rank in range(size)]
 

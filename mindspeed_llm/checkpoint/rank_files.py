@@ -61,7 +61,9 @@ def load_rank_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # pickle, zip and torch raise a dozen types for damaged files
-        raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
+        raise UserError(
+            f"checkpoint: {path} cannot be read ({error}); it may be incomplete; try: copy it again"
+        ) from error
 
 
 def rank_paths(directory: Path) -> dict[tuple[int, int, int], Path]:
@@ -79,10 +81,13 @@ def rank_paths(directory: Path) -> dict[tuple[int, int, int], Path]:
             raise UserError(f"checkpoint: {path} is not a rank; legal: mp_rank_<tp>[_<pp>][_<ep>]")
         numbers[tuple(int(number) for number in match.groups() if number is not None)] = path
     if not numbers:
-        raise UserError(f"checkpoint: no mp_rank_* directories in {directory}")
+        raise UserError(f"checkpoint: no mp_rank_* directories in {directory}; legal: mp_rank_<tp>[_<pp>][_<ep>]")
     lengths = {len(key) for key in numbers}
     if len(lengths) > 1:
-        raise UserError(f"checkpoint: the names of mp_rank_* directories in {directory} are of different kinds")
+        raise UserError(
+            f"checkpoint: the names of mp_rank_* directories in {directory} are of different kinds; legal: one "
+            "kind; try: remove those of another conversion"
+        )
     kind = lengths.pop()
     experts_second = kind == 2 and max(numbers)[1:] != (0,) and _second_number_is_expert(numbers)
     paths = {}
@@ -111,7 +116,7 @@ def _check_complete(paths: Mapping[tuple[int, int, int], Path], directory: Path)
     missing += [(0, 0, e) for e in range(ep) if all(e != rank for _, rank in pairs)]
     if missing:
         names = ", ".join(rank_directory_name(t, p, pp, e, ep) for t, p, e in missing[:4])
-        raise UserError(f"checkpoint: {directory} is incomplete: {names} is not there")
+        raise UserError(f"checkpoint: {directory} is incomplete: {names} is not there; try: copy it again")
 
 
 class Place(NamedTuple):

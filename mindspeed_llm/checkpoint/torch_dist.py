@@ -132,6 +132,7 @@ class TorchDistSource(TensorSource):
         covered = self._boxes.read(stored.key, [*stored.stack, *(start for start, _ in box)], out)
         if covered != out.numel():
             raise UserError(
-                f"checkpoint: {name} in {self.origin} covers {covered} of {out.numel()} values; it is incomplete"
+                f"checkpoint: {name} in {self.origin} covers {covered} of {out.numel()} values; it is incomplete; try: "
+                "another --ckpt-step, or copy it again"
             )
         return out[(0,) * len(stored.stack)]

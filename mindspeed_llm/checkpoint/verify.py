@@ -156,7 +156,10 @@ def _run_transformers(hf_dir: Path, batches: list[tuple[Tensor, Tensor]]) -> lis
         hf_dir, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
     if bad := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise UserError(f"verify: {hf_dir} lacks {bad[0]} and {len(bad) - 1} more tensors for transformers' model")
+        raise UserError(
+            f"verify: {hf_dir} lacks {bad[0]} and {len(bad) - 1} more tensors for transformers' model; try: --hf "
+            "with the complete original"
+        )
     model.eval()
     runs = []
     for ids, positions in batches:
@@ -172,7 +175,10 @@ def _build(source: TensorSource, shape: ModelShape) -> torch.nn.Module:
 
     # The reference's config decides what should be computed; the checkpoint's own what is computed.
     if source.shape.num_layers != shape.num_layers or source.shape.vocab_size != shape.vocab_size:
-        raise UserError(f"verify: {source.origin} is another model than the reference: {source.shape} and {shape}")
+        raise UserError(
+            f"verify: {source.origin} is another model than the reference: {source.shape} and {shape}; try: --hf "
+            "with the model that it was made from"
+        )
     initialize_distributed()
     model = build_model(source.shape, BuildOptions(params_dtype=torch.float32, initialize=False))
     load_into(model, source)

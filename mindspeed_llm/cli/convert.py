@@ -171,7 +171,10 @@ def _adapters(config: RunConfig, found: Found):
 
     source = find_source(config.lora.lora_load)
     if source is None or source.format not in ADAPTER_FORMATS:
-        raise UserError(f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT")
+        raise UserError(
+            f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT; legal: a --save "
+            "directory of a LoRA run, or one with adapter_config.json"
+        )
     problems: list[str] = []
     settings = recorded_adapters(config, source, problems)
     if problems:

@@ -30,7 +30,7 @@ def read_yaml(path: str) -> list[tuple[str, str, Any]]:
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
     if not Path(path).is_file():
-        raise UserError(f"--config: there is no file {path}")
+        raise UserError(f"--config: there is no file {path}; legal: a YAML file with sections of options")
     try:
         document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as wrong:

@@ -33,7 +33,10 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
         if kind not in settings.targets or isinstance(module, LoraMixin):
             continue
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            raise UserError(f"lora: {path} is a {type(module).__name__}, which cannot be adapted")
+            raise UserError(
+                f"lora: {path} is a {type(module).__name__}, which cannot be adapted; legal: linears; try: leave "
+                "it out of --lora-target-modules"
+            )
         found.add(kind)
         adapted = LoraColumnParallelLinear if isinstance(module, ColumnParallelLinear) else LoraRowParallelLinear
         module.__class__ = adapted
@@ -41,7 +44,10 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
         initialize_adapter(module, global_name(path, model.config, model.vp_stage, model.pp_group.rank()), seed)
         names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
     if missing := sorted(set(settings.targets) - found):
-        raise UserError(f"lora: targets {missing} match no linear of this model")
+        raise UserError(
+            f"lora: targets {missing} match no linear of this model; legal: linear_qkv, linear_proj, linear_fc1, "
+            "linear_fc2 and their parts"
+        )
     return names
 
 

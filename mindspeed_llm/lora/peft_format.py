@@ -78,7 +78,7 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
     elif (directory / "adapter_model.bin").is_file():
         tensors = torch.load(directory / "adapter_model.bin", weights_only=True)
     else:
-        raise UserError(f"lora: {directory} has no {WEIGHTS}")
+        raise UserError(f"lora: {directory} has no {WEIGHTS}; legal: a directory that PEFT saved; try: copy it again")
     linears = {path: place for place, path in hf_linears(shape).items()}
     halves: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -87,7 +87,10 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
             raise UserError(f"lora: {name} in {directory} is no adapter of a linear of this model")
         halves.setdefault(linears[match[1]], {})[match[2]] = tensor
     if incomplete := [place for place, found in halves.items() if set(found) != {"A", "B"}]:
-        raise UserError(f"lora: {directory} has only one factor of layer {incomplete[0][0]} {incomplete[0][1]}")
+        raise UserError(
+            f"lora: {directory} has only one factor of layer {incomplete[0][0]} {incomplete[0][1]}; legal: lora_A "
+            "and lora_B of each; try: copy it again"
+        )
     adapters = {place: PartAdapter(found["A"], found["B"]) for place, found in halves.items()}
     check_sizes(adapters, shape, settings, str(directory))
     return adapters, settings

@@ -66,7 +66,9 @@ def read_adapters(directory: Path, shape: ModelShape, settings: AdapterSettings)
             try:
                 a, b = whole[f"{path}.lora_A"], whole[f"{path}.lora_B.{part}"]
             except KeyError as missing:
-                raise UserError(f"lora: {directory} has no tensor {missing}; the checkpoint is incomplete") from None
+                raise UserError(
+                    f"lora: {directory} has no tensor {missing}; the checkpoint is incomplete; try: copy it again"
+                ) from None
             chosen = settings.targets[module]
             if chosen:
                 start = chosen.index(part) * settings.rank

@@ -263,7 +263,7 @@ def _check_shape(shape: ModelShape) -> None:
     if shape.num_attention_heads % shape.num_query_groups:
         raise UserError(
             f"config: num_attention_heads={shape.num_attention_heads} is not divisible by "
-            f"num_key_value_heads={shape.num_query_groups}"
+            f"num_key_value_heads={shape.num_query_groups}; legal: a divisor; try: the model's own config.json"
         )
     if shape.multi_latent_attention:
         _check_latent_attention(shape)

@@ -68,7 +68,9 @@ def expert_values(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     topk, groups, chosen = values.get("moe_router_topk", 2), e.moe_router_num_groups, e.moe_router_group_topk
     sigmoid = e.moe_router_score_function == "sigmoid"
     if topk > e.num_experts:
-        problems.append(f"--moe-router-topk: {topk} is more than --num-experts {e.num_experts}")
+        problems.append(
+            f"--moe-router-topk: {topk} is more than --num-experts {e.num_experts}; legal: 1 to {e.num_experts}"
+        )
     if topk == 1 and not sigmoid and not e.moe_router_pre_softmax:
         problems.append("--moe-router-pre-softmax is missing: the softmax over one chosen expert is always 1")
     if (groups is None) != (chosen is None):

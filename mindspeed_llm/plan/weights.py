@@ -45,7 +45,10 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     if config.lora.lora_load is not None and restart is None:
         adapter_source = find_source(config.lora.lora_load, fall_back=going_on, healthy=going_on and c.load_healthy)
         if adapter_source is None or adapter_source.format not in ADAPTER_FORMATS:
-            raise UserError(f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT")
+            raise UserError(
+                f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT; legal: a --save "
+                "directory of a LoRA run, or one with adapter_config.json"
+            )
     if c.load is not None and weights is None:
         if not c.allow_random_init:
             found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None

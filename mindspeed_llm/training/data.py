@@ -46,7 +46,10 @@ class TrainingData:
         self.valid = self._validation_part()
         dataset = (self.train or self.valid).dataset if self.train or self.valid else None
         if plan.config.door == "posttrain" and dataset is not None and dataset.packed and not t.padding_free:
-            raise UserError("--no-padding-free: packed rows hold several documents that only joined rows keep apart")
+            raise UserError(
+                "--no-padding-free: packed rows hold several documents that only joined rows keep apart; leave the "
+                "flag out"
+            )
 
     def _open(self, prefix: str, name: str, shuffle: bool) -> Any:
         c = self.plan.config
