@@ -86,7 +86,7 @@ def measured(places, file, world, flags, model="experts", function=run, *argumen
     """(losses, metrics lines, expert lines, warnings) of a run."""
     length = "" if "--train-iters" in flags else "--train-iters 2 "
     words = f"{length}--load {places / model} --data-path {places / 'text.jsonl'} --metrics-jsonl {file} {flags}"
-    losses = pool(world).run(function, words, str(places / "cache"), *arguments)[-1]
+    losses = pool(world).run(function, words, str(places / "cache"), *arguments, timeout=400)[-1]
     lines = list(read_lines(file))
     return losses, *([x for x in lines if x["kind"] == kind] for kind in ("metrics", "experts", "warning"))
 
@@ -171,19 +171,18 @@ def test_local_losses_are_those_of_the_replicas_rows(places, tmp_path):
 @pytest.mark.parametrize("slow", [None, 1])
 def test_a_slow_rank_is_named(places, tmp_path, slow):
     """--straggler-threshold, --straggler-window and --log-timing; equal ranks are not named."""
-    flags = "--log-timing --straggler-threshold 3 --straggler-window 3 --log-interval 1 --train-iters 7"
-    arguments = ("dense", run_with_slow_rank, slow, 0.4)
+    flags = "--log-timing --straggler-threshold 3 --straggler-window 2 --log-interval 1 --train-iters 5"
+    arguments = ("dense", run_with_slow_rank, slow, 1.0)
     _, lines, _, warnings = measured(places, tmp_path / "metrics.jsonl", 2, flags, *arguments)
     texts = [warning["text"] for warning in warnings]
-    # The first iteration is left out: windows end after the 4th and the 7th.
-    assert [warning["iteration"] for warning in warnings] == ([] if slow is None else [4, 7])
+    # The first iteration is left out: windows end after the 3rd and the 5th.
+    assert [warning["iteration"] for warning in warnings] == ([] if slow is None else [3, 5])
     last = lines[-1]
     if slow is None:
         return
     assert all(text.startswith(f"straggler: rank 1 on {socket.gethostname()} computes ") for text in texts)
     assert "x the median" in texts[0]
     # Both ranks take as long; what one sleeps the other waits.
-    assert last["step-time-max"] - last["step-time-min"] < 0.2
-    assert last["compute-time-max"] > 0.4 > last["compute-time-min"]
-    assert last["communication-wait-max"] > 0.3
-    assert last["data-wait-max"] < 0.2
+    assert last["step-time-max"] - last["step-time-min"] < 0.5
+    assert last["compute-time-max"] > 1.0 > last["compute-time-min"]
+    assert last["communication-wait-max"] > 0.5 > last["data-wait-max"]
