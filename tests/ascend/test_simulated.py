@@ -29,17 +29,19 @@ build = _load_build()
 def variables():
     """Environment of a process on the simulated device."""
     try:
-        folder = build.folder()
+        made = build.build()
     except build.CannotSimulate as reason:
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail(f"the Ascend simulator must run in CI: {reason}")
         pytest.skip(f"no Ascend simulator: {reason}")
-    return {**os.environ, **build.environment(folder)}
+    return {**os.environ, **build.environment(made)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_on_the_simulated_device(path, variables):
+    if path.stem.endswith("_lazy"):
+        variables = {**variables, "ASCEND_SIMULATOR_LAZY": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(command, cwd=HERE.parents[1], env=variables, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -48,7 +50,7 @@ def test_on_the_simulated_device(path, variables):
 def test_a_machine_without_a_compiler_is_told_what_is_missing(monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(build.CannotSimulate, match="gcc"):
-        build.folder()
+        build.build()
 
 
 def test_a_cuda_build_of_torch_is_told_apart(monkeypatch):
@@ -56,4 +58,4 @@ def test_a_cuda_build_of_torch_is_told_apart(monkeypatch):
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(build.CannotSimulate, match="CUDA build"):
-        build.folder()
+        build.build()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mindspeed_llm.ops.attention import by_document, sdpa
-from mindspeed_llm.ops.attention_masked import masked_sdpa
+from mindspeed_llm.ops.attention import all_scores, by_document
+from mindspeed_llm.ops.attention_masked import masked_scores
 from mindspeed_llm.ops.npu.kernels import DEVICES, FLOATS, REQUIRES
 from mindspeed_llm.ops.npu.visibility import seen_in_order, whole
 from mindspeed_llm.ops.registry import register
@@ -34,7 +34,7 @@ def npu_attention(
 ) -> Tensor:
     """Causal attention of SBHD tensors, see `ops.attention.attention`."""
     if not fits(query, key, value):
-        return sdpa(query, key, value, window_size, dropout, scale)
+        return all_scores(query, key, value, window_size, dropout, scale)
     s, s_k = query.shape[0], key.shape[0]
     order = seen_in_order(s, s_k, s_k - s, window_size, query.device)
     return fused(query, key, value, softmax_scale(query, scale), dropout, order)
@@ -88,7 +88,7 @@ def npu_masked_attention(
 ) -> Tensor:
     """Attention under a mask of any form, see `ops.attention_masked.masked_attention`."""
     if not fits(query, key, value):
-        return masked_sdpa(query, key, value, hidden, dropout, scale)
+        return masked_scores(query, key, value, hidden, dropout, scale)
     # What the kernel gives a query that sees nothing is undefined: let it see all and clear the result.
     blind = hidden.all(dim=-1, keepdim=True)
     out = fused(query, key, value, softmax_scale(query, scale), dropout, whole(hidden & ~blind))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from simulator.kernels.registry import CALLS
 
 from mindspeed_llm.ops import registry
 from mindspeed_llm.ops.attention import attention
@@ -25,21 +26,9 @@ from mindspeed_llm.ops.rotary import (
 )
 from mindspeed_llm.ops.swiglu import reference as swiglu_reference
 from mindspeed_llm.ops.swiglu import swiglu
-from simulator.kernels.registry import KERNELS
 
 # Largest difference over largest value: fp32 sums in another order; bf16 rounds every result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Names of torch_npu's kernels in the order they ran."""
-    ran = []
-    original = torch.library.Library
-    assert original  # the kernels are registered already: count calls where they look up their function
-    for name, function in KERNELS.items():
-        monkeypatch.setitem(KERNELS, name, function)
-    return ran
 
 
 def tensors(*shapes, dtype=torch.float32, seed=0):
@@ -49,6 +38,7 @@ def tensors(*shapes, dtype=torch.float32, seed=0):
 
 def compare(ours, reference, inputs, dtype=torch.float32, others=()):
     """Forward and backward of `ours` on the device against `reference` on the CPU in float64, of the same numbers."""
+    CALLS.clear()
     on_device = [x.npu().requires_grad_() for x in inputs]
     on_host = [x.double().requires_grad_() for x in inputs]
     results, expected = ours(*on_device), reference(*on_host)
@@ -57,8 +47,11 @@ def compare(ours, reference, inputs, dtype=torch.float32, others=()):
     found = torch.autograd.grad(results, on_device, [g.to(x.dtype).npu() for g, x in zip(grads, results)])
     exact = torch.autograd.grad(expected, on_host, [g.to(x.dtype) for g, x in zip(grads, expected)])
     assert all(x.device.type == "npu" for x in (*results, *found))
-    for ours_, exact_ in zip((*results, *found), (*expected, *exact)):
-        close(ours_, exact_, TOLERANCE[dtype])
+    for one, other in zip((*results, *found), (*expected, *exact)):
+        close(one, other, TOLERANCE[dtype])
+    # Where torch_npu has a kernel it is what ran, in both directions; there is none of float64.
+    if inputs[0].numel():
+        assert bool(CALLS.total() > 1) == (dtype != torch.float64)
 
 
 def close(found, exact, tolerance=1e-5):
@@ -116,13 +109,12 @@ def test_rotary(rows, width, dtype):
     )
 
 
-@pytest.mark.parametrize("rotates", [True, False])
-def test_split_qkv_rotary(rotates):
-    table = table_of(torch.arange(5)[None], 8) if rotates else None
+def test_split_qkv_rotary():
+    table = table_of(torch.arange(5)[None], 8)
     (qkv,) = tensors((5, 2, 2 * (3 + 2) * 8))
     compare(
-        lambda qkv: split_qkv_rotary(qkv, 2, 8, None if table is None else table.float().npu()),
-        lambda qkv: split_qkv_rotary_reference(qkv, 2, 8, None if table is None else table.float().double()),
+        lambda qkv: split_qkv_rotary(qkv, 2, 8, table.float().npu()),
+        lambda qkv: split_qkv_rotary_reference(qkv, 2, 8, table.float().double()),
         [qkv],
     )
 

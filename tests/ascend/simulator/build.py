@@ -1,9 +1,9 @@
 """Where the simulator lives: torch_npu's wheel in a folder of its own, and stand-ins of CANN's libraries beside it.
 
-    python tests/ascend/simulator/build.py      prints the folder, making it if needed
+    python tests/ascend/simulator/build.py      makes it if needed and prints the variables for a process on the device
 
 Nothing is installed into the environment that runs this: with torch_npu on the path and CANN absent, `import torch`
-fails in every process that does not set TORCH_DEVICE_BACKEND_AUTOLOAD=0. Processes see the folder through `environment`.
+fails in every process that does not set TORCH_DEVICE_BACKEND_AUTOLOAD=0. `environment` shows both to a process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 # The release whose wheel runs unchanged, for torch of the same minor version (docs/install.md has the whole table).
@@ -30,42 +32,58 @@ class CannotSimulate(Exception):
     """What this machine lacks, in one line."""
 
 
-def folder() -> Path:
-    """The folder of this interpreter, wheel and sources, made if it does not exist.
+@dataclass(frozen=True)
+class Simulator:
+    """Folders of the unpacked wheel and of the libraries, in the cache beside CI's environments."""
+
+    site: Path
+    lib: Path
+
+
+def build() -> Simulator:
+    """The simulator of this interpreter, wheel and sources, made if it does not exist.
 
     Raises:
         CannotSimulate: naming what is missing.
     """
     _check_machine()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mindspeed_llm"
-    made = cache / f"ascend-{_hash()}"
+    python = f"{sys.implementation.cache_tag}-{platform.machine()}"
+    site = _once(f"torch_npu-{TORCH_NPU}-{python}", _install_wheel)
+    return Simulator(site, _once(f"ascend-{python}-{_hash()}", lambda lib: _build_libraries(site, lib)))
+
+
+def _once(name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache, filled if it is not there."""
+    made = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mindspeed_llm" / name
     if made.exists():
         return made
-    aside = made.with_name(f"{made.name}.{os.getpid()}")
+    aside = made.with_name(f"{name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    (aside / "lib").mkdir(parents=True)
-    _install_wheel(aside / "site")
-    _build_libraries(aside / "site", aside / "lib")
+    aside.mkdir(parents=True)
     try:
+        fill(aside)
         aside.rename(made)
-    except OSError:  # another process was faster
-        shutil.rmtree(aside)
+    except OSError:
+        if not made.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return made
 
 
-def environment(made: Path) -> dict[str, str]:
+def environment(made: Simulator) -> dict[str, str]:
     """Variables under which a process finds the wheel and the libraries."""
-    paths = [str(made / "site"), str(SOURCES.parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(made.site), str(SOURCES.parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "LD_LIBRARY_PATH": str(made / "lib"),
+        "LD_LIBRARY_PATH": str(made.lib),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         # Kernels here read memory when they are called; torch_npu's queue would still be copying then.
         "TASK_QUEUE_ENABLE": "0",
         # Segments that grow are not simulated.
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False",
         "MINDSPEED_LLM_DEVICE": "npu",
-        "ASCEND_SIMULATOR": str(made),
+        "ASCEND_SIMULATOR": "1",
     }
 
 
@@ -77,13 +95,15 @@ def _check_machine() -> None:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise CannotSimulate(f"torch_npu has no wheel for {platform.system()} on {platform.machine()}")
     if torch.version.cuda is not None:
-        raise CannotSimulate(f"torch {torch.__version__} is a CUDA build, which torch_npu refuses; a CPU build is needed")
+        raise CannotSimulate(
+            f"torch {torch.__version__} is a CUDA build, which torch_npu refuses; a CPU build is needed"
+        )
     if torch.__version__.split(".")[:2] != TORCH_NPU.split(".")[:2]:
         raise CannotSimulate(f"torch is {torch.__version__}, torch_npu {TORCH_NPU} needs the same minor version")
 
 
 def _hash() -> str:
-    content = hashlib.sha256(f"{TORCH_NPU} {sys.version} {platform.machine()}".encode())
+    content = hashlib.sha256(TORCH_NPU.encode())
     for path in (*sorted(SOURCES.iterdir()), Path(__file__)):
         content.update(path.read_bytes())
     return content.hexdigest()[:12]
@@ -118,13 +138,16 @@ def _undefined(site: Path) -> set[str]:
     for library in sorted((site / "torch_npu").rglob("*.so")):
         if "dynamo" in library.parts:  # the graph compiler; not loaded
             continue
-        table = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+        table = subprocess.run(
+            ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+        )
         names |= set(CANN_SYMBOL.findall(table.stdout))
     return names
 
 
 if __name__ == "__main__":
     try:
-        print(folder())
+        for name, value in environment(build()).items():
+            print(f"export {name}={value}")
     except CannotSimulate as reason:
         sys.exit(f"ascend simulator: {reason}")

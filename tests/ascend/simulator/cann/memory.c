@@ -1,7 +1,7 @@
 // Devices and their memory, on the host: what torch_npu asks of AscendCL besides streams. Signatures: CANN's acl_rt.h.
 //
 //   ASCEND_SIMULATOR_DEVICES     number of devices (default 2)
-//   ASCEND_SIMULATOR_MEMORY_MB   memory of each (default 8192)
+//   ASCEND_SIMULATOR_MEMORY_MB   memory of each (default 1024)
 //   ASCEND_SIMULATOR_SOC         name of the chip (default Ascend910B2)
 #include "simulator.h"
 
@@ -21,7 +21,7 @@ static long long setting(const char *name, long long otherwise) {
     const char *value = getenv(name);
     return value ? atoll(value) : otherwise;
 }
-static size_t capacity(void) { return (size_t)setting("ASCEND_SIMULATOR_MEMORY_MB", 8192) << 20; }
+static size_t capacity(void) { return (size_t)setting("ASCEND_SIMULATOR_MEMORY_MB", 1024) << 20; }
 int simulator_device(void) { return current_device < 0 ? 0 : current_device; }
 
 int aclInit(const char *config) { return OK; }

@@ -65,6 +65,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, s: Settings) -> None:
     require(query.dtype in DTYPES, rule, f"{query.dtype} is not float16, bfloat16 or float32")
     require(query.dtype == key.dtype == value.dtype, rule, "query, key and value differ in type")
     require(1 <= s.heads <= 256, rule, f"head_num {s.heads} is outside 1..256")
+    if s.layout == "TND":
+        require(s.query_ends is not None and s.key_ends is not None, rule, "TND needs actual_seq_qlen and _kvlen")
     first = next(sequences(query, key, value, s))
     q, k, v = first.query, first.key, first.value
     require(q.shape[1] == s.heads, rule, f"head_num {s.heads} is not the {q.shape[1]} heads of query")
@@ -73,7 +75,6 @@ def check(query: Tensor, key: Tensor, value: Tensor, s: Settings) -> None:
     require(v.shape[3] <= k.shape[3], rule, "the head size of value exceeds that of key")
     require(0 <= s.mode <= 8, rule, f"sparse_mode {s.mode} is outside 0..8")
     if s.layout == "TND":
-        require(s.query_ends is not None and s.key_ends is not None, rule, "TND needs actual_seq_qlen and _kvlen")
         require(s.query_ends[0] != 0 or len(s.query_ends) == 1, rule, "actual_seq_qlen starts with 0")
         require(len(s.query_ends) <= 2048, rule, "more than 2048 sequences")
     if s.mask is not None:
@@ -194,7 +195,8 @@ def _take_seed(keep: float) -> tuple[int, int]:
 def npu_fusion_attention(
     query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0,
     pre_tockens=HUGE, next_tockens=HUGE, inner_precise=0, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None,
-    sparse_mode=0, gen_mask_parallel=True, sync=False, softmax_layout="", sink=None, dropout_mask=None, seed=0, offset=0,
+    sparse_mode=0, gen_mask_parallel=True, sync=False, softmax_layout="", sink=None, dropout_mask=None, seed=0,
+    offset=0,
 ):  # fmt: skip
     """-> out, maximum, sum, [0], seed, offset, numels."""
     require(pse is None and sink is None, "fused attention", "pse and sink are not simulated")

@@ -9,10 +9,10 @@ from simulator.kernels.registry import kernel, require
 
 @kernel("npu_apply_adam_w.out")
 def npu_apply_adam_w(
-    beta1_power, beta2_power, lr, weight_decay, beta1, beta2, epsilon, grad, max_grad_norm, amsgrad, maximize, *,
-    var, m, v,
-):  # fmt: skip
-    """In place; the powers are beta^(t - 1). Weight decay is decoupled."""
+    beta1_power, beta2_power, lr, weight_decay, beta1, beta2, epsilon, grad, max_grad_norm, amsgrad, maximize, *, out
+):
+    """`out` is (var, m, v), written in place; the powers are beta^(t - 1). Weight decay is decoupled."""
+    var, m, v = out
     require(var.dtype == m.dtype == v.dtype == grad.dtype, "npu_apply_adam_w", "tensors differ in type")
     grad = -grad if maximize else grad
     var.mul_(1 - lr * weight_decay)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
 KERNELS: dict[str, Callable[..., Any]] = {}
+# How often each ran.
+CALLS: collections.Counter[str] = collections.Counter()
 
 
 def kernel(name: str) -> Callable[[Callable], Callable]:
     """Decorator: the function computes torch_npu's operator of that name, from CPU tensors."""
 
     def enter(function: Callable) -> Callable:
-        KERNELS[name] = function
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            CALLS[name] += 1
+            return function(*args, **kwargs)
+
+        KERNELS[name] = counted
         return function
 
     return enter

@@ -1,0 +1,63 @@
+"""What the tests run on the CPU and on the simulated device, in processes of pools."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def join_on_npu(rank: int, world_size: int, store: str) -> None:
+    """Join an hccl group with the simulated device of this rank."""
+    import simulator
+
+    simulator.start()
+    import torch
+    import torch.distributed as dist
+
+    torch.npu.set_device(rank)
+    os.environ["MINDSPEED_LLM_DEVICE"] = "npu"
+    dist.init_process_group("hccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+def run(door: str, words: str, cache: str) -> dict[str, Any]:
+    """Run one training door on this rank.
+
+    Returns:
+        Training and validation losses (known on the last rank), the device, and torch_npu's kernels that ran.
+    """
+    import torch.distributed as dist
+
+    from mindspeed_llm import accelerator
+    from mindspeed_llm.cli.training import run_door
+    from mindspeed_llm.config.parser import parse
+
+    if dist.is_initialized():
+        world = str(dist.get_world_size())
+        os.environ.update(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, RANK=str(dist.get_rank()))
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    os.environ["MINDSPEED_LLM_CACHE"] = cache
+    kernels = calls()
+    kernels.clear()
+    result = run_door(parse(door, [*words.split(), "--progress", "lines", "--num-threads", "1"]))
+    return {
+        "train": [loss for _, loss in result.history.train],
+        "valid": [loss for _, loss in result.history.valid],
+        "device": accelerator.current().name,
+        "kernels": set(kernels),
+    }
+
+
+def calls() -> Any:
+    """Counter of torch_npu's kernels; an empty one on the CPU."""
+    import collections
+    import sys
+
+    registry = sys.modules.get("simulator.kernels.registry")
+    return registry.CALLS if registry else collections.Counter()
+
+
+def answer(model: str, prompts: list[str]) -> list[str]:
+    """Greedy answers of a model in this process."""
+    import mindspeed_llm
+
+    return mindspeed_llm.generate(mindspeed_llm.load_model(model), prompts, max_new_tokens=12)
