@@ -23,12 +23,15 @@ class TrainingState:
     Attributes:
         boxes: everything this rank holds, replicas of others' included; views of the live tensors.
         objects: unique key -> object, of this rank alone.
+        placeholders: unique keys of objects that hold nothing: megatron-core's linears ask for the state that those of
+            Transformer Engine have.
         common: plain values that all ranks know alike.
         facts: values that a rank knows, or not (None): see `merge_facts`.
     """
 
     boxes: list[Box]
     objects: dict[str, Any] = field(default_factory=dict)
+    placeholders: list[str] = field(default_factory=list)
     common: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -37,8 +40,9 @@ class TrainingState:
         return own_share(self.boxes)
 
     def packed_objects(self) -> dict[str, bytes]:
-        """The objects as megatron-core stores them."""
-        return {key: saved_bytes([value]) for key, value in self.objects.items()}
+        """All objects as megatron-core stores them."""
+        packed = {key: saved_bytes([value]) for key, value in self.objects.items()}
+        return packed | dict.fromkeys(self.placeholders, saved_bytes([None]))
 
 
 def training_state(
@@ -60,6 +64,7 @@ def training_state(
     model = sharded_model_state(chunks, only)
     leaves = [sharded for _, sharded in sharded_leaves(model)]
     state = TrainingState([box for sharded in leaves for box in tensor_boxes(sharded, data_replicas(sharded.data))])
+    state.placeholders = placeholder_keys(model)
     if optimizer is not None:
         state.boxes += optimizer_boxes(optimizer, model, data_replicas)
         state.facts = {"optimizer_step": optimizer_step(optimizer), "grad_scaler": grad_scaler_state(optimizer)}
@@ -111,6 +116,13 @@ def sharded_model_state(
         full = chunk.sharded_state_dict(metadata=sharding_metadata())
         state[f"model{number}"] = {k: v for k, v in full.items() if only is None or k in set(only[number])}
     return state
+
+
+def placeholder_keys(model_state: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Unique keys of the objects in a model's sharded state, none of which holds anything."""
+    objects = [v for chunk in model_state.values() for v in chunk.values() if hasattr(v, "unique_key")]
+    assert all(sharded.data is None for sharded in objects), f"state of modules is no tensor: {objects[:3]}"
+    return [sharded.unique_key for sharded in objects]
 
 
 def sharding_metadata() -> dict[str, Any]:

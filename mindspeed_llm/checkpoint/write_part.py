@@ -72,9 +72,12 @@ def write_part(
             if number == 0:
                 file.flush()
                 reached("writing")
+        places: dict[bytes, tuple] = {}
         for key, content in objects.items():
-            part.objects.append((key, name, stream.size, len(content)))
-            stream.write(content)
+            if content not in places:  # many hold nothing
+                places[content] = (name, stream.size, len(content))
+                stream.write(content)
+            part.objects.append((key, *places[content]))
         file.flush()
         os.fsync(file.fileno())
     part.files[name] = FileSum(stream.size, stream.checksum.hexdigest())
@@ -86,7 +89,7 @@ def write_part(
 def bytes_of_part(boxes: Iterable[Box], objects: Mapping[str, bytes]) -> int:
     """Size of the file that `write_part` writes."""
     pieces = (piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES))
-    return sum(frame(piece.tensor.dtype, piece.shape).length for piece in pieces) + sum(map(len, objects.values()))
+    return sum(frame(piece.tensor.dtype, piece.shape).length for piece in pieces) + sum(map(len, set(objects.values())))
 
 
 def report_failure(directory: Path, rank: int, why: str) -> None:

@@ -104,13 +104,14 @@ class DyingBreath:
             spread = self.saver.plan.config.parallel.use_distributed_optimizer
             state = self.saver.state(rng=None)
             facts = state.facts | {"grad_scaler": finished.grad_scaler}
+            objects = state.packed_objects()
             boxes = [as_finished(box, finished) for box in state.boxes]
             # A spread state has all ranks there; otherwise one of those that hold the same writes all of it.
             boxes = own_share(boxes) if spread else [box for box in boxes if stands_for_main(box)]
             common = {"progress": asdict(finished.progress), "opt_param_scheduler": finished.scheduler}
             self.store.set(f"common/{iteration}", json.dumps(common))
         if self.rank == decision["judge"]:
-            objects = self._streams(iteration)
+            objects = objects | self._streams(iteration)
         aside = directory.dying_aside_of(self.saver.plan.config.checkpoint.save, iteration)
         write_part(aside, self.rank, boxes, objects, facts)
 
