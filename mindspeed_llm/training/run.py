@@ -274,6 +274,7 @@ def go_back(
     """
     saver.finish()
     with changing():
+        scheduler.num_steps = 0  # its load_state_dict adds to what it has counted
         return resume(plan_of_rewind(plan), model, optimizer, scheduler, data)
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.testing.pool import pool
 
@@ -16,7 +17,7 @@ COMMON = (
     "--micro-batch-size 2 --eval-iters 0 --no-shuffle --split 100,0,0 --hidden-dropout 0.1 --num-threads 1 "
     "--progress lines --train-iters 4"
 )
-MARK = 8
+MARK = 24
 EMBEDDING = "embedding.word_embeddings"
 
 
@@ -25,8 +26,8 @@ class Fault:
 
     Args:
         sample: its number in the training part; None for no sample.
-        harm: "output" (nan), "gradient" (nan), "large gradient", "gradient once" (in the first pass on the last
-            rank), or "bit": a weight of the second last rank changes after the second step.
+        harm: "output" (nan), "every" (nan at all samples), "gradient" (nan), "large gradient", "gradient once" (in the
+            first pass, on the last rank), or "bit": a weight of the second last rank changes after the second step.
     """
 
     def __init__(self, sample, harm):
@@ -47,6 +48,8 @@ class Fault:
     def hook(self, module, inputs, output):
         """Output [b, s, h] or [s, b, h]; harm is done at the sample's first token."""
         (ids,) = inputs
+        if self.harm == "every":
+            return output * float("nan")
         mark = torch.from_numpy(self.data.train.dataset.sample(self.sample)["input_ids"][:MARK])
         if not any((window == mark).all() for row in ids for window in row.unfold(0, MARK, 1)):
             return output
@@ -107,11 +110,11 @@ class _Harm(torch.autograd.Function):
         if ctx.harm == "large gradient":
             return grad * 1e4, None, None, None
         if ctx.harm == "gradient once" and ctx.passes == 1 and dist.get_rank() == dist.get_world_size() - 1:
-            return grad + place * grad.abs().max() * 1e-5, None, None, None
+            return grad + place * grad.abs().max(), None, None, None
         return grad, None, None, None
 
 
-def run(words, cache, sample=None, harm="", careless=False):
+def run(words, cache, sample=None, harm="", careless=""):
     """One door on this rank: {"losses", "error", "unchanged", "progress", "said"}."""
     import contextlib
     import io
@@ -143,8 +146,10 @@ def run(words, cache, sample=None, harm="", careless=False):
         for name, value in patches.items():
             stack.enter_context(mock.patch.object(run_module, name, value))
         stack.enter_context(mock.patch.object(loop_module, "apply_gradients", fault.apply(loop_module.apply_gradients)))
-        if careless:
+        if careless == "steps":
             stack.enter_context(mock.patch.object(Guards, "judge", _careless))
+        if careless == "keeps biases":
+            stack.enter_context(mock.patch("mindspeed_llm.training.guards.guards.router_buffers", lambda chunks: []))
         try:
             result = run_door(parse("posttrain", words.split()))
             found |= {"losses": [v for _, v in result.history.train], "progress": vars(result.progress)}
@@ -168,7 +173,7 @@ def rows(tmp_path_factory):
     topics = pydoc_data.topics.topics
     names = sorted(topics)[:40]
     all_rows = [
-        {"instruction": f"{n} is what?", "input": "", "output": " ".join(topics[n].split()[: 5 + i % 3])}
+        {"instruction": f"{i}: {n} is what?", "input": "", "output": " ".join(topics[n].split()[: 5 + i % 3])}
         for i, n in enumerate(names)
     ]
     (directory / "rows.json").write_text(json.dumps(all_rows))
@@ -188,6 +193,8 @@ LAYOUTS = {
     "interleaved": ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", 0),
     "tensor": ("--tensor-model-parallel-size 2 --bf16", 0),
     "fp16": ("--fp16 --initial-loss-scale 1024", 1),
+    "context": ("--context-parallel-size 2", 0),
+    "lora": ("--lora-r 4", 1),
 }
 
 
@@ -208,7 +215,7 @@ def test_a_nan_names_rank_sample_and_module_and_changes_nothing(toy_llama, rows,
 
 
 def test_a_judge_that_always_steps_would_be_noticed(toy_llama, rows):
-    found = pool(2).run(run, words(toy_llama, rows[0]), rows[2], 6, "output", True)
+    found = pool(2).run(run, words(toy_llama, rows[0]), rows[2], 6, "output", "steps")
     assert found[1]["unchanged"] is False
 
 
@@ -238,6 +245,18 @@ def test_a_run_that_leaves_a_batch_out_is_the_run_without_it(toy_llama, rows, tm
     assert (skip["first"], skip["end"], skip["iteration"]) == (4, 8, 2)
 
 
+def test_experts_and_the_biases_of_their_scores_are_taken_back_too(rows, tmp_path):
+    model = make_toy("deepseek_v3", tmp_path / "toy")
+    flags = "--expert-model-parallel-size 2 --moe-router-bias-update-rate 0.1"
+    skipping = words(model, rows[0], flags, "--on-nonfinite skip:1")
+    found = pool(2).run(run, skipping, rows[2], 6, "output")
+    without = pool(2).run(run, words(model, rows[1], flags).replace("--train-iters 4", "--train-iters 3"), rows[2])[1]
+    assert [loss for i, loss in enumerate(found[1]["losses"]) if i != 1] == without["losses"]
+    assert "sample 6 (row 6 of" in found[1]["said"] and "sample 7 (" not in found[1]["said"]
+    careless = pool(2).run(run, skipping, rows[2], 6, "output", "keeps biases")[1]
+    assert [loss for i, loss in enumerate(careless["losses"]) if i != 1] != without["losses"]
+
+
 def test_skips_are_limited_and_stay_on_resume(toy_llama, rows, tmp_path):
     save = f"--save {tmp_path} --save-interval 1 --on-nonfinite skip:1"
     first = pool(2).run(run, words(toy_llama, rows[0], save), rows[2], 6, "output")[1]
@@ -245,10 +264,8 @@ def test_skips_are_limited_and_stay_on_resume(toy_llama, rows, tmp_path):
     rest = pool(2).run(run, again, rows[2])[1]
     assert rest["losses"][0] != rest["losses"][0], "the batch was left out though nothing was wrong with it this time"
     assert rest["losses"][1:] == first["losses"][2:]
-    unlimited = words(toy_llama, rows[0], "--on-nonfinite skip:1 --global-batch-size 2 --micro-batch-size 1")
-    unlimited = unlimited.replace("--global-batch-size 4 --micro-batch-size 2", "")
-    second = pool(2).run(run, unlimited.replace("--no-shuffle", ""), rows[2], None, "every")[1]
-    assert "1 batches were left out before" in second["error"]
+    second = pool(2).run(run, words(toy_llama, rows[0], "--on-nonfinite skip:1"), rows[2], 0, "every")[1]
+    assert "at iteration 2, " in second["error"] and "1 batches were left out before" in second["error"]
 
 
 def test_a_rewind_ends_as_the_run_without_the_batch(toy_llama, rows, tmp_path):

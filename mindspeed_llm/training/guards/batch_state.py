@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from mindspeed_llm.checkpoint.training_state import restore_rng_states, rng_states
 
 
 @dataclass
@@ -28,36 +28,14 @@ class BatchState:
         Args:
             buffers: the model's `router_buffers`.
         """
-        from megatron.core import tensor_parallel
-
-        states = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "tracker": {k: _copy(v) for k, v in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
-        }
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()
-        return cls(states, [(buffer, buffer.clone()) for buffer in buffers])
+        return cls(rng_states(), [(buffer, buffer.clone()) for buffer in buffers])
 
     def restore(self) -> None:
         """Put everything back; may be called again."""
-        from megatron.core import tensor_parallel
-
-        random.setstate(self.random_states["python"])
-        np.random.set_state(self.random_states["numpy"])
-        torch.set_rng_state(self.random_states["torch"])
-        if "cuda" in self.random_states:
-            torch.cuda.set_rng_state(self.random_states["cuda"])
-        copies = {k: _copy(v) for k, v in self.random_states["tracker"].items()}
-        tensor_parallel.get_cuda_rng_tracker().set_states(copies)
+        restore_rng_states(self.random_states)
         with torch.no_grad():
             for buffer, before in self.router_buffers:
                 buffer.copy_(before)
-
-
-def _copy(state: Any) -> Any:
-    return state.clone() if isinstance(state, Tensor) else state
 
 
 def router_buffers(chunks: list[nn.Module]) -> list[Tensor]:
