@@ -200,8 +200,8 @@ def detect_iteration(root: Path, directory: Path, skipped: Sequence[str] = (), a
     if any(directory.glob("mp_rank_*")):
         return Found("megatron", root, directory, number, record, tuple(skipped))
     raise UserError(
-        f"checkpoint: nothing loadable in {directory} (found: {_listing(directory)}); legal: mp_rank_00/, "
-        f"mp_rank_00_000/, or torch_dist files"
+        f"checkpoint: nothing loadable in {root} (found: {directory.name}/ with {_listing(directory)}); legal: "
+        f"mp_rank_00/, mp_rank_00_000/, or torch_dist files"
     )
 
 

@@ -91,8 +91,9 @@ def test_a_rank_reads_its_own_experts(toy, tmp_path, kind):
             assert torch.equal(part["decoder.layers.0.mlp.experts.weight2"][local], expected)
 
 
-def test_a_missing_expert_rank_is_refused(toy, tmp_path):
+def test_a_missing_expert_rank_is_refused(toy, tmp_path, without_manifest):
     convert(toy, tmp_path / "mg", tp=2, pp=2, experts=ExpertLayout(2), quiet=True)
+    without_manifest(tmp_path / "mg")
     shutil.rmtree(tmp_path / "mg" / "iter_0000001" / "mp_rank_01_000_001")
     with pytest.raises(UserError, match="incomplete: mp_rank_01_000_001 is not there"):
         open_source(tmp_path / "mg")

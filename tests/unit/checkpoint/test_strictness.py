@@ -123,8 +123,9 @@ def test_a_pickle_that_would_run_code_is_refused(toys, tmp_path):
 
 
 @pytest.fixture
-def megatron(toys, tmp_path):
+def megatron(toys, tmp_path, without_manifest):
     convert(toys["qwen3-tied"], tmp_path / "mg", tp=2, pp=2, quiet=True)
+    without_manifest(tmp_path / "mg")
     return tmp_path / "mg"
 
 
@@ -211,7 +212,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
         (["."], {}, "found: nothing"),
         (["."], {"notes.txt": "x"}, "found: notes.txt"),
         (["."], {TRACKER: "100"}, "-> 100, but no iter_0000100/"),
-        (["iter_0000100"], {TRACKER: "100"}, "-> 100, but nothing"),
+        (["iter_0000100"], {TRACKER: "100"}, "iter_0000100/ with nothing"),
         (["."], {TRACKER: "soon"}, "holds 'soon'"),
     ],
 )
@@ -222,6 +223,13 @@ def test_a_path_with_nothing_loadable_says_what_is_there(tmp_path, directories, 
         (tmp_path / "x" / name).write_text(text)
     with pytest.raises(UserError, match=words):
         detect(tmp_path / "x")
+
+
+def test_a_conversion_that_lost_files_is_refused_by_its_manifest(toys, tmp_path):
+    written = convert(toys["llama"], tmp_path / "mg", tp=2, quiet=True)
+    shutil.rmtree(written / "mp_rank_01")
+    with pytest.raises(UserError, match="is damaged, because mp_rank_01/model_optim_rng.pt is missing"):
+        open_source(tmp_path / "mg")
 
 
 def test_a_missing_rank_directory_is_named(megatron):
