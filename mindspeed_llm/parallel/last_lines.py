@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 KEPT_LINES = 12
 # Longer lines (a progress bar's, a tensor's) are cut.
-LINE_WIDTH = 200
+LINE_WIDTH = 400
 
 
 class LastLines:
@@ -24,7 +24,7 @@ class LastLines:
     def hear(self, text: str) -> None:
         """Text was printed."""
         *whole, self._begun = (self._begun + text).split("\n")
-        self._begun = self._begun[-LINE_WIDTH:]
+        self._begun = self._begun[-10 * LINE_WIDTH :]
         for line in whole:
             # What a carriage return has overwritten was not the line.
             if shown := line.rstrip("\r").rpartition("\r")[2].rstrip():

@@ -210,7 +210,8 @@ class Watch:
         self.store.set(f"where/{self.rank}", word)
         if hangs and not waits and self.dumped_at != batch:
             self.dumped_at = batch
-            print(f"hang: rank {self.rank} stands here:\n{all_stacks()}", file=sys.stderr, flush=True)
+            # Past the last lines, which are what the rank said before it stood still.
+            print(f"hang: rank {self.rank} stands here:\n{all_stacks()}", file=sys.__stderr__, flush=True)
         # When nobody waits there is nobody to collect: then the late ones speak, a little later.
         alone = hangs and seconds > self.hang_after + 5 * POLL_SECONDS
         if not (waits or alone) or self.said_at == (batch, hangs):

@@ -57,16 +57,19 @@ class Standing(LoopHook):
     def before_batch(self, loop: TrainingLoop) -> None:
         """The first iteration, and any that does not follow the last one, stands on a state that was loaded."""
         if self.finished is None or self.finished.progress != loop.progress:
+            self._share_streams(loop.progress.iteration)
             self._take(loop)
 
     def before_update(self, loop: TrainingLoop) -> None:
-        """From here the state is of no iteration."""
+        """From here the state is of no iteration; its random states are those of the coming one already."""
+        self._share_streams(loop.progress.iteration + 1)
         self._changing.acquire()  # never returns once the state is frozen
         self._holds = True
 
     def after_step(self, loop: TrainingLoop, result: BatchResult, grad_norm: float) -> None:
         """The state is of one iteration again."""
         if not self._holds:  # a batch that was left out
+            self._share_streams(loop.progress.iteration)
             self._changing.acquire()
         self._take(loop)
         self._holds = False
@@ -93,9 +96,11 @@ class Standing(LoopHook):
         buffers = {b.data_ptr(): b.detach().clone() for chunk in loop.model.chunks for b in persistent_buffers(chunk)}
         progress, schedule = deepcopy(loop.progress), dict(loop.scheduler.state_dict())
         self.finished = Finished(progress, schedule, grad_scaler_state(loop.optimizer), buffers)
-        # Ranks are at most one iteration apart, so two are kept.
-        content = f"{progress.iteration} {rng_key()}\n".encode() + saved_bytes([rng_states()])
-        self.store.set(f"streams/{self.rank}/{progress.iteration % 2}", content)
+
+    def _share_streams(self, iteration: int) -> None:
+        """Tell the random states after an iteration; ranks are at most one apart, so two are kept."""
+        content = f"{iteration} {rng_key()}\n".encode() + saved_bytes([rng_states()])
+        self.store.set(f"streams/{self.rank}/{iteration % 2}", content)
 
     def streams_of(self, rank: int, iteration: int) -> dict[str, bytes]:
         """A rank's random states after an iteration as a checkpoint stores them: {key: object}, {} when not known."""

@@ -90,11 +90,39 @@ def kill_in_update() -> None:
     Standing.before_update = faulty
 
 
-def kill_in_save() -> None:
-    """This process ends at a stage of saving."""
+def at_stage(act) -> None:
+    """Do it at a stage of a save; "written:2" is the second time that this rank passes it."""
     from mindspeed_llm.checkpoint import directory
 
-    directory.observers.append(lambda stage: stage == AT and first_time() and os.kill(os.getpid(), signal.SIGKILL))
+    wanted, _, times = AT.partition(":")
+    passed = []
+
+    def observe(stage):
+        passed.append(stage)
+        if stage == wanted and passed.count(stage) == int(times or 1) and first_time():
+            act()
+
+    directory.observers.append(observe)
+
+
+def kill_in_save() -> None:
+    """This process ends at a stage of saving."""
+    at_stage(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def full_disk() -> None:
+    """The disk takes no more than the checkpoint before, though there seemed to be room."""
+    from mindspeed_llm.training import saving
+
+    saving.space_problem = lambda *unused: None
+
+
+def file_limit() -> None:
+    """The disk refuses to write at a stage of saving (EFBIG for want of a volume that can be filled)."""
+    import resource
+
+    full_disk()
+    at_stage(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
 
 
 def main(argv: list[str]) -> int:

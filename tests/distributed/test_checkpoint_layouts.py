@@ -7,6 +7,7 @@ import pydoc_data.topics
 import pytest
 import torch
 
+from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.testing.pool import pool
 
@@ -29,6 +30,9 @@ RELAY = [
     (4, f"{PP2} {TP2} --noop-layers 0,5"),
     (1, SHARED),
 ]
+CP2 = "--context-parallel-size 2"
+BLENDED_RELAY = [(2, CP2), (4, SHARED), (1, ""), (4, f"{CP2} {TP2} --sequence-parallel"), (2, OVERLAPS)]
+EXPERT_RELAY = [(2, f"--expert-model-parallel-size 2 {SHARED}"), (1, ""), (2, "--expert-model-parallel-size 2")]
 LORA_RELAY = [(2, f"{TP2} --sequence-parallel"), (2, f"{VPP2} {SHARED}"), (4, f"{OVERLAPS} --noop-layers 1"), (1, "")]
 
 
@@ -61,6 +65,16 @@ def words(tmp_path_factory):
     return f"{COMMON} --data-path {directory / 'rows.json'}", str(directory / "cache")
 
 
+@pytest.fixture(scope="module")
+def more_rows(tmp_path_factory):
+    """Another set of rows."""
+    topics = pydoc_data.topics.topics
+    path = tmp_path_factory.mktemp("more") / "more.json"
+    rows = [{"instruction": n, "input": "", "output": " ".join(topics[n].split()[:40])} for n in sorted(topics)[40:60]]
+    path.write_text(json.dumps(rows))
+    return path
+
+
 def start(processes, layout, words, cache):
     """Losses on the last rank."""
     return pool(processes).run(run, f"{words} {layout}", cache)[-1]
@@ -87,6 +101,31 @@ def test_layouts_take_over_adapters_from_each_other(toy_qwen, words, tmp_path):
     for number, (processes, layout) in enumerate(LORA_RELAY):
         line = first if number == 0 else f"{options} --load {tmp_path}"
         found += start(processes, layout, f"{line} --save {tmp_path} --exit-interval 1", cache)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_blend_of_packed_rows_is_read_in_the_same_order_at_any_layout(toy_llama, words, more_rows, tmp_path):
+    """Rows are shared by more or fewer data- and context-parallel ranks, the global batch stays the same."""
+    options, cache = words
+    options = f"{options} 0.6 {more_rows} --neat-pack".replace("--data-path", "--data-path 0.4")
+    expected = start(1, "", f"{options} --load {toy_llama} --exit-interval 5", cache)
+    found = []
+    for number, (processes, layout) in enumerate(BLENDED_RELAY):
+        line = f"{options} --load {toy_llama}" if number == 0 else f"--load {tmp_path}"
+        found += start(processes, layout, f"{line} --num-threads 1 --save {tmp_path} --exit-interval 1", cache)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len({f"{loss:.4f}" for loss in found}) == 5
+
+
+def test_experts_and_their_bias_go_on_elsewhere(words, tmp_path):
+    options, cache = words
+    toy = make_toy("deepseek_v3", tmp_path / "toy", num_hidden_layers=2, num_mtp_layers=0)
+    options += " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01"
+    expected = start(1, "", f"{options} --load {toy} --exit-interval 3", cache)
+    found = []
+    for number, (processes, layout) in enumerate(EXPERT_RELAY):
+        line = f"{options} --load {toy if number == 0 else tmp_path / 'out'}"
+        found += start(processes, layout, f"{line} --save {tmp_path / 'out'} --exit-interval 1", cache)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -164,7 +203,7 @@ def test_moments_come_from_where_they_belong(two_steps, toy_qwen):
 
 def test_another_precision_is_refused(two_steps, words, tmp_path):
     options, cache = words
-    refusal = start(1, "", f"{options} --load {two_steps['--bf16']} --save {tmp_path}", cache)
+    refusal = start(1, "", f"{options} --no-bf16 --load {two_steps['--bf16']} --save {tmp_path}", cache)
     assert "resume: fp32 is wrong, because the optimizer of" in refusal and "legal: with --bf16" in refusal
 
 

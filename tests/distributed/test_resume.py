@@ -6,13 +6,17 @@ Compared are losses, gradient norms, learning rates and loss scales of every ste
 import json
 import os
 import pydoc_data.topics
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.testing.pool import Pool
 
+ROOT = Path(__file__).parents[2]
 ITERATIONS, STOP = 6, 3
 COMMON = f"--train-iters {ITERATIONS} --lr 1e-3 --progress lines --num-threads 1 --global-batch-size 4"
 TEXT = f"{COMMON} --seq-length 32 --split 80,20 --eval-iters 1"
@@ -141,7 +145,7 @@ def places(tmp_path_factory, toy_llama):
 
 @pytest.fixture(scope="module")
 def outcomes(places, tmp_path_factory):
-    """By case: what each rank says of the whole run, of the first half, and of the second half in new processes."""
+    """By case: what each rank says of the whole run, of either half, the second in new processes; and what was saved."""
     found = {}
     saved = {name: tmp_path_factory.mktemp("saved") for name in CASES}
     for processes in sorted({case.processes for case in CASES.values()}):
@@ -157,18 +161,36 @@ def outcomes(places, tmp_path_factory):
         for name, case in cases.items():
             found[name].append(second.run(run, case.door, f"--load {saved[name]} {case.layout}", str(places["cache"])))
         second.close()
+        for name in cases:
+            found[name].append(saved[name])
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(outcomes, name):
-    whole, half, rest = outcomes[name]
+    whole, half, rest, _ = outcomes[name]
     for rank in range(CASES[name].processes):
         (steps, read), (first_steps, first_read), (last_steps, last_read) = whole[rank], half[rank], rest[rank]
         assert first_steps + last_steps == steps
         assert len(last_read) == len(read) // 2 and first_read + last_read == read
     assert len(whole[-1][0]) == ITERATIONS
     assert len({loss for loss, *_ in whole[-1][0]}) == ITERATIONS
+
+
+def test_the_launcher_continues_what_a_pool_has_saved(outcomes, places):
+    """The door of the command line, by torchrun, in processes that know nothing of this one."""
+    name = "data, distributed optimizer"
+    words = f"--load {outcomes[name][3]} {CASES[name].layout} --num-threads 1 --progress lines"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "MINDSPEED_LLM_CACHE": str(places["cache"]), "MINDSPEED_LLM_DEVICE": "cpu"}
+    done = subprocess.run(
+        [*command, str(ROOT / "posttrain_gpt.py"), *words.split()],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line.split("lm loss: ")[1].split(" ")[0] for line in done.stdout.splitlines() if "lm loss: " in line]
+    expected = [f"{float.fromhex(loss):.6E}" for loss, *_ in outcomes[name][0][-1][0][STOP:]]
+    assert said[: ITERATIONS - STOP] == expected
 
 
 def test_the_epochs_end_in_the_middle_of_a_batch(outcomes):
