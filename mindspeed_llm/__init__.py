@@ -6,12 +6,17 @@ Importing this package initialises no device, needs no compiler and loads neithe
 __version__ = "0.1.0"
 
 API = ("load_model", "generate", "stream")
+ADAPTOR = ("patch", "unpatch")
 
 
 def __getattr__(name: str):
-    """The Python API, loaded at its first use."""
+    """The Python API and the adaptor for somebody else's Megatron program, loaded at their first use."""
     if name in API:
         from mindspeed_llm import api
 
         return getattr(api, name)
+    if name in ADAPTOR:
+        from mindspeed_llm import megatron_adaptor
+
+        return getattr(megatron_adaptor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

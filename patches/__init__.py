@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from mindspeed_llm import patching
 from mindspeed_llm.patches.core import utils
+from mindspeed_llm.patches.core.fusions import (
+    fused_indices_converter,
+    fused_mla_yarn_rope_apply,
+    fused_pad_routing_map,
+)
 from mindspeed_llm.patches.core.optimizer import distrib_optimizer
 from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
@@ -12,5 +20,25 @@ from mindspeed_llm.patching import Patch
 
 def catalogue() -> tuple[Patch, ...]:
     """Every patch of this package."""
-    modules = (utils, layers, mappings, distrib_optimizer, torch_norm, dot_product_attention, moe_utils)
+    modules = (
+        utils,
+        fused_indices_converter,
+        fused_mla_yarn_rope_apply,
+        fused_pad_routing_map,
+        layers,
+        mappings,
+        distrib_optimizer,
+        torch_norm,
+        dot_product_attention,
+        moe_utils,
+    )
     return tuple(patch for module in modules for patch in module.PATCHES)
+
+
+def apply(config: Any = None) -> list[str]:
+    """Put the catalogue in force: what has no condition and, where `config` is given, what its condition allows.
+
+    Returns:
+        Names of the patches newly applied.
+    """
+    return patching.apply(catalogue(), config)

@@ -1,12 +1,14 @@
 """What `torch.cuda` means to megatron on an accelerator that is not CUDA: the same names, answered by the accelerator.
 
-Anything not listed here is torch.cuda's own, so a feature with no counterpart (CUDA graphs, memory pools) fails with
-torch's own message instead of pretending.
+CUDA graphs and memory pools, which have no counterpart, are refused in one line when they are made. Anything else not
+listed here is torch.cuda's own, which fails with torch's message instead of pretending.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +16,10 @@ from typing import Any
 import torch
 
 from mindspeed_llm.accelerator.protocol import Accelerator
+from mindspeed_llm.errors import UserError
+
+# The generation of GPU a program is told of, which it derives features from: the first with bfloat16, without 8 bits.
+CAPABILITY = (8, 0)
 
 
 class _Generators(Mapping[int, torch.Generator]):
@@ -29,7 +35,14 @@ class _Generators(Mapping[int, torch.Generator]):
         return iter(range(len(self)))
 
     def __len__(self) -> int:
-        return self._accelerator.device_count()
+        return _device_count(self._accelerator)
+
+
+def _device_count(accelerator: Accelerator) -> int:
+    """Devices of this host; processes that share its CPUs each count as having one, numbered by LOCAL_RANK."""
+    if accelerator.device_type != "cpu":
+        return accelerator.device_count()
+    return max(accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class CudaNamespace(types.ModuleType):
@@ -46,6 +59,12 @@ class CudaNamespace(types.ModuleType):
 @contextlib.contextmanager
 def _device_context(device: object = None) -> Iterator[None]:
     """`with torch.cuda.device(i)`: this process has one current device, so there is nothing to switch."""
+    yield
+
+
+@contextlib.contextmanager
+def _no_range(message: str, *_args: object) -> Iterator[None]:
+    """`with torch.cuda.nvtx.range(...)`, also as a decorator: there is no profiler to tell."""
     yield
 
 
@@ -84,7 +103,60 @@ def _memory(accelerator: Accelerator) -> dict[str, Callable]:
         "memory_reserved": lambda device=None: accelerator.memory_allocated(),
         "max_memory_reserved": lambda device=None: accelerator.peak_memory_allocated(),
         "reset_peak_memory_stats": lambda device=None: accelerator.reset_peak_memory(),
+        "reset_max_memory_allocated": lambda device=None: accelerator.reset_peak_memory(),
+        "memory_stats": lambda device=None: _memory_stats(accelerator),
+        "mem_get_info": lambda device=None: _free_and_total(accelerator),
         "empty_cache": accelerator.empty_cache,
+        "ipc_collect": lambda: None,
+    }
+
+
+def _memory_stats(accelerator: Accelerator) -> dict[str, int]:
+    """The statistics of torch's caching allocator that the accelerator knows; each other key is 0."""
+    now, peak = accelerator.memory_allocated(), accelerator.peak_memory_allocated()
+    known = {f"{name}_bytes.all.current": now for name in ("allocated", "reserved", "active")}
+    known |= {f"{name}_bytes.all.peak": peak for name in ("allocated", "reserved", "active")}
+    return collections.defaultdict(int, known)
+
+
+def _free_and_total(accelerator: Accelerator) -> tuple[int, int]:
+    total = accelerator.memory_total()
+    used = accelerator.resident_memory() if accelerator.device_type == "cpu" else accelerator.memory_allocated()
+    return total - used, total
+
+
+def _refused(name: str, instead: str) -> type:
+    """A class of torch.cuda that can be named and not made."""
+
+    def refuse(cls: type, *_args: Any, **_kwargs: Any) -> None:
+        raise UserError(
+            f"torch.cuda.{name}: it cannot be made, because only a CUDA device has it; legal: none on this device; "
+            f"try: {instead}"
+        )
+
+    return type(name, (), {"__new__": refuse, "__module__": "torch.cuda"})
+
+
+def _graphs() -> dict[str, Any]:
+    without_graphs = "leave CUDA graphs off (--enable-cuda-graph, --cuda-graph-impl)"
+    refused = {name: _refused(name, without_graphs) for name in ("CUDAGraph", "graph", "make_graphed_callables")} | {
+        name: _refused(name, "leave memory pools off (--nccl-ub)") for name in ("MemPool", "use_mem_pool")
+    }
+    return refused | {"graph_pool_handle": refused["CUDAGraph"], "graphs": types.SimpleNamespace(**refused)}
+
+
+def _properties(accelerator: Accelerator) -> dict[str, Callable]:
+    properties = types.SimpleNamespace(
+        name=accelerator.name,
+        major=CAPABILITY[0],
+        minor=CAPABILITY[1],
+        total_memory=accelerator.memory_total(),
+        multi_processor_count=1,
+    )
+    return {
+        "get_device_properties": lambda device=None: properties,
+        "get_device_name": lambda device=None: accelerator.name,
+        "nccl": types.SimpleNamespace(version=lambda: (0, 0, 0), is_available=lambda tensors: False),
     }
 
 
@@ -100,6 +172,11 @@ def _streams(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def _index(device: int | str | torch.device) -> int:
+    """The number in 1, "cuda:1" or torch.device; 0 where there is none."""
+    return device if isinstance(device, int) else torch.device(device).index or 0
+
+
 # torch.cuda.<X>Tensor names a legacy type of the device; megatron keeps some in tuples for isinstance.
 _TENSOR_TYPES = ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor", "ByteTensor", "IntTensor", "LongTensor")
 
@@ -107,7 +184,12 @@ _TENSOR_TYPES = ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor", 
 def names(accelerator: Accelerator) -> dict[str, Any]:
     """The attributes of `torch.cuda` that the accelerator answers."""
     nothing = types.SimpleNamespace(
-        range_push=lambda message: 0, range_pop=lambda: 0, range=lambda message: contextlib.nullcontext()
+        range_push=lambda message: 0,
+        range_pop=lambda: 0,
+        range_start=lambda message: 0,
+        range_end=lambda range_id: None,
+        mark=lambda message: None,
+        range=_no_range,
     )
     answered: dict[str, Any] = {
         "is_available": accelerator.is_available,
@@ -116,14 +198,15 @@ def names(accelerator: Accelerator) -> dict[str, Any]:
         "_lazy_init": lambda: None,
         "_lazy_call": lambda call, **_kwargs: call(),
         "current_device": accelerator.current_device,
-        "device_count": accelerator.device_count,
-        "set_device": lambda device: accelerator.set_device(device if isinstance(device, int) else device.index or 0),
+        "device_count": lambda: _device_count(accelerator),
+        "set_device": lambda device: accelerator.set_device(_index(device)),
         "device": _device_context,
-        "get_device_capability": lambda device=None: (0, 0),
+        "get_device_capability": lambda device=None: CAPABILITY,
         "is_current_stream_capturing": lambda: False,
         "nvtx": nothing,
     }
     answered |= _streams(accelerator) | _random(accelerator) | _memory(accelerator)
-    if accelerator.device_type == "cpu":
-        answered |= {name: getattr(torch, name) for name in _TENSOR_TYPES}
+    answered |= _graphs() | _properties(accelerator)
+    module = torch if accelerator.device_type == "cpu" else torch.get_device_module(accelerator.device_type)
+    answered |= {name: getattr(module, name) for name in _TENSOR_TYPES if hasattr(module, name)}
     return answered

@@ -5,31 +5,34 @@ starts with one of the chosen prefixes, the name `torch` is bound to a `TorchFac
 up at each use, except `cuda`, the calls that take a device, `compile` (a no-op) and the process groups asked for with
 nccl. Nobody else sees it: `torch.cuda.is_available()` and `vars(torch)` stay as they are.
 
-Three things cannot be reached through a name and are changed on torch's classes while installed, each acting only when
-the calling module has one of the prefixes: `Tensor.cuda`, `Module.cuda`, and `Tensor.type()`, whose answer megatron's
-optimizers compare with 'torch.cuda.FloatTensor' and its like.
+What no name leads to is changed on torch's classes, see `tensor_methods`. `imports=True` also answers the imports of
+modules loaded before `install`, and those of a program's `__main__`; `provide` answers imports of absent packages.
 
-Not reached: a default argument or class attribute evaluated in a megatron module loaded before `install`, and an
-`import torch` inside a function of such a module. Modules loaded afterwards are reached in full.
+Not reached: a default argument or class attribute evaluated in a megatron module loaded before `install`.
 """
 
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import importlib.abc
 import importlib.machinery
 import inspect
+import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mindspeed_llm.accelerator import tensor_methods
 from mindspeed_llm.accelerator.cuda_namespace import CudaNamespace
 from mindspeed_llm.accelerator.protocol import Accelerator
+from mindspeed_llm.accelerator.stand_ins import StandIns
+from mindspeed_llm.accelerator.tensor_methods import is_cuda as _is_cuda
 
 DEFAULT_PREFIXES = ("megatron",)
 
@@ -44,6 +47,8 @@ _DEVICE_FUNCTIONS = (
     "full",
     "full_like",
     "linspace",
+    "logspace",
+    "normal",
     "ones",
     "ones_like",
     "rand",
@@ -66,6 +71,19 @@ _OPTIONAL_PACKAGE_WARNINGS = (
 )
 
 
+class NcclOptions:
+    """`torch.distributed.ProcessGroupNCCL.Options` where torch has none: holds what a program sets, for nobody."""
+
+    def __init__(self, is_high_priority_stream: bool = False):
+        self.is_high_priority_stream = is_high_priority_stream
+        self.config = types.SimpleNamespace()
+
+    def __copy__(self) -> NcclOptions:
+        made = NcclOptions(self.is_high_priority_stream)
+        made.config = copy.copy(self.config)
+        return made
+
+
 class DistributedNamespace(types.ModuleType):
     """`torch.distributed`, except that a group asked for with nccl gets the accelerator's backend."""
 
@@ -74,6 +92,9 @@ class DistributedNamespace(types.ModuleType):
         self.__path__ = torch.distributed.__path__
         for name in ("init_process_group", "new_group"):
             self.__dict__[name] = self._with_backend(getattr(torch.distributed, name), accelerator)
+        self.__dict__["init_device_mesh"] = self._on_accelerator(torch.distributed.init_device_mesh, accelerator)
+        if not hasattr(torch.distributed, "ProcessGroupNCCL"):
+            self.__dict__["ProcessGroupNCCL"] = types.SimpleNamespace(Options=NcclOptions)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.distributed, name)
@@ -81,25 +102,49 @@ class DistributedNamespace(types.ModuleType):
     @staticmethod
     def _with_backend(function: Callable, accelerator: Accelerator) -> Callable:
         signature = inspect.signature(function)
+        ours = accelerator.distributed_backend
 
         @functools.wraps(function)
         def with_backend(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            if bound.arguments.get("backend") == "nccl":
-                bound.arguments["backend"] = accelerator.distributed_backend
-            if _is_cuda(bound.arguments.get("device_id")):
-                bound.arguments["device_id"] = accelerator.current_device()
+            given = bound.arguments
+            if isinstance(given.get("backend"), str):
+                given["backend"] = _backend(given["backend"], accelerator)
+            if given.get("backend") == ours and ours != "nccl" and _is_nccl_options(given.get("pg_options")):
+                given["pg_options"] = None
+            if given.get("backend") in (None, ours) and given.get("pg_options") is None and "group_desc" in given:
+                given["pg_options"] = accelerator.group_options(given["group_desc"])
+            if _is_cuda(given.get("device_id")):
+                given["device_id"] = accelerator.current_device()
+                if accelerator.device_type == "cpu":  # torch binds groups to accelerators alone
+                    given["device_id"] = None
             return function(*bound.args, **bound.kwargs)
 
         return with_backend
 
+    @staticmethod
+    def _on_accelerator(function: Callable, accelerator: Accelerator) -> Callable:
+        @functools.wraps(function)
+        def on_accelerator(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            return function(accelerator.device_type if _is_cuda(device_type) else device_type, *args, **kwargs)
 
-def _is_cuda(device: object) -> bool:
-    if isinstance(device, str):
-        return device == "cuda" or device.startswith("cuda:")
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, int) and not isinstance(device, bool)
+        return on_accelerator
+
+
+def _backend(asked: str, accelerator: Accelerator) -> str:
+    """The backend of a group: `nccl`, and `cuda:nccl` in a list of device types, is the accelerator's."""
+    if asked.lower() == "nccl":
+        return accelerator.distributed_backend
+    if "cuda:nccl" not in asked:
+        return asked
+    pairs = dict(pair.split(":") for pair in asked.split(","))
+    pairs.pop("cuda")
+    pairs[accelerator.device_type] = accelerator.distributed_backend
+    return ",".join(f"{device}:{backend}" for device, backend in pairs.items())
+
+
+def _is_nccl_options(options: object) -> bool:
+    return "NCCL" in type(options).__qualname__ or isinstance(options, NcclOptions)
 
 
 class TorchFacade(types.ModuleType):
@@ -115,7 +160,13 @@ class TorchFacade(types.ModuleType):
         self.__dict__["device"] = _device_class(accelerator)
         self.__dict__["autocast"] = functools.partial(_autocast, accelerator)
         self.__dict__["compile"] = _no_compile
-        self.__dict__.update(_host_generator())
+        self.__dict__["jit"] = _Overlay(torch.jit, script=_no_compile)
+        self.__dict__["amp"] = _Overlay(torch.amp, autocast=self.__dict__["autocast"])
+        self.__dict__["load"] = _load(accelerator)
+        self.__dict__["Generator"] = _generator_class(accelerator)
+        self.__dict__["set_default_device"] = _set_default_device(accelerator)
+        if accelerator.device_type == "cpu":
+            self.__dict__.update(_host_generator())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -159,6 +210,50 @@ def _no_compile(function: Callable | None = None, **_options: Any) -> Callable:
     return function if function is not None else _no_compile
 
 
+class _Overlay(types.ModuleType):
+    """A module of torch with some names replaced."""
+
+    def __init__(self, module: types.ModuleType, **names: Any):
+        super().__init__(module.__name__)
+        self.__dict__.update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def _load(accelerator: Accelerator) -> Callable:
+    """`torch.load` that maps tensors to the accelerator where CUDA is named, and those that were saved on CUDA too."""
+
+    @functools.wraps(torch.load)
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(map_location) or (map_location is None and accelerator.device_type == "cpu"):
+            map_location = accelerator.current_device()
+        return torch.load(f, map_location, *args, **kwargs)
+
+    return load
+
+
+def _generator_class(accelerator: Accelerator) -> type:
+    """`torch.Generator`, on the accelerator where CUDA is named; isinstance is torch.Generator's."""
+
+    class GeneratorType(type):
+        def __call__(cls, device: Any = "cpu") -> torch.Generator:
+            return torch.Generator(accelerator.current_device() if _is_cuda(device) else device)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, torch.Generator)
+
+    return GeneratorType("Generator", (), {"__module__": "torch"})
+
+
+def _set_default_device(accelerator: Accelerator) -> Callable:
+    @functools.wraps(torch.set_default_device)
+    def set_default_device(device: Any) -> None:
+        torch.set_default_device(accelerator.current_device() if _is_cuda(device) else device)
+
+    return set_default_device
+
+
 def _host_generator() -> dict[str, Callable]:
     """`torch.get_rng_state` and its like, as the stream beside the device's that megatron saves and checks.
 
@@ -175,17 +270,24 @@ def _host_generator() -> dict[str, Callable]:
 
 def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> Any:
     """`__import__` of the modules that see a facade; torch itself again once it is uninstalled."""
-    module = builtins.__import__(name, globals, locals, fromlist, level)
     if _installed is None:
-        return module
-    facade = _installed.facade
-    if module is torch:
-        return facade
-    if module is torch.cuda:
-        return facade.cuda
-    return facade.distributed if module is torch.distributed else module
+        return _plain_import(name, globals, locals, fromlist, level)
+    caller = "" if globals is None else globals.get("__name__", "")
+    if level == 0 and (found := _installed.stand_ins.find(name, fromlist, caller)) is not None:
+        return found
+    module = _plain_import(name, globals, locals, fromlist, level)
+    return _installed.answers.get(module, module) if isinstance(module, types.ModuleType) else module
 
 
+def _import_of_all(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> Any:
+    """`__import__` of the whole process: torch's own for modules without one of the prefixes."""
+    caller = None if globals is None else globals.get("__name__")
+    if caller is not None and _installed is not None and _installed.is_ours(caller):
+        return _import(name, globals, locals, fromlist, level)
+    return _plain_import(name, globals, locals, fromlist, level)
+
+
+_plain_import = builtins.__import__
 _BUILTINS = dict(vars(builtins), __import__=_import)
 
 
@@ -209,22 +311,61 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds modules with one of the prefixes through the other finders and wraps their loader."""
+    """Finds modules through the other finders, and wraps the loader of those that shall see the facade."""
 
-    def __init__(self, prefixes: tuple[str, ...]):
-        self.prefixes = prefixes
+    def __init__(self, members: _Members):
+        self.members = members
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if not has_prefix(name, self.prefixes):
+        if not self.members.may_have(name):
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
             if (spec := finder.find_spec(name, path, target)) is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                loads = spec.loader is not None and hasattr(spec.loader, "exec_module")
+                if loads and self.members.has(name, spec.origin):
                     spec.loader = _Loader(spec.loader)
                 return spec
         return None
+
+
+class _Members:
+    """Which modules see the facade: those below a prefix, and those whose file lies in one of some directories."""
+
+    def __init__(self) -> None:
+        self.prefixes: tuple[str, ...] = ()
+        self.directories: tuple[str, ...] = ()
+        self._by_file: set[str] = set()
+        self.names = functools.lru_cache(maxsize=None)(self._names)
+
+    def add(self, prefixes: tuple[str, ...], directories: tuple[str, ...]) -> None:
+        """More prefixes and directories."""
+        self.prefixes = tuple(dict.fromkeys(self.prefixes + prefixes))
+        self.directories = tuple(dict.fromkeys(self.directories + directories))
+        self.names.cache_clear()
+
+    def may_have(self, name: str) -> bool:
+        """Whether a module of that name can be a member, its file being unknown."""
+        return bool(self.directories) or self.names(name)
+
+    def has(self, name: str, file: str | None) -> bool:
+        """Whether a module of that name and file is one, which is remembered."""
+        if self.names(name):
+            return True
+        if file is None or not any(file.startswith(directory + os.sep) for directory in self.directories):
+            return False
+        self._by_file.add(name)
+        self.names.cache_clear()
+        return True
+
+    def loaded(self) -> list[types.ModuleType]:
+        """The members that are loaded."""
+        modules = [(name, module) for name, module in list(sys.modules.items()) if module is not None]
+        return [module for name, module in modules if self.has(name, getattr(module, "__file__", None))]
+
+    def _names(self, name: str) -> bool:
+        return name in self._by_file or has_prefix(name, self.prefixes)
 
 
 def has_prefix(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -235,31 +376,49 @@ def has_prefix(name: str, prefixes: tuple[str, ...]) -> bool:
 class _Installation:
     """What `install` changed, so that `uninstall` can put it back."""
 
-    def __init__(self, accelerator: Accelerator, prefixes: tuple[str, ...]):
-        self.prefixes = prefixes
+    def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.facade = TorchFacade(accelerator)
-        self.finder = _Finder(prefixes)
+        # On CUDA torch is what megatron expects; only absent packages are answered.
+        self.facade = None if accelerator.device_type == "cuda" else TorchFacade(accelerator)
+        self.answers = {theirs: ours for ours, theirs in self.pairs()}
+        self.stand_ins = StandIns({}, _BUILTINS)
+        self.members = _Members()
+        self.finder = _Finder(self.members)
+        self.answers_all = False
         self.rebound: list[tuple[types.ModuleType, str, Any]] = []
         self.methods: list[tuple[type, str, Any]] = []
 
     def pairs(self) -> list[tuple[types.ModuleType, types.ModuleType]]:
         """Each stand-in with what it stands for."""
         facade = self.facade
-        return [(facade, torch), (facade.cuda, torch.cuda), (facade.distributed, torch.distributed)]
+        if facade is None:
+            return []
+        inner = [(facade.cuda, torch.cuda), (facade.distributed, torch.distributed)]
+        return [(facade, torch), *inner, (facade.jit, torch.jit), (facade.amp, torch.amp)]
+
+    def is_ours(self, name: str) -> bool:
+        """Whether the module of that name sees the facade."""
+        return self.members.names(name)
 
     def start(self) -> None:
         sys.meta_path.insert(0, self.finder)
-        self._change_methods()
-        self.extend(self.prefixes)
+        if self.facade is not None:
+            for owner, name, new in tensor_methods.changes(self.accelerator, self.is_ours):
+                self.methods.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, new)
 
-    def extend(self, prefixes: tuple[str, ...]) -> None:
-        """Show the facade to modules below these prefixes too."""
-        self.prefixes = tuple(dict.fromkeys(self.prefixes + prefixes))
-        self.finder.prefixes = self.prefixes
-        for name, module in list(sys.modules.items()):
-            if module is not None and has_prefix(name, prefixes):
+    def extend(self, prefixes: tuple[str, ...], directories: tuple[str, ...]) -> None:
+        """Show the facade to modules below these prefixes, or in these directories, too."""
+        before = {module.__name__ for module in self.members.loaded()}
+        self.members.add(prefixes, directories)
+        for module in self.members.loaded():
+            if module.__name__ not in before:
                 self.rebind(module)
+
+    def answer_all(self) -> None:
+        """Answer the imports of modules that were loaded by the ordinary loader."""
+        self.answers_all = True
+        builtins.__import__ = _import_of_all
 
     def rebind(self, module: types.ModuleType) -> None:
         """Point the names of an already loaded module that mean torch, or things of it, at the facade's."""
@@ -283,44 +442,17 @@ class _Installation:
 
     def _uncompile(self, owner: Any, name: str, value: Any) -> None:
         original = getattr(value, "_torchdynamo_orig_callable", None)
-        if original is not None:
+        if original is not None and self.facade is not None:
             self._set(owner, name, original)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self.rebound.append((owner, name, vars(owner)[name]))
         setattr(owner, name, value)
 
-    def _change_methods(self) -> None:
-        accelerator = self.accelerator
-        tensor_cuda, module_cuda, tensor_type = torch.Tensor.cuda, torch.nn.Module.cuda, torch.Tensor.type
-
-        def caller_is_ours() -> bool:
-            return has_prefix(sys._getframe(2).f_globals.get("__name__", ""), self.prefixes)
-
-        @functools.wraps(tensor_cuda)
-        def cuda_of_tensor(tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return tensor.to(accelerator.current_device()) if caller_is_ours() else tensor_cuda(tensor, *args, **kwargs)
-
-        @functools.wraps(module_cuda)
-        def cuda_of_module(module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-            return module.to(accelerator.current_device()) if caller_is_ours() else module_cuda(module, *args, **kwargs)
-
-        @functools.wraps(tensor_type)
-        def type_of_tensor(tensor, *args: Any, **kwargs: Any) -> Any:
-            answer = tensor_type(tensor, *args, **kwargs)
-            if isinstance(answer, str) and tensor.device.type == accelerator.device_type and caller_is_ours():
-                return "torch.cuda." + answer.rsplit(".", 1)[1]
-            return answer
-
-        for owner, name, new in (
-            (torch.Tensor, "cuda", cuda_of_tensor),
-            (torch.nn.Module, "cuda", cuda_of_module),
-            (torch.Tensor, "type", type_of_tensor),
-        ):
-            self.methods.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, new)
-
     def stop(self) -> None:
+        if self.answers_all:
+            builtins.__import__ = _plain_import
+        self.stand_ins.withdraw()
         sys.meta_path.remove(self.finder)
         for owner, name, value in reversed(self.rebound):
             setattr(owner, name, value)
@@ -331,26 +463,36 @@ class _Installation:
                 setattr(owner, name, value)
         # Modules loaded while installed hold the facade under the names they imported; give them torch itself.
         theirs = {id(ours): real for ours, real in self.pairs()}
-        for module_name, module in list(sys.modules.items()):
-            if module is not None and has_prefix(module_name, self.prefixes):
-                for name, value in list(vars(module).items()):
-                    if id(value) in theirs:
-                        setattr(module, name, theirs[id(value)])
+        for module in self.members.loaded():
+            for name, value in list(vars(module).items()):
+                if id(value) in theirs:
+                    setattr(module, name, theirs[id(value)])
 
 
 _installed: _Installation | None = None
 
 
-def install(accelerator: Accelerator, prefixes: tuple[str, ...] = DEFAULT_PREFIXES) -> None:
+def install(
+    accelerator: Accelerator,
+    prefixes: tuple[str, ...] = DEFAULT_PREFIXES,
+    *,
+    directories: tuple[str, ...] = (),
+    imports: bool = False,
+) -> None:
     """Bind the facade inside modules with one of `prefixes`, loaded already or later. Twice is once; prefixes add up.
 
     On CUDA there is nothing to bind and nothing is changed.
+
+    Args:
+        directories: absolute paths; modules whose file lies in one of them see the facade whatever their name.
+        imports: answer `import torch` in modules that were loaded before, and in `__main__`, too; it takes replacing
+            `builtins.__import__`, which passes on what other modules import.
 
     Raises:
         RuntimeError: installed already for another accelerator; `uninstall` first.
     """
     global _installed
-    if accelerator.device_type == "cuda":
+    if accelerator.device_type == "cuda" and not imports:
         return
     if _installed is not None:
         if _installed.accelerator is not accelerator:
@@ -358,10 +500,30 @@ def install(accelerator: Accelerator, prefixes: tuple[str, ...] = DEFAULT_PREFIX
                 f"the torch facade is installed for {_installed.accelerator.name}; uninstall it before installing it "
                 f"for {accelerator.name}"
             )
-        _installed.extend(tuple(prefixes))
+    else:
+        _installed = _Installation(accelerator)
+        _installed.start()
+    _installed.extend(tuple(prefixes), tuple(directories))
+    if imports:
+        _installed.answer_all()
+
+
+def provide(modules: Mapping[str, str], only: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Answer imports of absent packages in the modules that see the facade, loaded already or later.
+
+    Args:
+        modules: name of a package -> dotted name of the module that answers for it; see `stand_ins`.
+        only: for some packages, the modules that are answered.
+
+    Raises:
+        RuntimeError: the facade is not installed.
+    """
+    if _installed is None:
+        raise RuntimeError("install the torch facade before providing packages")
+    if _installed.stand_ins.modules:
         return
-    _installed = _Installation(accelerator, tuple(prefixes))
-    _installed.start()
+    _installed.stand_ins = StandIns(modules, _BUILTINS, only)
+    _installed.stand_ins.ask_again(_installed.members.loaded)
 
 
 def uninstall(unless: Accelerator | None = None) -> tuple[str, ...]:
@@ -373,7 +535,7 @@ def uninstall(unless: Accelerator | None = None) -> tuple[str, ...]:
     global _installed
     if _installed is None:
         return DEFAULT_PREFIXES
-    prefixes = _installed.prefixes
+    prefixes = _installed.members.prefixes
     if _installed.accelerator is not unless:
         _installed.stop()
         _installed = None

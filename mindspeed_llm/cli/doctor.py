@@ -115,6 +115,9 @@ def _operators():
 
 
 def _patches() -> list[tuple[str, str]]:
-    from mindspeed_llm import megatron_adaptor, patching  # noqa: F401  (importing the adaptor applies the patches)
+    from mindspeed_llm import accelerator, patches, patching
+    from mindspeed_llm.accelerator import torch_facade
 
+    torch_facade.install(accelerator.current())  # before megatron is loaded, which applying does
+    patches.apply()
     return [(patch.name, patch.target) for patch in patching.applied()]

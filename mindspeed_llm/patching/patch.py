@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+
 from mindspeed_llm.errors import UserError
 
 
@@ -27,6 +29,7 @@ class Patch:
         condition: decides from the final configuration whether to apply; None applies always.
         fingerprints: package version -> `fingerprint` of the target's source the patch was written against. A version
             that is not listed is accepted when its source equals a listed one.
+        versions: of the package that have the target, as a specifier (">=0.16"); in others there is nothing to change.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Patch:
     wrap: Callable[[Any], Any] | None = None
     condition: Callable[[Any], bool] | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    versions: str = ""
 
     def __post_init__(self) -> None:
         if (self.replace is None) == (self.wrap is None):
@@ -44,6 +48,10 @@ class Patch:
             raise ValueError(f"patch {self.name}: target {self.target!r} must read package.module:Symbol[.attribute]")
         if not self.fingerprints:
             raise ValueError(f"patch {self.name}: it names no fingerprint, so a changed target would go unnoticed")
+
+    def concerns(self, version: str) -> bool:
+        """Whether that version of the package has the target."""
+        return not self.versions or SpecifierSet(self.versions, prereleases=True).contains(version)
 
     @property
     def module_name(self) -> str:
@@ -96,7 +104,12 @@ def fingerprint(value: Any) -> str:
         OSError, TypeError: its source cannot be read (a built-in, or a file that is gone).
     """
     function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-    text = "\n".join(line.rstrip() for line in inspect.getsource(function).strip().splitlines())
+    return fingerprint_of_source(inspect.getsource(function))
+
+
+def fingerprint_of_source(source: str) -> str:
+    """As `fingerprint`, of the source text."""
+    text = "\n".join(line.rstrip() for line in source.strip().splitlines())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

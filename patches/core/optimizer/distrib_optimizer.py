@@ -31,6 +31,6 @@ PATCHES = (
         why="torch's AdamW, used where Apex and Transformer Engine are absent, keeps `step` per parameter, which the "
         "checkpoint stores per group; loading then fails with KeyError, and parameters would share one step count",
         wrap=_own_step_count,
-        fingerprints={"0.16.1": "0fb8c1343b9d"},
+        fingerprints={"0.15.3": "0fb8c1343b9d", "0.16.1": "0fb8c1343b9d"},
     ),
 )

@@ -27,6 +27,6 @@ PATCHES = (
         target="megatron.core.tensor_parallel.layers:linear_with_grad_accumulation_and_async_allreduce",
         why="it advises on CUDA_DEVICE_MAX_CONNECTIONS in every run, also where there is no CUDA device",
         wrap=_advice_given_without_cuda,
-        fingerprints={"0.16.1": "212ab88edb75"},
+        fingerprints={"0.15.3": "212ab88edb75", "0.16.1": "212ab88edb75"},
     ),
 )

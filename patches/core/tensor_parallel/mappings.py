@@ -59,13 +59,13 @@ PATCHES = (
         target="megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
         why=WHY,
         wrap=_gathers_uneven_rows,
-        fingerprints={"0.16.1": "abaaf454b5e0"},
+        fingerprints={"0.15.3": "abaaf454b5e0", "0.16.1": "abaaf454b5e0"},
     ),
     Patch(
         name="uneven-reduce-scatter-on-gloo",
         target="megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
         why=WHY,
         wrap=_scatters_uneven_rows,
-        fingerprints={"0.16.1": "09ac89672936"},
+        fingerprints={"0.15.3": "09ac89672936", "0.16.1": "09ac89672936"},
     ),
 )

@@ -67,6 +67,6 @@ PATCHES = (
         target="megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
         why="megatron's own attention refuses packed documents and builds all scores; torch's fused one does neither",
         wrap=_fused_when_causal,
-        fingerprints={"0.16.1": "a0bbd121e290"},
+        fingerprints={"0.15.3": "2cf65c035fcd", "0.16.1": "a0bbd121e290"},
     ),
 )

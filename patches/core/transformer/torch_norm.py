@@ -12,7 +12,8 @@ from mindspeed_llm.patching import Patch
 class TorchNorm:
     """Makes the LayerNorm or RMSNorm that the configuration names, sequence parallelism included.
 
-    The signature is WrappedTorchNorm's, whose last three arguments it ignores too.
+    The signature is WrappedTorchNorm's, whose last three arguments it ignores too; so is persist_layer_norm, which
+    chooses among Apex's kernels.
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, *_ignored: Any, **_also: Any) -> nn.Module:
@@ -21,7 +22,7 @@ class TorchNorm:
         kinds = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
         if config.normalization not in kinds:
             raise ValueError(f"normalization {config.normalization} has no torch implementation; legal: {list(kinds)}")
-        for name in ("layernorm_zero_centered_gamma", "persist_layer_norm", "memory_efficient_layer_norm"):
+        for name in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
             if getattr(config, name):
                 raise ValueError(f"{name} is not implemented by the torch norms; set it to False")
         return kinds[config.normalization](config, hidden_size, eps)
@@ -33,6 +34,6 @@ PATCHES = (
         target="megatron.core.transformer.torch_norm:WrappedTorchNorm",
         why="megatron's torch norms refuse sequence parallelism, and compose RMSNorm from slow parts on a CPU",
         replace=TorchNorm,
-        fingerprints={"0.16.1": "c79ddefa29ba"},
+        fingerprints={"0.15.3": "c79ddefa29ba", "0.16.1": "c79ddefa29ba"},
     ),
 )

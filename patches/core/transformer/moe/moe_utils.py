@@ -43,13 +43,13 @@ PATCHES = (
         why="a tensor that is on the CPU already stays a tensor where numbers are asked for, and all_to_all refuses "
         "tensors as split sizes",
         wrap=_as_numpy_on_any_device,
-        fingerprints={"0.16.1": "47a1092f05ba"},
+        fingerprints={"0.15.3": "8e83a349dee8", "0.16.1": "47a1092f05ba"},
     ),
     Patch(
         name="moe-router-without-te",
         target="megatron.core.transformer.moe.moe_utils:router_gating_linear",
         why="megatron's router calls Transformer Engine's matrix product by a name that does not exist without it",
         wrap=_plain_product_without_transformer_engine,
-        fingerprints={"0.16.1": "12d79f770ec7"},
+        fingerprints={"0.15.3": "b563a51b967b", "0.16.1": "12d79f770ec7"},
     ),
 )

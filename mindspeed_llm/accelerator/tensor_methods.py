@@ -1,0 +1,112 @@
+"""Methods of torch's classes that megatron calls and that no name in its modules leads to.
+
+`tensor.cuda()`, `module.to("cuda")`, `tensor.is_cuda` and their like are changed on the classes while a facade is
+installed; each acts only when the calling module sees the facade, and is torch's own for everybody else.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mindspeed_llm.accelerator.protocol import Accelerator
+
+
+def is_cuda(device: object) -> bool:
+    """Whether `device` names CUDA: a string, a torch.device, or a bare index."""
+    if isinstance(device, str):
+        return device == "cuda" or device.startswith("cuda:")
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def on_accelerator(accelerator: Accelerator, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of `to`: a CUDA device, first or by name, becomes the accelerator's."""
+    if args and is_cuda(args[0]):
+        args = (accelerator.current_device(), *args[1:])
+    if is_cuda(kwargs.get("device")):
+        kwargs = {**kwargs, "device": accelerator.current_device()}
+    return args, kwargs
+
+
+def changes(accelerator: Accelerator, is_ours: Callable[[str], bool]) -> list[tuple[type, str, Any]]:
+    """(class, name, new attribute) for every change.
+
+    Args:
+        is_ours: whether a module of that name sees the facade.
+    """
+
+    def called_by_ours() -> bool:
+        return is_ours(sys._getframe(2).f_globals.get("__name__", ""))
+
+    return [
+        *_moving(accelerator, called_by_ours),
+        *_asking(accelerator, called_by_ours),
+        *_pinning(accelerator, called_by_ours),
+    ]
+
+
+def _moving(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:
+    found = []
+    for owner in (torch.Tensor, torch.nn.Module):
+        cuda, to = owner.cuda, owner.to
+
+        def cuda_of(subject, *args: Any, _cuda=cuda, **kwargs: Any) -> Any:
+            return subject.to(accelerator.current_device()) if called_by_ours() else _cuda(subject, *args, **kwargs)
+
+        def to_of(subject, *args: Any, _to=to, **kwargs: Any) -> Any:
+            if called_by_ours():
+                args, kwargs = on_accelerator(accelerator, args, kwargs)
+            return _to(subject, *args, **kwargs)
+
+        found += [(owner, "cuda", functools.wraps(cuda)(cuda_of)), (owner, "to", functools.wraps(to)(to_of))]
+    return found
+
+
+def _asking(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:
+    tensor_type, is_cuda_of = torch.Tensor.type, torch.Tensor.is_cuda
+
+    @functools.wraps(tensor_type)
+    def type_of_tensor(tensor, *args: Any, **kwargs: Any) -> Any:
+        ours = called_by_ours()
+        if ours and args and isinstance(args[0], str):
+            args = (args[0].replace("torch.cuda.", "torch."), *args[1:])
+        answer = tensor_type(tensor, *args, **kwargs)
+        if ours and isinstance(answer, str) and tensor.device.type == accelerator.device_type:
+            return "torch.cuda." + answer.rsplit(".", 1)[1]
+        return answer
+
+    def is_cuda_of_tensor(tensor) -> bool:
+        if called_by_ours():
+            return tensor.device.type == accelerator.device_type
+        return is_cuda_of.__get__(tensor)
+
+    return [(torch.Tensor, "type", type_of_tensor), (torch.Tensor, "is_cuda", property(is_cuda_of_tensor))]
+
+
+def _pinning(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:
+    pin_memory = torch.Tensor.pin_memory
+
+    @functools.wraps(pin_memory)
+    def pin_memory_of_tensor(tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if called_by_ours() and not accelerator.supports_pin_memory:
+            return tensor
+        return pin_memory(tensor, *args, **kwargs)
+
+    record_stream = torch.Tensor.record_stream
+
+    @functools.wraps(record_stream)
+    def record_stream_of_tensor(tensor, stream: Any) -> None:
+        # Host memory is freed in program order, whatever queue reads it.
+        if not (called_by_ours() and accelerator.device_type == "cpu"):
+            record_stream(tensor, stream)
+
+    return [
+        (torch.Tensor, "pin_memory", pin_memory_of_tensor),
+        (torch.Tensor, "record_stream", record_stream_of_tensor),
+    ]

@@ -1,0 +1,40 @@
+"""Transformer Engine's modules."""
+
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import (
+    attention,
+    cpp_extensions,
+    cross_entropy,
+    distributed,
+    fp8,
+    module,
+    ops,
+    permutation,
+    tensor,
+)
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention import DotProductAttention
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.distributed import checkpoint
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.grouped_linear import GroupedLinear
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.linear import LayerNormLinear, Linear
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.norm import LayerNorm, RMSNorm
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNorm",
+    "LayerNormLinear",
+    "Linear",
+    "RMSNorm",
+    "attention",
+    "checkpoint",
+    "cpp_extensions",
+    "cross_entropy",
+    "distributed",
+    "fp8",
+    "fp8_autocast",
+    "fp8_model_init",
+    "module",
+    "ops",
+    "permutation",
+    "tensor",
+]
