@@ -10,6 +10,19 @@ from mindspeed_llm.errors import UserError
 
 # More than a file system keeps in an inode, so that a block of a quota is really taken.
 PROBE_BYTES = 2**16
+FP32_BYTES = 4
+
+
+def bytes_of_parameter(itemsize: int, trained: bool) -> int:
+    """Bytes of one parameter in a checkpoint.
+
+    Args:
+        itemsize: of the weight itself.
+        trained: with Adam's two moments, and in reduced precision the weight once more, all fp32.
+    """
+    if not trained:
+        return itemsize
+    return itemsize + 2 * FP32_BYTES + (FP32_BYTES if itemsize < FP32_BYTES else 0)
 
 
 def free_bytes(path: Path) -> int:

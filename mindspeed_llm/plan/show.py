@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mindspeed_llm.checkpoint.space import bytes_of_parameter, free_bytes, in_units
 from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
@@ -108,7 +109,18 @@ def _weights(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("resume", f"after iteration {plan.resume.record['progress']['iteration']}"))
     if plan.config.checkpoint.save is not None:
         rows.append(("saved to", plan.config.checkpoint.save))
+        rows.append(("checkpoint", _checkpoint_size(plan)))
     return rows
+
+
+def _checkpoint_size(plan: Plan) -> str:
+    """Size of one checkpoint, and how much room there is; what is frozen by pattern counts as trained."""
+    trained, itemsize = plan.trainable_parameters(), DTYPE_BYTES[plan.dtype_name]
+    each = trained * bytes_of_parameter(itemsize, not plan.config.checkpoint.no_save_optim)
+    free = in_units(free_bytes(Path(plan.config.checkpoint.save)))
+    keep = plan.config.checkpoint.keep_last
+    kept = f"the newest {keep} and one being written are kept" if keep else "all are kept"
+    return f"about {in_units(each)}; {kept}; {free} free"
 
 
 def _layout(plan: Plan) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mindspeed_llm import __version__, accelerator
 from mindspeed_llm.checkpoint.directory import iterations
-from mindspeed_llm.checkpoint.space import in_units, probe, space_problem
+from mindspeed_llm.checkpoint.space import bytes_of_parameter, in_units, probe, space_problem
 from mindspeed_llm.checkpoint.train_record import HF_FILES
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from mindspeed_llm.training.step import BatchResult
 
 SECONDS_A_MINUTE = 60.0
-# Adam: two moments, and in reduced precision the weights once more, all fp32.
-MOMENT_BYTES, MAIN_WEIGHT_BYTES = 8, 4
 # After a failure a save in the background gets this long to end.
 SETTLE_SECONDS = 30.0
 
@@ -236,9 +234,7 @@ def checkpoint_bytes(plan: Plan, model: TrainingModel) -> int:
         for parameter in chunk.parameters():
             if adapted and not parameter.requires_grad:
                 continue
-            each = parameter.element_size()
-            if optimizer and parameter.requires_grad:
-                each += MOMENT_BYTES + (MAIN_WEIGHT_BYTES if parameter.element_size() < MAIN_WEIGHT_BYTES else 0)
+            each = bytes_of_parameter(parameter.element_size(), optimizer and parameter.requires_grad)
             own += parameter.numel() * each / (dense if getattr(parameter, "allreduce", True) else expert)
     total = torch.tensor(own, dtype=torch.float64, device=accelerator.current().current_device())
     dist.all_reduce(total)
