@@ -115,12 +115,13 @@ def test_the_comparison_notices_another_seed(job, on_cpu):
 
 
 def test_a_resumed_run_goes_on_bit_by_bit(job, tmp_path):
-    dropout = "--hidden-dropout 0.1 --attention-dropout 0.1 --eval-iters 0 --train-iters 4"
-    whole = run(*job("pretrain", dropout))
-    door, words, cache = job("pretrain", f"{dropout} --save {tmp_path / 'out'}")
-    run(door, f"{words} --exit-interval 2", cache)
-    again = words.replace(words.split("--load ")[1].split()[0], str(tmp_path / "out"))
-    rest = run(door, again, cache)
+    door, words, cache = job("pretrain", "--hidden-dropout 0.1 --attention-dropout 0.1")
+    words = words.replace("--train-iters 3", "--train-iters 4").replace("--eval-iters 1", "--eval-iters 0")
+    whole = run(door, words, cache)
+    out = tmp_path / "out"
+    run(door, f"{words} --save {out} --exit-interval 2", cache)
+    model = words.split("--load ")[1].split()[0]
+    rest = run(door, f"{words.replace(model, str(out))} --save {out}", cache)
     assert len(rest["train"]) == 2 and rest["train"] == whole["train"][2:]
 
 

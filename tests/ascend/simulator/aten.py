@@ -61,7 +61,8 @@ def register() -> int:
         if not hasattr(torch.ops.aten, base):  # torch_npu's own, not reachable from Python
             continue
         operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-        library.impl(name, on_host(_drawing(operator) if _is_random(operator) else operator), "PrivateUse1")
+        kernel = COMPUTED.get(name.removeprefix("aten::"), operator)
+        library.impl(name, on_host(_drawing(kernel) if _is_random(operator) else kernel), "PrivateUse1")
         count += 1
     for base, kernel in COPIES.items():
         library.impl(base, kernel, "PrivateUse1", allow_override=True)
@@ -156,6 +157,16 @@ def _to_copy(
     return _copy_(out, x, non_blocking)
 
 
+def _matmul_backward(grad: Tensor, x: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """torch differentiates matmul by its parts on a CPU and has no kernel for the whole."""
+    with torch.enable_grad():
+        inputs = [value.detach().requires_grad_() for value in (x, other)]
+        gradients = torch.autograd.grad(torch.matmul(*inputs), inputs, grad)
+    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, mask))
+
+
+# Operators for which the CPU has no kernel of its own.
+COMPUTED: dict[str, Callable[..., Any]] = {"matmul_backward": _matmul_backward}
 # Operators between devices, or with a result that may be the argument itself.
 COPIES: dict[str, Callable[..., Tensor]] = {
     "copy_": _copy_,

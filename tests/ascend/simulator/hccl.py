@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ def _refuse_wide(tensors: Any) -> None:
             raise RuntimeError(f"HCCL: {tensor.dtype} cannot be reduced (EI0003, unsupported data type)")
 
 
+class _Together:
+    """Several pieces of work, waited for as one; the tensors live as long."""
+
+    def __init__(self, works: list[Any], tensors: list[torch.Tensor]):
+        self._works, self._tensors = works, tensors
+
+    def wait(self) -> bool:
+        return all([work.wait() for work in self._works])
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
 class HCCL(dist.ProcessGroup):
     """torch's old and new names of a collective are both answered: releases differ in which they call."""
 
@@ -40,6 +54,21 @@ class HCCL(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return "hccl"
+
+    # torch asks these of the back ends inside a group; this group is its own.
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_name(self) -> str:
+        return self._name
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("npu")]
+
+    def _get_backend(self, device: torch.device) -> HCCL:
+        return self
 
     def get_hccl_comm_name(self, rank: int, *_: Any) -> str:
         return f"simulated_{rank}"
@@ -116,6 +145,16 @@ class HCCL(dist.ProcessGroup):
 
     def recv(self, tensors, source, tag=0):
         return self._run("recv", [tensors], source, tag)
+
+    def batch_isend_irecv(self, kinds: list[str], tensors: list[torch.Tensor], peers: list[int]) -> _Together:
+        """What torch_npu makes of torch's function of that name on most chips; messages between two ranks in order."""
+        sent: collections.Counter[tuple[str, int]] = collections.Counter()
+        works = []
+        for kind, tensor, peer in zip(kinds, tensors, peers, strict=True):
+            send = kind == "isend"
+            works.append((self.send if send else self.recv)([tensor], peer, sent[kind, peer]))
+            sent[kind, peer] += 1
+        return _Together(works, tensors)
 
     def recv_anysource(self, tensors, tag=0):
         return self._run("recv_anysource", [tensors], tag)
