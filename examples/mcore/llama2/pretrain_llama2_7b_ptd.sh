@@ -18,6 +18,9 @@ run_ranks pretrain_gpt.py \
     --tokenizer-name-or-path "$TOKENIZER" \
     --data-path "$DATA_PATH" \
     --save "$CKPT_SAVE_DIR" \
+    --save-interval "${SAVE_INTERVAL:-1000}" \
+    --keep-last "${KEEP_LAST:-2}" \
+    --auto-resume \
     --tensor-model-parallel-size "$TP" \
     --pipeline-model-parallel-size "$PP" \
     --sequence-parallel \

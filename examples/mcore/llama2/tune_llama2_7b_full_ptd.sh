@@ -19,6 +19,9 @@ run_ranks posttrain_gpt.py \
     --split 100,0,0 \
     --eval-iters 0 \
     --save "$CKPT_SAVE_DIR" \
+    --save-interval "${SAVE_INTERVAL:-500}" \
+    --keep-last "${KEEP_LAST:-2}" \
+    --auto-resume \
     --tensor-model-parallel-size "$TP" \
     --pipeline-model-parallel-size "$PP" \
     --sequence-parallel \

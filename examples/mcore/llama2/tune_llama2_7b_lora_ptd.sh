@@ -19,6 +19,8 @@ run_ranks posttrain_gpt.py \
     --eval-iters 0 \
     --save "$CKPT_SAVE_DIR" \
     --save-interval "${SAVE_INTERVAL:-500}" \
+    --keep-last "${KEEP_LAST:-2}" \
+    --auto-resume \
     --lora-r "${LORA_R:-16}" \
     --lora-alpha "${LORA_ALPHA:-32}" \
     --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 \
