@@ -8,12 +8,14 @@ nothing is completed and the checkpoint before stays what a resume finds.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 # A rank without a sign of life for this long, while the others answer, is gone.
@@ -77,6 +79,32 @@ class Answer:
     iteration: int | None
 
 
+def sign_of_life(count: int) -> str:
+    """A text that changes while a rank lives, and says where: "count|host|process|boot and namespace of processes"."""
+    return f"{count}|{socket.gethostname()}|{os.getpid()}|{_where_processes_count()}"
+
+
+def has_ended(sign: str) -> bool:
+    """Whether the process that gave a sign of life was here, where it can be looked for, and is not any more."""
+    _, _, process, where = (*sign.split("|"), "", "", "")[:4]
+    if not where or where != _where_processes_count():
+        return False
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"  # ended, and its parent has not asked for the status yet
+
+
+@functools.cache
+def _where_processes_count() -> str:
+    """This boot of this host, and this namespace of process numbers; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 class Survivors:
     """One rank's part in what follows an alarm.
 
@@ -128,14 +156,14 @@ class Survivors:
                 beat = self.beat_of(rank)
                 if beats.get(rank) != beat:
                     beats[rank], changed_at[rank] = beat, now
-                waited |= now - changed_at.get(rank, start) < GONE_SECONDS
+                waited |= now - changed_at.get(rank, start) < GONE_SECONDS and not has_ended(beat)
             if not waited:
                 break
             time.sleep(POLL_SECONDS)
         return found
 
     def beat_of(self, rank: int) -> str:
-        """A text that changes while the rank lives: "count|host|process"."""
+        """A rank's last sign of life, see `sign_of_life`."""
         return self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else ""
 
     def _save(self, alarm: Alarm, answers: Mapping[int, Answer], will: LastWill | None) -> str:
@@ -196,7 +224,7 @@ class Survivors:
         if gone and not alarm.own:
             rank = gone[0]
             more = f" (and rank {', '.join(map(str, gone[1:8]))})" if gone[1:] else ""
-            _, host, process = (self.beat_of(rank) or "|unknown host|unknown").split("|")
+            _, host, process, *_ = (self.beat_of(rank) or "|unknown host|unknown").split("|")
             told = f"rank {rank} on {host} failed first{more}: its process {process} is gone: killed, or its host ended"
         lines = "".join(f"  rank {rank} | {line}\n" for line in self.lines_of(rank).splitlines())
         heading = f"error: the last lines of rank {rank}:\n" if lines else ""

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.last_lines import LastLines, listening
 from mindspeed_llm.parallel.stacks import all_stacks, late_line, whereabouts
-from mindspeed_llm.parallel.survivors import Alarm, LastWill, Survivors, one_line
+from mindspeed_llm.parallel.survivors import Alarm, LastWill, Survivors, has_ended, one_line, sign_of_life
 
 POLL_SECONDS = 1.0
 # A rank that fails by itself, or is ended by its launcher, gets this long before the watch ends it.
@@ -113,7 +113,7 @@ class Watch:
     def show_life(self) -> None:
         """Say that this rank lives, and what it printed."""
         self.signs += 1
-        self.store.set(f"beat/{self.rank}", f"{self.signs}|{socket.gethostname()}|{os.getpid()}")
+        self.store.set(f"beat/{self.rank}", sign_of_life(self.signs))
         if self.lines.count != self.told_lines:
             self.told_lines = self.lines.count
             self.store.set(f"lines/{self.rank}", self.lines.text())
@@ -153,10 +153,11 @@ class Watch:
             sign, now = self.survivors.beat_of(rank), time.monotonic()
             if self.seen.get(rank, ("", 0.0))[0] != sign:
                 self.seen[rank] = sign, now
-            if rank != self.rank and sign and sign != "left" and now - self.seen[rank][1] > limit:
-                told = (
-                    f"rank {rank} on {sign.split('|')[1]} failed first: it has given no sign of life for {limit:.0f} s"
-                )
+            if rank == self.rank or sign in ("", "left"):
+                continue
+            if has_ended(sign) or now - self.seen[rank][1] > limit:
+                host = sign.split("|")[1]
+                told = f"rank {rank} on {host} failed first: it gives no sign of life"
                 self.survivors.give_alarm(Alarm(rank, told, own=False))
 
     def _end_run(self) -> None:

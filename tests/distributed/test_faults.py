@@ -62,10 +62,8 @@ def launcher():
 def table(request):
     lines = []
     yield lines
-    if reporter := request.config.pluginmanager.get_plugin("terminalreporter"):
-        reporter.write_line("")
-        for line in lines:
-            reporter.write_line(line)
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("", *lines, sep="\n")
 
 
 @pytest.fixture(scope="module")

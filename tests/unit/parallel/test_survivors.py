@@ -1,5 +1,6 @@
 """After a failure: the ranks that are left agree through a store, without a collective."""
 
+import os
 import threading
 import time
 
@@ -10,7 +11,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel import survivors as protocol
 from mindspeed_llm.parallel.attempt import store_of_attempt
 from mindspeed_llm.parallel.last_lines import KEPT_LINES, listening
-from mindspeed_llm.parallel.survivors import Alarm, Survivors
+from mindspeed_llm.parallel.survivors import Alarm, Survivors, has_ended, sign_of_life
 from mindspeed_llm.parallel.watch import Watch, is_own
 
 
@@ -110,7 +111,7 @@ def test_ranks_of_another_start_are_not_taken_for_living_ones():
     for _ in range(2):
         found = {}
         threads = [
-            threading.Thread(target=lambda r=rank: found.__setitem__(r, store_of_attempt(store, r, 3, 10.0)))
+            threading.Thread(target=lambda r=rank, to=found: to.__setitem__(r, store_of_attempt(store, r, 3, 10.0)))
             for rank in (2, 1, 0)
         ]
         for thread in threads:
@@ -135,6 +136,20 @@ def test_the_last_lines_are_kept(capsys):
     assert lines.text().splitlines()[0] == "line 4" and lines.text().endswith(f"line {KEPT_LINES + 2}\n20%")
     print("not heard")
     assert "not heard" not in lines.text() and "line 0\n" in capsys.readouterr().out
+
+
+def test_a_process_that_has_ended_is_known_at_once():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    sign = sign_of_life(3).replace(f"|{os.getpid()}|", f"|{child}|")
+    deadline = time.monotonic() + 30
+    while not has_ended(sign) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert has_ended(sign)  # even though nobody has asked for its status
+    os.waitpid(child, 0)
+    assert has_ended(sign) and not has_ended(sign_of_life(3))
+    assert not has_ended(sign.replace(sign.split("|")[3], "another host")) and not has_ended("")
 
 
 def test_a_silent_rank_gives_the_alarm(monkeypatch):
