@@ -70,7 +70,10 @@ def save_training(order: SaveOrder, state: TrainingState) -> Path:
 def begin_save(order: SaveOrder) -> None:
     """The first rank makes the directory, the others wait until it is there."""
     if dist.get_rank() == 0:
-        directory.begin(order.root, order.iteration)
+        try:
+            directory.begin(order.root, order.iteration)
+        except OSError as wrong:
+            raise UserError(directory.failure_line(order.aside, wrong)) from wrong
     dist.barrier()
 
 

@@ -46,6 +46,17 @@ def test_preprocessing(script):
     assert all(rate > 0 for rate in result["megabytes_per_second"].values())
 
 
+@pytest.mark.slow
+def test_checkpoints(script, tmp_path):
+    result = script("checkpoint", "--quick", "--threads", "1", "--directory", str(tmp_path))
+    assert set(result["gigabytes_per_second"]) == {
+        "save", "cp", "load", "save_flushed", "cp_flushed", "load_verified"
+    }  # fmt: skip
+    assert all(rate > 0 for rate in result["gigabytes_per_second"].values())
+    assert result["stall_in_steps"] > 0 and set(result["aims"]) <= set(result)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
