@@ -145,7 +145,7 @@ def places(tmp_path_factory, toy_llama):
 
 @pytest.fixture(scope="module")
 def outcomes(places, tmp_path_factory):
-    """By case: what each rank says of the whole run, of either half, the second in new processes; and what was saved."""
+    """By case: what each rank says of the whole run, of each half (the second in new processes); what was saved."""
     found = {}
     saved = {name: tmp_path_factory.mktemp("saved") for name in CASES}
     for processes in sorted({case.processes for case in CASES.values()}):
