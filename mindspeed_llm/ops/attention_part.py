@@ -80,6 +80,12 @@ def attention_part_backward(
 
 def merge_part(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge a part into `out` [s, b, n, e] and `lse` [s, b, n] in place; before the first part lse is -inf."""
+    implementation("attention_merge")(out, lse, part_out, part_lse)
+
+
+@register("attention_merge", REFERENCE)
+def merge_by_weights(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """The formula."""
     merged = torch.logaddexp(lse, part_lse)
     total = _finite(merged)
     out.mul_((lse - total).exp_().unsqueeze(-1)).addcmul_(part_out, (part_lse - total).exp_().unsqueeze(-1))

@@ -17,6 +17,7 @@ from mindspeed_llm.checkpoint.space import bytes_of_parameter, in_units, probe, 
 from mindspeed_llm.checkpoint.train_record import HF_FILES
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.parallel.exact_sum import sum_float64
 from mindspeed_llm.plan.base import base_record
 from mindspeed_llm.plan.continuity import recorded_options
 from mindspeed_llm.plan.plan import Plan
@@ -237,7 +238,7 @@ def checkpoint_bytes(plan: Plan, model: TrainingModel) -> int:
             each = bytes_of_parameter(parameter.element_size(), optimizer and parameter.requires_grad)
             own += parameter.numel() * each / (dense if getattr(parameter, "allreduce", True) else expert)
     total = torch.tensor(own, dtype=torch.float64, device=accelerator.current().current_device())
-    dist.all_reduce(total)
+    sum_float64(total)
     return int(total)
 
 

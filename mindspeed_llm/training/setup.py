@@ -106,6 +106,7 @@ FUSED_OPERATORS = {
         "packed_attention",
         "attention_part",
         "attention_part_backward",
+        "attention_merge",
         "masked_attention",
     ),
     "use_fused_rmsnorm": ("rms_norm",),

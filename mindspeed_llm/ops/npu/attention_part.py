@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_llm.ops.attention_part import part_backward_by_rows, part_by_rows
+from mindspeed_llm.ops.attention_part import merge_by_weights, part_backward_by_rows, part_by_rows
 from mindspeed_llm.ops.npu.attention import fits
 from mindspeed_llm.ops.npu.kernels import DEVICES, REQUIRES
 from mindspeed_llm.ops.npu.visibility import seen_in_order, whole
@@ -86,8 +86,7 @@ def npu_part_backward(
     unseen = lse == float("-inf")
     if blind is not None:
         unseen = unseen | blind.permute(2, 0, 1, 3).squeeze(-1)
-    maximum = lse.masked_fill(unseen, torch.finfo(torch.float32).max).permute(1, 2, 0)
-    maximum = maximum.unsqueeze(-1).expand(*maximum.shape, COPIES).contiguous()
+    maximum = _statistic(lse.masked_fill(unseen, torch.finfo(torch.float32).max))
     flat = [x.flatten(2) for x in (query, key[:keys], value[:keys], grad.to(query.dtype))]
     gradients = torch.ops.npu.npu_fusion_attention_grad(
         *flat,
@@ -104,3 +103,28 @@ def npu_part_backward(
     if behind:
         others = [torch.cat((x, x.new_zeros(behind, *x.shape[1:]))) for x in others]
     return grad_query, *others
+
+
+# Stands for log 0 in statistics, of which the kernel takes differences: those of two infinities are undefined.
+NOTHING = -1e30
+
+
+@register("attention_merge", "npu_ring_attention_update", devices=DEVICES, requires=REQUIRES, priority=1)
+def npu_merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """As `ops.attention_part.merge_part`: statistics (m, l) = (lse, 1) of both merge into (m, l), lse = m + log l."""
+    if out.dtype != torch.float32 or out.numel() == 0:
+        return merge_by_weights(out, lse, part_out, part_lse)
+    maxima = [_statistic(x.clamp_min(NOTHING)) for x in (lse, part_lse)]
+    one = torch.ones_like(maxima[0])
+    merged, maximum, total = torch.ops.npu.npu_ring_attention_update(
+        out.flatten(2), maxima[0], one, part_out.flatten(2), maxima[1], one, input_layout="SBH"
+    )
+    out.copy_(merged.view_as(out))
+    log_sum = (maximum[..., 0] + total[..., 0].log()).permute(2, 0, 1)
+    lse.copy_(log_sum.masked_fill(log_sum < NOTHING / 2, float("-inf")))
+
+
+def _statistic(x: Tensor) -> Tensor:
+    """[s, b, n] as the kernels store it, [b, n, s, 8]."""
+    x = x.permute(1, 2, 0).unsqueeze(-1)
+    return x.expand(*x.shape[:-1], COPIES).contiguous()

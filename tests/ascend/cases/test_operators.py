@@ -11,6 +11,8 @@ from mindspeed_llm.ops.attention_masked import masked_attention, masked_scores
 from mindspeed_llm.ops.attention_part import (
     attention_part,
     attention_part_backward,
+    merge_by_weights,
+    merge_part,
     part_backward_by_rows,
     part_by_rows,
 )
@@ -65,6 +67,7 @@ def test_the_best_implementations_are_torch_npus():
     own = {name: value for name, value in chosen.items() if value.startswith("npu_")}
     assert own == {
         "attention": "npu_fusion_attention",
+        "attention_merge": "npu_ring_attention_update",
         "attention_part": "npu_fusion_attention",
         "attention_part_backward": "npu_fusion_attention_grad",
         "grouped_matmul": "npu_grouped_matmul",
@@ -198,6 +201,23 @@ def test_attention_part(s, s_k, shift, window):
     ours = attention_part_backward(*(x.npu() for x in inputs), shift=shift, window_size=window, scale=0.3)
     for one, other in zip(ours, exact):
         close(one, other)
+
+
+def test_parts_merge():
+    """Also before the first part, and where neither sees anything."""
+    out, part = tensors((4, 2, 3, 8), (4, 2, 3, 8))
+    lse, part_lse = tensors((4, 2, 3), (4, 2, 3), seed=2)
+    lse[0], lse[1], part_lse[1], part_lse[2] = (float("-inf"),) * 4
+    out[0], out[1], part[1], part[2] = (torch.zeros(2, 3, 8),) * 4
+    exact = [x.double() for x in (out, lse)]
+    merge_by_weights(*exact, part.double(), part_lse.double())
+    found = [x.npu() for x in (out, lse)]
+    CALLS.clear()
+    merge_part(*found, part.npu(), part_lse.npu())
+    assert set(CALLS) == {"npu_ring_attention_update"}
+    close(found[0], exact[0])
+    assert torch.equal(found[1].cpu().isinf(), exact[1].isinf())
+    close(found[1].cpu().nan_to_num(neginf=0.0), exact[1].nan_to_num(neginf=0.0))
 
 
 def test_attention_part_under_a_mask():

@@ -159,10 +159,14 @@ def _to_copy(
 
 def _matmul_backward(grad: Tensor, x: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
     """torch differentiates matmul by its parts on a CPU and has no kernel for the whole."""
-    with torch.enable_grad():
-        inputs = [value.detach().requires_grad_() for value in (x, other)]
-        gradients = torch.autograd.grad(torch.matmul(*inputs), inputs, grad)
-    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, mask))
+    # As matrices: a vector is one row on the left and one column on the right.
+    left = x.unsqueeze(0) if x.dim() == 1 else x
+    right = other.unsqueeze(1) if other.dim() == 1 else other
+    grad = grad.unsqueeze(-2) if x.dim() == 1 else grad
+    grad = grad.unsqueeze(-1) if other.dim() == 1 else grad
+    grad_x = (grad @ right.mT).sum_to_size(left.shape).view_as(x) if mask[0] else None
+    grad_other = (left.mT @ grad).sum_to_size(right.shape).view_as(other) if mask[1] else None
+    return grad_x, grad_other
 
 
 # Operators for which the CPU has no kernel of its own.

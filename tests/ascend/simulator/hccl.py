@@ -159,6 +159,18 @@ class HCCL(dist.ProcessGroup):
     def recv_anysource(self, tensors, tag=0):
         return self._run("recv_anysource", [tensors], tag)
 
+    def allgather_into_tensor_coalesced(self, outputs, inputs, options=None):
+        works = [self._allgather_base(output, input) for output, input in zip(outputs, inputs, strict=True)]
+        return _Together(works, [*outputs, *inputs])
+
+    def reduce_scatter_tensor_coalesced(self, outputs, inputs, options=None):
+        works = [
+            self._reduce_scatter_base(output, input, options) for output, input in zip(outputs, inputs, strict=True)
+        ]
+        return _Together(works, [*outputs, *inputs])
+
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
     all_gather_single = _allgather_base
     reduce_scatter_single = _reduce_scatter_base
     all_to_all_single = alltoall_base

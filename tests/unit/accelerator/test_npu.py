@@ -1,4 +1,4 @@
-"""Without torch_npu, or with one that cannot be loaded: nothing breaks, and the reason is said. tests/ascend has a device."""
+"""Without torch_npu, or with one that cannot be loaded: nothing breaks, and the reason is said."""
 
 import importlib
 import importlib.util
