@@ -6,6 +6,8 @@
 #   TOKENIZER_PATH or TOKENIZER_MODEL   directory, tokenizer.json or tokenizer.model; the first wins
 #   TP PP                               tensor and pipeline parallel sizes
 #   NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT            as torchrun has them
+#   MIN_NNODES                          fewer hosts that a run may go on with when some are gone (default: NNODES)
+#   MAX_RESTARTS SHUTDOWN_TIMEOUT       how often a failed run is started again (3); seconds to save in when told to stop
 #   SEQ_LENGTH MBS GBS TRAIN_ITERS LR   sizes of a training run
 #   DTYPE_FLAG                          --bf16 (default), --fp16, or empty for fp32
 #   PYTHON                              interpreter (default: python)
@@ -23,6 +25,8 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-6000}
+MIN_NNODES=${MIN_NNODES:-$NNODES}
+SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-600}
 DTYPE_FLAG=${DTYPE_FLAG---bf16}
 # shellcheck disable=SC2034  # the recipes use it
 TOKENIZER=${TOKENIZER_PATH:-${TOKENIZER_MODEL:-./model_from_hf/llama-2-7b-hf/}}
@@ -51,7 +55,11 @@ run_ranks() {
     else
         # The doors share the cores among the processes themselves; without a value torchrun warns.
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-        run_one -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" \
-            --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
+        # With c10d the store lives in the launcher of the first host, and so outlives ranks that fail.
+        # docs/recovery.md says what these options are for.
+        run_one -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$MIN_NNODES:$NNODES" \
+            --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "$MASTER_ADDR:$MASTER_PORT" \
+            --rdzv_conf "is_host=$((NODE_RANK == 0))" --max_restarts "${MAX_RESTARTS:-3}" \
+            --shutdown_timeout "$SHUTDOWN_TIMEOUT" --signals_to_handle SIGTERM,SIGINT,SIGUSR1 "$@"
     fi
 }

@@ -4,23 +4,18 @@ they compute is bitwise what an undisturbed run computes.
 Every rank is a process of its own that really dies. The whole sweep is benchmarks/faults.py.
 """
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mindspeed_llm.checkpoint.directory import find_newest, iterations
 from mindspeed_llm.checkpoint.manifest import changed_file
+from mindspeed_llm.testing import faults as runs
+from mindspeed_llm.testing.faults import Fault
 from mindspeed_llm.testing.launcher import Launcher
-
-spec = importlib.util.spec_from_file_location("faults_runs", Path(__file__).with_name("faults_runs.py"))
-runs = sys.modules["faults_runs"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
-Fault = runs.Fault
 
 TP, PP, SPREAD = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--use-distributed-optimizer"
 FAULTS = [

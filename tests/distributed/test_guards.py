@@ -17,7 +17,7 @@ COMMON = (
     "--micro-batch-size 2 --eval-iters 0 --no-shuffle --split 100,0,0 --hidden-dropout 0.1 --num-threads 1 "
     "--progress lines --train-iters 4"
 )
-MARK = 24
+MARK = 7
 EMBEDDING = "embedding.word_embeddings"
 
 
@@ -365,3 +365,43 @@ def test_a_large_gradient_of_the_embedding_marks_a_checkpoint(toy_llama, rows, t
     (one,) = json.loads((tmp_path / "one" / "iter_0000001" / "mindspeed_llm.json").read_text())["health"]["reasons"]
     norms = [float(reason.split(" is above")[0].split()[-1]) for reason in (one, reasons["low"][0])]
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
+def count(words, cache, unguarded=False):
+    """Collectives and values read back from the device in the third step, on this rank."""
+    import contextlib
+
+    from torch.profiler import ProfilerActivity, profile
+
+    from mindspeed_llm.training.guards.guards import Guards
+    from mindspeed_llm.training.loop import TrainingLoop
+
+    counts, real = {}, TrainingLoop.step
+
+    def step(self):
+        if self.progress.iteration != 2:
+            return real(self)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            result = real(self)
+        for event in seen.key_averages():
+            if event.key.startswith("c10d::") or event.key == "aten::_local_scalar_dense":
+                counts[event.key] = event.count
+        return result
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(TrainingLoop, "step", step))
+        if unguarded:
+            stack.enter_context(mock.patch.object(Guards, "judge", _careless))
+            stack.enter_context(mock.patch.object(Guards, "run", lambda self, batch, progress: batch()))
+        assert run(words, cache)["error"] is None
+    return counts
+
+
+def test_guards_add_no_collective_and_no_wait_while_all_is_well(toy_llama, rows):
+    line = words(toy_llama, rows[0])
+    plain = pool(2).run(count, line, rows[2], True)[1]
+    assert plain["c10d::allreduce_"] >= 3  # gradients, their norm, the loss
+    watched = f" {SPIKES} --loss-spike-threshold 9 --embedding-local-norm-threshold 9 --on-nonfinite skip:3"
+    for more in ("", watched):
+        assert pool(2).run(count, line + more, rows[2])[1] == plain
+    assert pool(2).run(count, f"{line} {REPLICAS}", rows[2])[1] != plain

@@ -104,10 +104,14 @@ def test_launcher_gets_hosts_and_processes(tmp_path):
     )
     assert launcher == {
         "--nproc_per_node": "2",
-        "--nnodes": "3",
-        "--node_rank": "1",
-        "--master_addr": "host",
-        "--master_port": "7000",
+        "--nnodes": "3:3",
+        "--rdzv_backend": "c10d",
+        "--rdzv_endpoint": "host:7000",
+        "--rdzv_id": "host:7000",
+        "--rdzv_conf": "is_host=0",
+        "--max_restarts": "3",
+        "--shutdown_timeout": "600",
+        "--signals_to_handle": "SIGTERM,SIGINT,SIGUSR1",
     }
 
 

@@ -6,6 +6,7 @@ CHECKPOINT=${CHECKPOINT:-./model_weights/Llama2-mcore/}
 NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 TP=${TP:-1}
 PP=${PP:-1}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 
 run_ranks inference.py \
     --task chat \

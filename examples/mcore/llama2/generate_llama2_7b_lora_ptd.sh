@@ -7,6 +7,7 @@ CHECKPOINT_LORA=${CHECKPOINT_LORA:-./ckpt/}
 NPROC_PER_NODE=${NPROC_PER_NODE:-8}
 TP=${TP:-8}
 PP=${PP:-1}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 
 run_ranks inference.py \
     --load "$CHECKPOINT" \

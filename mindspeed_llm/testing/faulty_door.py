@@ -1,4 +1,4 @@
-"""A training door with a fault in it: what test_faults.py and benchmarks/faults.py start under torchrun.
+"""A training door with a fault in it: the script that `testing.faults` starts.
 
 The environment names the fault: FAULT is a function below, FAULT_RANK where it happens, FAULT_AT after which iteration
 or at which stage of saving. A fault happens once: FAULT_ONCE names a file that it leaves behind.

@@ -1,4 +1,4 @@
-"""Runs with faults in them and what they left, for test_faults.py and benchmarks/faults.py."""
+"""Runs with faults in them and what they left, for tests/distributed/test_faults.py and benchmarks/faults.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from mindspeed_llm.checkpoint.directory import find_newest
 from mindspeed_llm.testing.launcher import Job, Launcher
 
-DOOR = Path(__file__).with_name("faults_door.py")
+DOOR = Path(__file__).with_name("faulty_door.py")
 ITERATIONS = 6
 # Packed rows with dropout; six iterations of two rows cross the end of an epoch, twice.
 FLAGS = (
