@@ -1,4 +1,4 @@
-"""Each rank writes its boxes into a file of its own; one process makes a torch_dist checkpoint of the files.
+"""Each rank writes its boxes into files of its own; one process makes a torch_dist checkpoint of the files.
 
 Nothing here is collective. What the ranks have to tell each other about a save stands in small files beside the data,
 so that the same code serves a save of all ranks together, one in the background, and one by those that are left when
@@ -13,6 +13,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,9 @@ from mindspeed_llm.errors import UserError
 FORMAT = "metadata.json"
 # Gathers what is small; pieces of large boxes are longer and go past it.
 _BUFFER_BYTES = CHUNK_BYTES // 4
+# Files that a rank writes at once, if they are large.
+WRITERS = 2
+_WORTH_A_FILE = 2**26
 _POLL_SECONDS = 0.05
 
 
@@ -62,12 +66,44 @@ def write_part(
         facts: see `Part`; plain values.
 
     Raises:
-        OSError: the file could not be written.
+        OSError: a file could not be written.
     """
-    part, name = Part(facts=dict(facts)), f"__{rank}_0.distcp"
-    with (directory / name).open("wb", buffering=_BUFFER_BYTES) as file:
+    part = Part(facts=dict(facts))
+    pieces = [piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES)]
+    shares = [(f"__{rank}_{number}.distcp", share) for number, share in enumerate(_shares(pieces))]
+    with ThreadPoolExecutor(len(shares)) as writers:
+        started = [
+            writers.submit(_write_file, directory / name, share, objects if number == 0 else {})
+            for number, (name, share) in enumerate(shares)
+        ]
+    for written in started:
+        one = written.result()
+        part.files |= one.files
+        part.boxes += one.boxes
+        part.objects += one.objects
+    reached("written")
+    _write_durably(_listing(directory, rank), json.dumps(asdict(part)).encode())
+    return part
+
+
+def _shares(pieces: list[Box]) -> list[list[Box]]:
+    """The boxes of each file, about as many bytes in each: the kernel lets one thread at a time write into a file."""
+    total = sum(piece.nbytes for piece in pieces)
+    shares: list[list[Box]] = [[] for _ in range(max(1, min(WRITERS, total // _WORTH_A_FILE)))]
+    loads = [0] * len(shares)
+    for piece in pieces:
+        least = loads.index(min(loads))
+        shares[least].append(piece)
+        loads[least] += piece.nbytes
+    return shares
+
+
+def _write_file(path: Path, pieces: list[Box], objects: Mapping[str, bytes]) -> Part:
+    """Write one file durably."""
+    part, name = Part(), path.name
+    with path.open("wb", buffering=_BUFFER_BYTES) as file:
         stream = _Summed(file)
-        for number, piece in enumerate(piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES)):
+        for number, piece in enumerate(pieces):
             _write_box(stream, piece, name, part)
             if number == 0:
                 file.flush()
@@ -81,13 +117,11 @@ def write_part(
         file.flush()
         os.fsync(file.fileno())
     part.files[name] = FileSum(stream.size, stream.checksum.hexdigest())
-    reached("written")
-    _write_durably(_listing(directory, rank), json.dumps(asdict(part)).encode())
     return part
 
 
 def bytes_of_part(boxes: Iterable[Box], objects: Mapping[str, bytes]) -> int:
-    """Size of the file that `write_part` writes."""
+    """Size of the files that `write_part` writes, together."""
     pieces = (piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES))
     return sum(frame(piece.tensor.dtype, piece.shape).length for piece in pieces) + sum(map(len, set(objects.values())))
 

@@ -146,6 +146,16 @@ def test_a_box_read_in_blocks_is_the_same(saved, monkeypatch):
     assert torch.equal(target, COLUMNS[:, 2:7].float())
 
 
+def test_large_parts_are_written_into_two_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_WORTH_A_FILE", 50)
+    monkeypatch.setattr(writing, "MAX_BOX_BYTES", 60)
+    sums = save(tmp_path / "saved", parts())
+    assert {f"__{rank}_{number}.distcp" for rank in (0, 1) for number in (0, 1)} <= set(sums)
+    target = torch.empty(6, 10)
+    StoredBoxes(tmp_path / "saved").fill([Box("w", (6, 10), (0, 0), target)])
+    assert torch.equal(target, WEIGHT)
+
+
 def test_a_dropped_box_is_noticed(tmp_path):
     first, second = parts()
     with pytest.raises(UserError, match="is incomplete, because of w 6 of 60 values are missing"):
