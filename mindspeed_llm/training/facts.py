@@ -16,11 +16,13 @@ OF_THE_HOST += ("metrics_jsonl", "wandb_save_dir", "swanlab_save_dir")
 
 
 def launch_facts(plan: Plan) -> dict[str, str]:
-    """Versions, flags, world size and the model's shape, by name."""
+    """Versions, flags, world size, the model's shape and the checkpoint that is gone on from, by name."""
     options = {
         all_options()[o.name].flags[0]: str(plan.config.get(o.name))
         for o in door_options(plan.config.door)
         if o.name not in OF_THE_HOST
     }
     shape = hashlib.sha256(json.dumps(plan.shape.to_json(), sort_keys=True).encode()).hexdigest()[:12]
-    return {**versions(), **options, "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"), "config.json": shape}
+    facts = {**versions(), **options, "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"), "config.json": shape}
+    # Hosts may see a shared directory as it was some seconds ago.
+    return facts | ({"resumed checkpoint": plan.resume.directory.name} if plan.resume is not None else {})

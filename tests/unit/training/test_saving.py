@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import types
 
 import pytest
@@ -155,6 +157,28 @@ def test_room_that_goes_away_is_found_before_the_save(train, toy_llama, tmp_path
     with pytest.raises(UserError, match="too little room, 1 MiB"):
         train(f"--load {toy_llama} --train-iters 3 --save {out} --save-interval 1")
     assert list(iterations(out)) == [1] and is_complete(find_newest(out))
+
+
+def test_a_disk_that_fills_up_meanwhile_ends_the_run_with_the_checkpoint_before(train, toy_llama, tmp_path, capsys):
+    """A limit on the size of files stands for it: the kernel refuses in the middle of a file."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up(stage):
+        if stage == "begun" and (out / "iter_0000002.tmp").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    directory.observers.append(fill_up)
+    try:
+        with pytest.raises(UserError, match="iter_0000002 cannot be written.*iter_0000001 is intact") as refused:
+            train(f"--load {toy_llama} --train-iters 3 --save {out} --save-interval 1")
+    finally:
+        directory.observers.remove(fill_up)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(refused.value)
+    assert find_newest(out).name == "iter_0000001" and not list(out.glob("*.tmp"))
+    assert train(f"--load {out} --save {out} --train-iters 2").progress.iteration == 2
 
 
 @pytest.mark.parametrize("more", ["", "--bf16", "--lora-r 4", "--no-save-optim", "--trainable mlp"])
