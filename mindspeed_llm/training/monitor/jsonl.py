@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mindspeed_llm.training.monitor.sinks import Sink
 
-class JsonLines:
+
+class JsonLines(Sink):
     """A JSONL file that a resumed run continues.
 
     Args:

@@ -1,4 +1,4 @@
-"""Figures for TensorBoard, Weights & Biases and SwanLab; each sink is a `monitor.sinks.Sink`.
+"""Figures for TensorBoard, Weights & Biases and SwanLab; see `monitor.sinks`.
 
 A service cannot take back what it has got. TensorBoard hides steps after the one that a file begins with; W&B and
 SwanLab get a run of its own for every start, so a resume or a rewind does not mix with what was there before.
@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mindspeed_llm.training.monitor.sinks import Sink
 
-class TensorBoard:
+
+class TensorBoard(Sink):
     """Event files in a directory."""
 
     def __init__(self, directory: str, done: int) -> None:
@@ -38,7 +40,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """A run of a W&B project; WANDB_MODE=offline keeps it in `directory`. Source: docs.wandb.ai/ref/python."""
 
     def __init__(
@@ -68,7 +70,7 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-class SwanLab:
+class SwanLab(Sink):
     """An experiment of a SwanLab project; SWANLAB_MODE=offline or local keeps it in `directory`.
 
     Source: docs.swanlab.cn/api/py-init.html.

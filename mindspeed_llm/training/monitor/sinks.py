@@ -27,7 +27,7 @@ class Sink(Protocol):
         """Write what is still held back."""
 
 
-class Guarded:
+class Guarded(Sink):
     """A sink that never raises: a full disk or a lost network costs figures, not the training.
 
     Args:

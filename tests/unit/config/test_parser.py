@@ -86,7 +86,8 @@ def test_yaml_problems(tmp_path, text, message):
 
 
 def test_a_missing_yaml_file_is_named():
-    assert parse("pretrain", ["--config", "/nowhere.yaml"]).problems == ["--config: there is no file /nowhere.yaml"]
+    (problem,) = parse("pretrain", ["--config", "/nowhere.yaml"]).problems
+    assert problem.startswith("--config: there is no file /nowhere.yaml; legal: a YAML file")
 
 
 @pytest.mark.parametrize("door", DOORS)
