@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import resource
 import time
 from pathlib import Path
@@ -139,6 +140,9 @@ class CPU:
 
     def empty_cache(self) -> None:
         """The host allocator keeps no cache of ours."""
+
+    def model(self) -> str:
+        return platform.machine()
 
     def group_options(self, description: str | None) -> None:
         return None

@@ -74,6 +74,9 @@ class CUDA:
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
+    def model(self) -> str:
+        return torch.cuda.get_device_name()
+
     def group_options(self, description: str | None) -> None:
         return None
 

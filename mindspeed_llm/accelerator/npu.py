@@ -1,7 +1,7 @@
 """Ascend NPUs as an accelerator: torch_npu's `torch.npu` behind our protocol.
 
-torch_npu is imported when the device is first asked for, after the variables of `npu_environment` have been set. Nothing
-of it is patched and `transfer_to_npu` is not used: megatron's modules see the device through our facade.
+torch_npu is imported when the device is first asked for, after the variables of `npu_environment` have been set.
+Nothing of it is patched and `transfer_to_npu` is not used: megatron's modules see the device through our facade.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _problem() -> str | None:
     try:
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError, OSError) as error:
-        # Without CANN a library is not found; a CUDA build of torch is refused; a torch of another version has no symbol.
+        # Without CANN a library is not found; a CUDA build of torch is refused; another version of it lacks symbols.
         return f"torch_npu cannot be loaded ({str(error).strip().splitlines()[-1]})"
     return None if torch.npu.is_available() else "torch_npu sees no device"
 
@@ -109,9 +109,10 @@ class NPU:
         """None: no figure of a chip has been confirmed, and a wrong utilisation is worse than none."""
         return None
 
-    def generation(self) -> str | None:
-        """ "A2", "A3" or "A5"; None for a chip that `GENERATIONS` does not name."""
-        return generation_of(torch.npu.get_device_name())
+    def model(self) -> str:
+        """The chip and its generation, e.g. "Ascend910B2 (A2)"."""
+        chip = torch.npu.get_device_name()
+        return f"{chip} ({generation_of(chip) or 'of an unknown generation'})"
 
     def set_group_buffers(self, megabytes: Mapping[str, int]) -> None:
         """Sizes of HCCL's buffers by short name of a group (`config.hccl_groups`), for groups made from now on."""
@@ -136,5 +137,5 @@ class NPU:
 
 
 def generation_of(chip: str) -> str | None:
-    """Generation of a chip by its name."""
+    """A2, A3 or A5 by the name of a chip; None for one that `GENERATIONS` does not have."""
     return next((generation for word, generation in GENERATIONS if re.match(word, chip)), None)

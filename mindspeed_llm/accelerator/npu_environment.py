@@ -40,7 +40,7 @@ ALWAYS = (
     Variable(
         "HCCL_CONNECT_TIMEOUT",
         "1800",
-        "ranks reach their first collective minutes apart when some still read data or weights; HCCL gives up after 120 s",
+        "ranks reach their first collective minutes apart, some still reading data; HCCL would give up after 120 s",
     ),
     Variable("HCCL_WHITELIST_DISABLE", "1", "without a list of hosts HCCL refuses every peer"),
 )
@@ -60,6 +60,6 @@ def set_variables(variables: tuple[Variable, ...]) -> None:
         value = os.environ.setdefault(variable.name, variable.value)
         if variable in DETERMINISTIC and value.upper() != variable.value:
             raise UserError(
-                f"{variable.name}: {value!r} is wrong, because --npu-deterministic is given and {variable.why} only with "
-                f"{variable.value}; legal: {variable.value}; try: unset {variable.name}"
+                f"{variable.name}: {value!r} is wrong, because --npu-deterministic is given and {variable.why} with "
+                f"{variable.value} only; legal: {variable.value}; try: unset {variable.name}"
             )

@@ -76,6 +76,9 @@ class Accelerator(Protocol):
     def empty_cache(self) -> None:
         """Return cached blocks to the device."""
 
+    def model(self) -> str:
+        """What the device calls itself."""
+
     def group_options(self, description: str | None) -> Any:
         """Options for torch.distributed.new_group of a group that megatron describes so; None for the defaults."""
 

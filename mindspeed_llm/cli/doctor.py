@@ -92,6 +92,7 @@ def _devices():
         device = accelerator.get(name)
         chosen = " (used)" if device is current else ""
         table.add_row(name, f"{device.device_count()} available{chosen}" if device.is_available() else "none here")
+    table.add_row("model", current.model())
     table.add_row("collectives", current.distributed_backend)
     table.add_row("memory", f"{current.memory_total() / 2**30:.1f} GiB")
     peak = current.peak_flops(torch.bfloat16)
