@@ -156,4 +156,5 @@ def summary(found: list[Outcome], wrong: dict[str, list[str]]) -> dict[str, obje
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        sys.exit(status)

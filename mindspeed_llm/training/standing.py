@@ -100,7 +100,10 @@ class Standing(LoopHook):
     def _share_streams(self, iteration: int) -> None:
         """Tell the random states after an iteration; ranks are at most one apart, so two are kept."""
         content = f"{iteration} {rng_key()}\n".encode() + saved_bytes([rng_states()])
-        self.store.set(f"streams/{self.rank}/{iteration % 2}", content)
+        try:
+            self.store.set(f"streams/{self.rank}/{iteration % 2}", content)
+        except RuntimeError:
+            pass  # the launcher has ended; while the ranks live, training goes on
 
     def streams_of(self, rank: int, iteration: int) -> dict[str, bytes]:
         """A rank's random states after an iteration as a checkpoint stores them: {key: object}, {} when not known."""

@@ -106,3 +106,9 @@ def test_sides_take_turns(modules):
     assert "".join(order) == "abc" + "abc" + "bca"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
     assert measure.median_ratio([2, 6, 9], [1, 2, 3]) == 3
+
+
+@pytest.mark.slow
+def test_runs_with_faults_are_compared_with_undisturbed_ones(script):
+    result = script("faults", "--quick")
+    assert result["faults"] == 2 and result["wrong"] == {} and result["most_iterations_lost"] <= 1
