@@ -265,6 +265,8 @@ ELSEWHERE = {
     "no_load_rng": "tests/unit/plan/test_options_of_a_run.py::test_no_load_rng_draws_other_dropout",
     "no_save_optim": "tests/unit/plan/test_options_of_a_run.py::test_no_save_optim_cannot_be_resumed",
     "keep_last": "tests/unit/training/test_saving.py::test_keep_last_keeps_the_newest",
+    "async_save": "tests/unit/plan/test_options_of_a_run.py::test_async_save_writes_the_same_in_a_thread",
+    "trust_checkpoint": "tests/unit/plan/test_options_of_a_run.py::test_trust_checkpoint_admits_objects_that_run_code",
     "auto_resume": "tests/unit/training/test_saving.py::test_the_same_command_goes_on_where_it_ended",
     "load_healthy": "tests/unit/training/test_saving.py::test_the_newest_healthy_one_can_be_resumed",
     "verify_checkpoint": "tests/unit/training/test_saving.py::test_verify_checkpoint_save_reads_everything_back",

@@ -1,7 +1,10 @@
 """Options that act only while something runs: resuming, saving, what is printed."""
 
 import json
+import random
 import re
+import shutil
+import threading
 
 import pytest
 
@@ -67,6 +70,55 @@ def test_no_save_optim_cannot_be_resumed(door, toy_llama, tmp_path):
         door(f"--load {out} --train-iters 2 --progress lines")
     again = door(f"--load {out} --finetune --train-iters 1 --progress lines")
     assert again.progress.consumed_samples == 2
+
+
+def test_async_save_writes_the_same_in_a_thread(door, toy_llama, tmp_path, monkeypatch, capsys):
+    from mindspeed_llm.checkpoint import train_save
+
+    threads, merge = [], train_save.merge_parts
+
+    def noted(*arguments):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return merge(*arguments)
+
+    monkeypatch.setattr(train_save, "merge_parts", noted)
+    flags = f"--load {toy_llama} --train-iters 4 --save-interval 2 --progress lines"
+    runs = {name: door(f"{flags} --save {tmp_path / name}", *more) for name, more in SAVES.items()}
+    assert losses(runs["beside"]) == losses(runs["plain"])
+    assert threads == [True, True, False, False]
+    assert capsys.readouterr().out.count(" saved checkpoint at iteration ") == 4
+    for iteration in ("iter_0000002", "iter_0000004"):
+        beside, plain = (tmp_path / name / iteration / "__0_0.distcp" for name in ("beside", "plain"))
+        assert beside.read_bytes() == plain.read_bytes()
+    again = door(f"--load {tmp_path / 'beside'} --ckpt-step 2 --train-iters 4 --progress lines")
+    assert losses(again) == losses(runs["plain"])[2:]
+
+
+SAVES = {"plain": [], "beside": ["--async-save"]}
+
+
+class Foreign:
+    """An object of a class that no checkpoint needs."""
+
+    def __reduce__(self):
+        return random.Random, (0,)
+
+
+def test_trust_checkpoint_admits_objects_that_run_code(door, saved, tmp_path):
+    import torch
+
+    from mindspeed_llm.checkpoint.manifest import write_manifest
+
+    foreign = tmp_path / "foreign"
+    shutil.copytree(saved[0], foreign)
+    directory = foreign / "iter_0000002"
+    common = torch.load(directory / "common.pt", weights_only=True)
+    torch.save(common | {"foreign": Foreign()}, directory / "common.pt")
+    write_manifest(directory)
+    flags = f"--load {foreign} --ckpt-step 2 --train-iters 4 --progress lines"
+    with pytest.raises(UserError, match=r"common.pt is refused, because loading it may run code .*--trust-checkpoint"):
+        door(flags)
+    assert losses(door(flags, "--trust-checkpoint")) == saved[1]
 
 
 def test_save_hf_writes_what_was_trained(door, toy_llama, tmp_path):
