@@ -65,11 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     patches = commands.add_parser("patches", help="what is changed in megatron-core").add_subparsers(
         required=True, metavar="WHAT"
     )
-    command = patches.add_parser("list", help="every patch with its target and reason")
+    command = patches.add_parser("list", help="every patch: target, kind, condition, whether it is in force")
     command.set_defaults(run=_list_patches)
-    command = patches.add_parser("why", help="one patch: where it is bound and why")
-    command.add_argument("name")
+    command = patches.add_parser("why", help="one patch: its reason, what it was written against, where it is bound")
+    command.add_argument("target", help="the patch's name, or what it changes (package.module:Symbol, or Symbol)")
     command.set_defaults(run=_why_patch)
+    command = patches.add_parser("check", help="compare every target with the source its patch was written against")
+    command.add_argument("--megatron-core", metavar="VERSION", help="fetch and read this release; default: installed")
+    command.set_defaults(run=_check_patches)
 
     command = commands.add_parser("watch", help="a running or finished training in the terminal, or as a picture")
     command.add_argument("place", metavar="DIR", help="the --save directory of the run, or its --metrics-jsonl file")
@@ -140,22 +143,21 @@ def _toy(arguments: argparse.Namespace) -> None:
 
 
 def _list_patches(_: argparse.Namespace) -> None:
-    from mindspeed_llm.patches import catalogue
+    from mindspeed_llm.cli import patches
 
-    for patch in catalogue():
-        print(f"{patch.name}\n  {patch.target}\n  {patch.why}")
+    patches.list_patches()
 
 
 def _why_patch(arguments: argparse.Namespace) -> None:
-    from mindspeed_llm import megatron_adaptor, patching  # noqa: F401  (importing the adaptor applies the patches)
+    from mindspeed_llm.cli import patches
 
-    print(patching.why(arguments.name))
+    patches.why(arguments.target)
 
 
-def _watch(arguments: argparse.Namespace) -> int:
-    from mindspeed_llm.cli.watch import watch
+def _check_patches(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli import patches
 
-    return watch(arguments.place, arguments.once, arguments.png)
+    return patches.check(arguments.megatron_core)
 
 
 def _flags(_: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mindspeed_llm import patching
 from mindspeed_llm.patches.core import utils
+from mindspeed_llm.patches.core.datasets import utils as dataset_utils
 from mindspeed_llm.patches.core.fusions import (
     fused_indices_converter,
     fused_mla_yarn_rope_apply,
@@ -22,6 +23,7 @@ def catalogue() -> tuple[Patch, ...]:
     """Every patch of this package."""
     modules = (
         utils,
+        dataset_utils,
         fused_indices_converter,
         fused_mla_yarn_rope_apply,
         fused_pad_routing_map,
