@@ -160,6 +160,12 @@ def _check_patches(arguments: argparse.Namespace) -> int:
     return patches.check(arguments.megatron_core)
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.watch import watch
+
+    return watch(arguments.place, arguments.once, arguments.png)
+
+
 def _flags(_: argparse.Namespace) -> None:
     from mindspeed_llm.config.help import flags_markdown
 

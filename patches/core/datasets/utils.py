@@ -22,7 +22,7 @@ PATCHES = (
     Patch(
         name="helpers-compiled-once",
         target="megatron.core.datasets.utils:compile_helpers",
-        why="it ends the program where make, a compiler or pybind11 is missing, also when the helpers were built before",
+        why="it ends the program without make, compiler or pybind11, also where the helpers were built before",
         wrap=_only_when_absent,
         fingerprints={"0.15.3": "02c160f0fa9c", "0.16.1": "02c160f0fa9c"},
     ),
