@@ -27,7 +27,8 @@ class Fault:
     Args:
         sample: its number in the training part; None for no sample.
         harm: "output" (nan), "every" (nan at all samples), "gradient" (nan), "large gradient", "gradient once" (in the
-            first pass, on the last rank), or "bit": a weight of the second last rank changes after the second step.
+            first pass, on the last rank), or "bit NAME": a bit of that weight of the second last rank flips after the
+            second step.
     """
 
     def __init__(self, sample, harm):
@@ -86,8 +87,8 @@ class Fault:
         def apply_gradients(optimizer, norm):
             real(optimizer, norm)
             self.updates += 1
-            if self.harm == "bit" and self.updates == 2 and dist.get_rank() == dist.get_world_size() - 2:
-                weight = next(p for n, p in self.model.chunks[0].named_parameters() if n.endswith("linear_proj.weight"))
+            if self.harm.startswith("bit ") and self.updates == 2 and dist.get_rank() == dist.get_world_size() - 2:
+                weight = next(p for n, p in self.model.chunks[0].named_parameters() if n.endswith(self.harm[4:]))
                 weight.detach().view(-1).view(torch.int32)[5] ^= 1
 
         return apply_gradients
@@ -316,7 +317,7 @@ REPLICAS = "--check-weight-hash-across-dp-replicas-interval 1"
 @pytest.mark.parametrize("flags, size", [("--bf16", 4), ("--tensor-model-parallel-size 2", 4), ("", 2)])
 def test_a_flipped_bit_of_one_replica_is_named(toy_llama, rows, flags, size):
     line = words(toy_llama, rows[0], flags, REPLICAS).replace("--micro-batch-size 2", "--micro-batch-size 1")
-    found = pool(size).run(run, line, rows[2], None, "bit")
+    found = pool(size).run(run, line, rows[2], None, "bit linear_proj.weight")
     for one in found:
         assert "replicas: copies differ after iteration 2" in one["error"]
         assert "decoder.layers.0.self_attention.linear_proj.weight" in one["error"]
@@ -324,6 +325,25 @@ def test_a_flipped_bit_of_one_replica_is_named(toy_llama, rows, flags, size):
         assert one["error"].count("differs") == 1
     calm = pool(size).run(run, line, rows[2])
     assert all(one["error"] is None for one in calm)
+
+
+def test_a_flipped_bit_of_an_expert_or_a_tied_embedding_is_named(toy_qwen, rows, tmp_path):
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=80)
+    sparse = make_toy("qwen2_moe", tmp_path / "toy", num_key_value_heads=4, **experts)
+    for model, flags, size, weight in (
+        (
+            sparse,
+            "--expert-model-parallel-size 2 --micro-batch-size 1",
+            4,
+            "mlp.experts.local_experts.1.linear_fc1.weight",
+        ),
+        (toy_qwen, "--pipeline-model-parallel-size 2 --micro-batch-size 2", 2, f"{EMBEDDING}.weight"),
+    ):
+        line = words(model, rows[0], flags, REPLICAS).replace("--micro-batch-size 2", "", 1)
+        assert [one["error"] for one in pool(size).run(run, line, rows[2])] == [None] * size
+        for one in pool(size).run(run, line, rows[2], None, f"bit {weight}"):
+            assert "replicas: copies differ after iteration 2" in one["error"] and weight in one["error"]
+            assert one["error"].count("differs between ranks") == 1
 
 
 @pytest.mark.parametrize("flags", ["", "--pipeline-model-parallel-size 2", "--use-distributed-optimizer --bf16"])

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.checkpoint.names import EMBEDDING
 from mindspeed_llm.checkpoint.optimizer_state import own_states
 from mindspeed_llm.parallel.exact_sum import sum_float64
-
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def embedding_gradient_squares(chunks: list[torch.nn.Module], optimizer: Any) -> Tensor:

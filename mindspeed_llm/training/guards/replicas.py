@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.optimizer_state import MOMENTS, own_states
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
@@ -30,8 +31,8 @@ class Copy:
     """A tensor that other ranks hold too.
 
     Attributes:
-        kind: which ranks do: "dense" (all replicas of the data), "replicated" (the tensor-parallel ranks too), or
-            "expert" (replicas of the same experts).
+        kind: which ranks do: "dense" (all replicas of the data), "replicated" (the tensor-parallel ranks too), "expert"
+            (replicas of the same experts), or "tied" (the first and the last stage).
     """
 
     name: str
@@ -50,7 +51,7 @@ def check_replicas(plan: Plan, model: TrainingModel, optimizer: Any, iteration: 
     device = accelerator.current().current_device()
     hashes = hash_all([copy.tensor for copy in copies], device)
     differs = torch.zeros(1, dtype=torch.int64, device=device)
-    for kind, group in _groups().items():
+    for kind, group in _groups(plan).items():
         own = hashes[[i for i, copy in enumerate(copies) if copy.kind == kind]]
         extremes = torch.cat([own, -own - 1])  # the second's largest is the smallest of the first
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
@@ -58,17 +59,22 @@ def check_replicas(plan: Plan, model: TrainingModel, optimizer: Any, iteration: 
         differs += (largest != smallest).sum()
     dist.all_reduce(differs)
     if int(differs):
-        raise UserError(_describe(copies, hashes.tolist(), iteration))
+        raise UserError(_describe(_groups(plan), copies, hashes.tolist(), iteration))
 
 
-def _groups() -> dict[str, Any]:
+def _groups(plan: Plan) -> dict[str, Any]:
+    """The group of each kind of copy that this rank has."""
     from megatron.core import parallel_state
 
-    return {
+    groups = {
         "dense": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "replicated": parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         "expert": parallel_state.get_expert_data_parallel_group(),
     }
+    tied = plan.shape.tie_word_embeddings and plan.pipeline_parallel_size > 1
+    if tied and parallel_state.is_rank_in_embedding_group():
+        groups["tied"] = parallel_state.get_embedding_group()
+    return groups
 
 
 def _copies(plan: Plan, model: TrainingModel, optimizer: Any) -> Iterator[Copy]:
@@ -78,6 +84,8 @@ def _copies(plan: Plan, model: TrainingModel, optimizer: Any) -> Iterator[Copy]:
         for local, parameter in chunk.named_parameters():
             names[parameter] = here.global_name(local)
             yield Copy(names[parameter], _kind(parameter), parameter)
+            if local in (EMBEDDING, OUTPUT_LAYER) and "tied" in _groups(plan):
+                yield Copy(EMBEDDING, "tied", parameter)
     for state in own_states(optimizer):
         if not state.is_slice and state.main is not None and MOMENTS[0] in state.part.optimizer.state[state.main]:
             for what, tensor in state.values().items():
@@ -90,9 +98,9 @@ def _kind(parameter: nn.Parameter) -> str:
     return "dense" if getattr(parameter, "tensor_model_parallel", False) else "replicated"
 
 
-def _describe(copies: list[Copy], hashes: list[int], iteration: int) -> str:
+def _describe(groups: dict[str, Any], copies: list[Copy], hashes: list[int], iteration: int) -> str:
     """The line that names tensors and ranks: those that differ from most of their peers."""
-    groups = {kind: tuple(dist.get_process_group_ranks(group)) for kind, group in _groups().items()}
+    groups = {kind: tuple(dist.get_process_group_ranks(group)) for kind, group in groups.items()}
     mine = (socket.gethostname(), {(c.name, groups[c.kind]): value for c, value in zip(copies, hashes, strict=True)})
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
