@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from mindspeed_llm.errors import UserError
 
 # A rank whose part takes longer than this has lost its disk.
 PART_TIMEOUT_SECONDS = 3600.0
+# Network file systems show a new directory to other hosts after seconds.
+SHARED_SECONDS = 60.0
 
 
 @dataclass
@@ -75,6 +79,14 @@ def begin_save(order: SaveOrder) -> None:
         except OSError as wrong:
             raise UserError(directory.failure_line(order.aside, wrong)) from wrong
     dist.barrier()
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not order.aside.is_dir():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"save: {order.aside}, which the first rank made, is not to be seen on {socket.gethostname()}; "
+                "legal: a --save that all hosts share"
+            )
+        time.sleep(0.1)
 
 
 def write_and_complete(

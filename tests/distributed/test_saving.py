@@ -305,6 +305,24 @@ def test_saving_beside_training_writes_the_same_bytes(toy, tmp_path):
     assert files(tmp_path / "b" / "plain") != files(tmp_path / "b" / "beside")
 
 
+def save_elsewhere(root):
+    """The refusals of a save whose ranks do not see the same directory."""
+    from mindspeed_llm.checkpoint import train_save
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_save, "SHARED_SECONDS", 0.2)
+        try:
+            train_save.begin_save(order(Path(root) / str(dist.get_rank())))
+        except UserError as refused:
+            return str(refused)
+    return ""
+
+
+def test_a_directory_that_hosts_do_not_share_is_refused(tmp_path):
+    first, second = pool(2).run(save_elsewhere, tmp_path)
+    assert first == "" and "legal: a --save that all hosts share" in second and "\n" not in second
+
+
 def fail_beside(toy, root, rank):
     """What the ranks hear of a background save for which one of them has no room."""
     from mindspeed_llm.checkpoint import async_save, train_save
