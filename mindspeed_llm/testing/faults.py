@@ -124,7 +124,8 @@ def problems(fault: Fault, found: Outcome, undisturbed: dict[int, float]) -> lis
     """What is not as it should be, in words."""
     wrong = []
     if found.job.status:
-        wrong.append(f"status {found.job.starts}")
+        told = [line for line in found.said.splitlines() if line.startswith("error")]
+        wrong.append(f"status {found.job.starts}: {told[-1] if told else found.said[-500:]}")
     if found.losses != undisturbed or found.differing:
         wrong.append(f"losses {found.losses} differ from {undisturbed} (again: {found.differing})")
     if found.newest != ITERATIONS:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint import directory
 from mindspeed_llm.checkpoint.boxes import Box, own_share
 from mindspeed_llm.checkpoint.train_record import iteration_directory, read_tracker
@@ -100,6 +101,9 @@ class DyingBreath:
         """Write what is held here, replicas of lost parts included, and (the judge) everybody's random states."""
         iteration, finished = decision["iteration"], self.standing.finished
         boxes, facts, objects = [], {}, {}
+        device = accelerator.current()
+        if finished.device.index is not None:  # each thread has a current device of its own
+            device.set_device(finished.device.index)
         if self.rank in decision["holders"]:
             spread = self.saver.plan.config.parallel.use_distributed_optimizer
             state = self.saver.state(rng=None)
@@ -113,7 +117,11 @@ class DyingBreath:
         if self.rank == decision["judge"]:
             objects = objects | self._streams(iteration)
         aside = directory.dying_aside_of(self.saver.plan.config.checkpoint.save, iteration)
-        write_part(aside, self.rank, boxes, objects, facts)
+        # The training thread's stream may wait for a collective that never ends; the state was there before.
+        stream = device.new_stream()
+        stream.wait_event(finished.ready)
+        with device.stream(stream):
+            write_part(aside, self.rank, boxes, objects, facts)
 
     def complete(self, decision: Mapping[str, Any]) -> str:
         """Make a checkpoint of what was written; its directory."""

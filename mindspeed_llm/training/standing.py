@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state
 from mindspeed_llm.checkpoint.training_state import rng_key, rng_states
 from mindspeed_llm.checkpoint.write_part import saved_bytes
@@ -33,12 +34,16 @@ class Finished:
 
     Attributes:
         buffers: copies of the model's persistent buffers by the address of the live ones.
+        device: that of the training thread.
+        ready: event after which the device has computed the state.
     """
 
     progress: Progress
     scheduler: dict[str, Any]
     grad_scaler: dict[str, Any] | None
     buffers: dict[int, torch.Tensor]
+    device: torch.device
+    ready: Any
 
 
 class Standing(LoopHook):
@@ -95,7 +100,10 @@ class Standing(LoopHook):
     def _take(self, loop: TrainingLoop) -> None:
         buffers = {b.data_ptr(): b.detach().clone() for chunk in loop.model.chunks for b in persistent_buffers(chunk)}
         progress, schedule = deepcopy(loop.progress), dict(loop.scheduler.state_dict())
-        self.finished = Finished(progress, schedule, grad_scaler_state(loop.optimizer), buffers)
+        device = accelerator.current()
+        ready = device.current_stream().record_event()
+        scaler = grad_scaler_state(loop.optimizer)
+        self.finished = Finished(progress, schedule, scaler, buffers, device.current_device(), ready)
 
     def _share_streams(self, iteration: int) -> None:
         """Tell the random states after an iteration; ranks are at most one apart, so two are kept."""
