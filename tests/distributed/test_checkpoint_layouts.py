@@ -112,7 +112,9 @@ def test_a_blend_of_packed_rows_is_read_in_the_same_order_at_any_layout(toy_llam
     found = []
     for number, (processes, layout) in enumerate(BLENDED_RELAY):
         line = f"{options} --load {toy_llama}" if number == 0 else f"--load {tmp_path}"
-        found += start(processes, layout, f"{line} --save {tmp_path} --exit-interval 1", cache)
+        losses = start(processes, layout, f"{line} --save {tmp_path} --exit-interval 1", cache)
+        assert isinstance(losses, list), losses
+        found += losses
     assert found == pytest.approx(expected, rel=1e-5)
     assert len({f"{loss:.4f}" for loss in found}) == 5
 
