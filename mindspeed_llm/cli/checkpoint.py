@@ -29,7 +29,7 @@ def list_checkpoints(root: str) -> int:
             _state(directory),
             _health(directory),
             in_units(sum((directory / name).stat().st_size for name in files_of(directory))),
-            " ".join(f"{name.replace('_parallel', '')}={size}" for name, size in record.get("layout", {}).items()),
+            _layout(record),
             str(record.get("time", "")),
         )
     Console(width=WIDTH).print(table)
@@ -80,6 +80,12 @@ def _state(directory: Path) -> str:
     if why is not None:
         return f"DAMAGED: {why}"
     return "complete" if is_complete(directory) else "foreign"
+
+
+def _layout(record: dict) -> str:
+    sizes = record.get("layout", {})
+    split = [f"{name.removesuffix('_parallel')}={size}" for name, size in sizes.items() if size > 1]
+    return " ".join(split) or ("one rank" if sizes else "")
 
 
 def _health(directory: Path) -> str:

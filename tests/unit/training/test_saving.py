@@ -366,7 +366,7 @@ def test_checkpoints_are_listed_verified_and_pruned(copy, capsys):
     rows = [[line[: lines[0].index("state")].split(), line] for line in lines[1:]]
     assert [cells for cells, _ in rows] == [["1"], ["2"], ["3"], ["->", "4"], ["9"]]
     assert "no: loss spike" in rows[0][1] and "DAMAGED: common.pt is missing" in rows[1][1] and "foreign" in rows[4][1]
-    assert "complete" in rows[3][1] and "MiB" in rows[3][1] and "tensor=1" in rows[3][1]
+    assert "complete" in rows[3][1] and "MiB" in rows[3][1] and "one rank" in rows[3][1]
     assert command("verify", copy) == 1
     flip(copy / "iter_0000003" / "__0_0.distcp")
     command("verify", copy)
