@@ -16,6 +16,7 @@ from mindspeed_llm.patches.core.optimizer import distrib_optimizer
 from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
 from mindspeed_llm.patches.core.transformer.moe import moe_utils
+from mindspeed_llm.patches.legacy import fused_kernels
 from mindspeed_llm.patching import Patch
 
 
@@ -33,6 +34,7 @@ def catalogue() -> tuple[Patch, ...]:
         torch_norm,
         dot_product_attention,
         moe_utils,
+        fused_kernels,
     )
     return tuple(patch for module in modules for patch in module.PATCHES)
 

@@ -114,10 +114,9 @@ class DistributedNamespace(types.ModuleType):
                 given["pg_options"] = None
             if given.get("backend") in (None, ours) and given.get("pg_options") is None and "group_desc" in given:
                 given["pg_options"] = accelerator.group_options(given["group_desc"])
-            if _is_cuda(given.get("device_id")):
-                given["device_id"] = accelerator.current_device()
-                if accelerator.device_type == "cpu":  # torch binds groups to accelerators alone
-                    given["device_id"] = None
+            if given.get("device_id") is not None:
+                # torch binds groups to accelerators alone.
+                given["device_id"] = None if accelerator.device_type == "cpu" else accelerator.current_device()
             return function(*bound.args, **bound.kwargs)
 
         return with_backend

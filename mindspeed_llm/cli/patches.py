@@ -70,9 +70,13 @@ def check(version: str | None) -> int:
 
 def _report(version: str, root: Path, reference: Path) -> int:
     from mindspeed_llm.patches import catalogue
-    from mindspeed_llm.patching.drift import SAME, drift
+    from mindspeed_llm.patching.drift import SAME, drift, source_in
 
-    concerned = [patch for patch in catalogue() if patch.concerns(version)]
+    concerned = [
+        patch
+        for patch in catalogue()
+        if patch.concerns(version) and not (patch.optional and source_in(root, patch) is None)
+    ]
     found = drift(concerned, root, reference)
     rows = [("name", "target", version, "fingerprint", "lines")]
     rows += [(each.patch.name, each.patch.target, each.state, each.found or "-", each.summary) for each in found]
@@ -132,6 +136,7 @@ def _kind(patch: Patch) -> str:
 
 def _condition(patch: Patch) -> str:
     parts = [f"{DISTRIBUTION} {patch.versions}"] if patch.versions else []
+    parts += ["where installed"] if patch.optional else []
     parts += ["configuration"] if patch.condition is not None else []
     return ", ".join(parts) or "always"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Patch:
         fingerprints: package version -> `fingerprint` of the target's source the patch was written against. A version
             that is not listed is accepted when its source equals a listed one.
         versions: of the package that have the target, as a specifier (">=0.16"); in others there is nothing to change.
+        optional: the module is not part of every installation, and there is nothing to change where it is missing.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Patch:
     condition: Callable[[Any], bool] | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     versions: str = ""
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if (self.replace is None) == (self.wrap is None):
@@ -52,6 +55,15 @@ class Patch:
     def concerns(self, version: str) -> bool:
         """Whether that version of the package has the target."""
         return not self.versions or SpecifierSet(self.versions, prereleases=True).contains(version)
+
+    def is_installed(self) -> bool:
+        """Whether the module is there, or has to be."""
+        if not self.optional:
+            return True
+        try:
+            return importlib.util.find_spec(self.module_name) is not None
+        except ModuleNotFoundError:
+            return False
 
     @property
     def module_name(self) -> str:

@@ -58,6 +58,7 @@ def apply(catalogue: Sequence[Patch], config: Any = None) -> list[str]:
         for patch in catalogue
         if (patch.condition is None or (config is not None and patch.condition(config)))
         and patch.concerns(installed_version(patch.module_name))
+        and patch.is_installed()
     ]
     new = [patch for patch in wanted if _applied.get(patch.name) is None or _applied[patch.name].patch != patch]
     _check_conflicts([entry.patch for entry in _applied.values()] + new)

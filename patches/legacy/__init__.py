@@ -1,0 +1,1 @@
+"""Patches of megatron.legacy, which Megatron-LM's checkout has beside megatron.core."""
