@@ -25,6 +25,7 @@ from mindspeed_llm.training.intact import with_intact_checkpoint
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
 from mindspeed_llm.training.monitor.monitor import Monitor
+from mindspeed_llm.training.monitor.saves import SaveEvents
 from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
 from mindspeed_llm.training.report import LossHistory, Reporter
@@ -104,7 +105,8 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
     monitor = Monitor(plan, model)
     schedule = SaveSchedule(plan.config)
-    hooks = [stop, schedule, monitor]
+    events = SaveEvents(reporter)
+    hooks = [stop, schedule, events, monitor]
     changing = nullcontext
     if saver and watch:
         standing = Standing(watch.rank, watch.store)
@@ -114,7 +116,7 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
         watch.will.announce()
     if saver:
         hooks.append(saver)
-    save = partial(save_and_report, saver, reporter) if saver else None
+    save = partial(save_and_tell, saver, events) if saver else None
     guards = Guards(plan, model, data, partial(go_back, plan, model, optimizer, scheduler, data, saver, changing))
     guards.recall(progress)
     if saver:
@@ -124,6 +126,7 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
         loop.run()
         if saver:
             saver.finish()
+            events.look()
     except Exception as error:
         if watch:  # the others wait for this rank while it closes its files
             watch.tell(error)
@@ -139,10 +142,10 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     return RunResult(progress, reporter.history, None, last, reason)
 
 
-def save_and_report(saver: Saver, reporter: Reporter, progress: Progress) -> None:
-    """Save, and tell the sinks."""
+def save_and_tell(saver: Saver, events: SaveEvents, progress: Progress) -> None:
+    """Save, and have the sinks told when the checkpoint is complete."""
     saver(progress)
-    reporter.event("checkpoint", {"directory": str(saver.last)}, progress.iteration)
+    events.begun(progress.iteration, saver.last)
 
 
 def make_reporter(plan: Plan, train_iters: int, done: int) -> Reporter:

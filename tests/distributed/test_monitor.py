@@ -127,6 +127,14 @@ def test_figures_are_those_of_one_process(places, alone, tmp_path, layout):
     assert [line["tokens"] for line in experts] == [line["tokens"] for line in alone[2]]
 
 
+def test_adapters_have_norms_too(places, tmp_path):
+    flags = "--log-layer-norms --lora-r 4"
+    _, alone, *_ = measured(places, tmp_path / "one.jsonl", 1, flags, "dense")
+    _, cut, *_ = measured(places, tmp_path / "two.jsonl", 2, f"{flags} --tensor-model-parallel-size 2", "dense")
+    assert_close(figures(cut), figures(alone))
+    assert alone[0]["grad-norm/embedding"] == 0.0 < alone[0]["grad-norm/layer-1"]
+
+
 def test_the_figures_agree_with_each_other(places, alone):
     for line, experts in zip(alone[1], alone[2], strict=True):
         parts = [value**2 for name, value in line.items() if name.startswith("grad-norm/")]

@@ -8,6 +8,7 @@ import pytest
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.training.monitor.jsonl import JsonLines, read_lines
+from mindspeed_llm.training.monitor.saves import SaveEvents
 from mindspeed_llm.training.monitor.sinks import Guarded
 from mindspeed_llm.training.report import Reporter
 
@@ -118,6 +119,21 @@ def test_the_metrics_file_stands_where_it_is_asked_for(door, toy_llama, corpus, 
     assert lines[0]["train_iters"] == 2
     assert lines[-1]["directory"] == str(tmp_path / "out" / "iter_0000002")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_in_the_background_is_told_of_once_it_is_there(door, toy_llama, corpus, tmp_path):
+    run = f"{TEXT} --load {toy_llama} --data-path {corpus} --eval-iters 0 --save-interval 1 --async-save"
+    door("pretrain", run, f"--save {tmp_path / 'out'}")
+    told = [line for line in read_lines(tmp_path / "out" / "metrics.jsonl") if line["kind"] == "checkpoint"]
+    assert [line["directory"] for line in told] == [str(tmp_path / "out" / f"iter_000000{n}") for n in (1, 2)]
+    reporter = Reporter(active=True, progress="lines", train_iters=4, done=0, sinks=[JsonLines(tmp_path / "f", 0)])
+    events = SaveEvents(reporter)
+    events.begun(3, tmp_path / "late")
+    assert not (tmp_path / "f").exists()
+    (tmp_path / "late").mkdir()
+    events.before_batch(None)
+    events.before_batch(None)
+    assert [line["iteration"] for line in read_lines(tmp_path / "f")] == [3]
 
 
 def test_a_resumed_run_has_every_iteration_once(door, toy_llama, corpus, tmp_path):
