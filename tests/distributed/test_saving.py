@@ -186,6 +186,65 @@ def test_megatron_core_reads_what_is_written(toy, expert_toy, tmp_path):
         assert pool(2).run(load_with_megatron, model, f"--bf16 {TP2} --sequence-parallel", directory) == [[], []]
 
 
+def save_as_before(toy, root):
+    """The truth as this library's first versions wrote it: by megatron-core, numpy's random state as an array."""
+    import random
+    from dataclasses import replace
+
+    import numpy as np
+    from megatron.core import dist_checkpointing, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from mindspeed_llm.checkpoint.boxes import sharded_leaves
+    from mindspeed_llm.checkpoint.optimizer_state import own_states
+    from mindspeed_llm.checkpoint.training_state import rng_key, sharded_model_state
+
+    built = build(toy, "--bf16")
+    for box in state_of(built).boxes:
+        box.tensor.copy_(truth(box))
+    tree = sharded_model_state(built[0])
+    shards = {id(sharded.data): (name, sharded) for name, sharded in sharded_leaves(tree)}
+    tree["optimizer"] = {}
+    for own in own_states(built[1]):
+        local, sharded = shards[id(own.parameter)]
+        for name, held in own.values().items():
+            more = {"dtype": torch.float32} if hasattr(sharded, "dtype") else {}
+            key, data = f"optimizer.state.{name}.{sharded.key}", held.view(own.parameter.shape)
+            tree["optimizer"][f"{name}.{local}"] = replace(sharded, key=key, data=data, **more)
+    rng = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    tree["rng_state"] = ShardedObject("rng_state", rng, (1, 1, 1), (0, 0, 0))
+    tree |= {"optimizer_step": 5, "grad_scaler": None}
+    Path(root).mkdir()
+    dist_checkpointing.save(tree, str(root))
+    return rng_key(), float(np.random.rand())
+
+
+def load_from_before(toy, root, key):
+    """(wrong keys, numpy's next number) after loading that."""
+    import numpy as np
+
+    from mindspeed_llm.checkpoint.train_save import load_training
+    from mindspeed_llm.checkpoint.training_state import restore_rng_states
+
+    state = state_of(build(toy, "--bf16"))
+    for box in state.boxes:
+        box.tensor.fill_(7)
+    restore_rng_states(load_training(Path(root), state)[key])
+    return sorted({box.key for box in state.boxes if not torch.equal(box.tensor, truth(box))}), float(np.random.rand())
+
+
+def test_checkpoints_of_the_first_versions_load(toy, tmp_path):
+    [(key, drawn)] = pool(1).run(save_as_before, toy, tmp_path / "before")
+    assert pool(1).run(load_from_before, toy, tmp_path / "before", key) == [([], drawn)]
+    [wrong] = pool(2).run(load, toy, f"--bf16 {SHARED}", [tmp_path / "before"])[:1]
+    assert wrong == [[]]
+
+
 def load_wrong(toy, directory):
     """The refusal of a checkpoint by a model with other layers."""
     from mindspeed_llm.checkpoint.train_save import load_training
