@@ -1,0 +1,135 @@
+"""The stand-ins compute what their packages do, against formulas and megatron's own layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.stand_ins import scaled_causal_softmax, scaled_masked_softmax, weight_gradient
+from mindspeed_llm.models.stand_ins import transformer_engine as te
+from mindspeed_llm.models.stand_ins.grouped_gemm import ops as grouped_gemm
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import permutation
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention import MASK_TYPES
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.cpp_extensions import general_gemm
+
+WIDE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def scores_formula(q, k, v, hidden, bias, scale):
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, 2) for x in (k, v))
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k) * scale + (0 if bias is None else bias)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bnst,tbne->sbne", weights, v).flatten(2)
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("window", [None, (2, 0)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_under_every_kind_of_mask(mask_type, window, with_bias):
+    s, b, n, g, d = 6, 2, 4, 2, 8
+    q, k, v = (torch.randn(s, b, heads, d, dtype=WIDE) for heads in (n, g, g))
+    padding = torch.zeros(b, 1, 1, s, dtype=torch.bool)
+    padding[1, ..., 4:] = True
+    arbitrary = torch.rand(b, 1, s, s) < 0.3
+    mask = {"arbitrary": arbitrary}.get(mask_type, padding if "padding" in mask_type else None)
+    bias = torch.randn(1, n, s, s, dtype=WIDE) if with_bias else None
+    attention = te.pytorch.DotProductAttention(n, d, num_gqa_groups=g, attn_mask_type=mask_type, window_size=window)
+    kind = "post_scale_bias" if with_bias else "no_bias"
+    out = attention(q, k, v, mask, core_attention_bias_type=kind, core_attention_bias=bias)
+    distance = torch.arange(s)[:, None] - torch.arange(s)[None]
+    hidden = torch.zeros(1, 1, s, s, dtype=torch.bool)
+    if "causal" in mask_type or window:
+        hidden = hidden | (distance < 0)
+    if window:
+        hidden = hidden | (distance > window[0])
+    hidden = hidden if mask is None else hidden | mask
+    if not (with_bias and hidden.all(-1).any()):
+        torch.testing.assert_close(out, scores_formula(q, k, v, hidden, bias, d**-0.5))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_are_apart_and_padding_between_them_is_zero(causal):
+    n, d, lengths, padded = 2, 4, (3, 2), (0, 4, 6)
+    q, k, v = (torch.randn(6, n, d, dtype=WIDE) for _ in range(3))
+    mask_type = "padding_causal" if causal else "padding"
+    attention = te.pytorch.DotProductAttention(n, d, attn_mask_type=mask_type, qkv_format="thd")
+    bounds = {"cu_seqlens_q": torch.tensor([0, 3, 5]), "cu_seqlens_q_padded": torch.tensor(padded)}
+    bounds |= {name.replace("_q", "_kv"): value for name, value in bounds.items()}
+    out = attention(q, k, v, **bounds)
+    assert not out[3].any()
+    for start, length in zip(padded, lengths):
+        rows = slice(start, start + length)
+        hidden = torch.ones(length, length).triu(1).bool() if causal else torch.zeros(length, length).bool()
+        alone = scores_formula(*(x[rows, None] for x in (q, k, v)), hidden, None, d**-0.5)
+        torch.testing.assert_close(out[rows], alone[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_norms(kind, centred):
+    norm = getattr(te.pytorch, kind)(8, eps=1e-5, zero_centered_gamma=centred, params_dtype=WIDE)
+    x = torch.randn(3, 8, dtype=WIDE)
+    plain = F.layer_norm(x, (8,), eps=1e-5) if kind == "LayerNorm" else F.rms_norm(x, (8,), eps=1e-5)
+    torch.testing.assert_close(norm(x), plain)
+    with torch.no_grad():
+        norm.weight.add_(1)
+    torch.testing.assert_close(norm(x), 2 * plain)
+
+
+def test_products_of_groups_permutations_and_matrices():
+    sizes = torch.tensor([2, 0, 3])
+    a, b = torch.randn(5, 4), torch.randn(3, 4, 6)
+    expected = torch.cat([rows @ matrix for rows, matrix in zip(a.split(sizes.tolist()), b)])
+    torch.testing.assert_close(grouped_gemm.gmm(a, b, sizes), expected)
+    torch.testing.assert_close(grouped_gemm.gmm(a, b.transpose(1, 2), sizes, trans_b=True), expected)
+    routing = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 0]]).bool()
+    probs, tokens = torch.rand(3, 3) * routing, torch.randn(3, 4)
+    rows, of_rows, row_map = permutation.moe_permute_with_probs(tokens, probs, routing)
+    torch.testing.assert_close(rows, tokens[[0, 2, 1, 0, 1]])
+    torch.testing.assert_close(of_rows, torch.stack([probs[0, 0], probs[2, 0], probs[1, 1], probs[0, 2], probs[1, 2]]))
+    merged = permutation.moe_unpermute(rows, row_map, merging_probs=probs, restore_shape=tokens.shape)
+    torch.testing.assert_close(merged, tokens * probs.sum(1, keepdim=True))
+    x, weight, grad = torch.randn(5, 4), torch.randn(3, 4), torch.randn(5, 3)
+    torch.testing.assert_close(general_gemm(weight, x)[0], x @ weight.t())
+    torch.testing.assert_close(general_gemm(weight, grad, layout="NN")[0], grad @ weight)
+    torch.testing.assert_close(general_gemm(x, grad, layout="NT")[0], grad.t() @ x)
+
+
+def test_extensions_of_megatron_and_apex():
+    x, grad = torch.randn(2, 3, 3, requires_grad=True), torch.randn(2, 3, 3)
+    later = torch.ones(3, 3).triu(1).bool()
+    expected = (2.0 * x).masked_fill(later, float("-inf")).softmax(-1)
+    expected.backward(grad)
+    result = scaled_causal_softmax.forward(x.detach(), torch.tensor(2.0))
+    torch.testing.assert_close(result, expected.detach())
+    torch.testing.assert_close(scaled_causal_softmax.backward(grad, result, torch.tensor(2.0)), x.grad)
+    mask = torch.tensor([[[True, True, True], [False, True, False], [False, False, False]]])
+    masked = scaled_masked_softmax.forward(x.detach(), mask, torch.tensor(1.0))
+    assert not masked[:, 0].any() and not masked[:, 1, 1].any()
+    torch.testing.assert_close(masked.sum(-1)[:, 1:], torch.ones(2, 2))
+    rows, main_grad = torch.randn(5, 2, dtype=torch.bfloat16), torch.ones(3, 2)
+    grads = torch.randn(5, 3, dtype=torch.bfloat16)
+    weight_gradient.wgrad_gemm_accum_fp32(rows, grads, main_grad)
+    torch.testing.assert_close(main_grad, 1 + grads.float().t() @ rows.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_low_precision_and_user_buffers_are_refused_in_one_line():
+    cases = (
+        lambda: te.common.recipe.DelayedScaling(),
+        lambda: te.pytorch.fp8_autocast(enabled=True),
+        lambda: te.pytorch.Linear(4, 4, ub_overlap_ag=True),
+        lambda: te.pytorch.Linear(4, 4, delay_wgrad_compute=True),
+    )
+    for case in cases:
+        with pytest.raises(UserError, match="is wrong, because .*; legal: .*; try: ") as refusal:
+            case()
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(TypeError, match="no argument"):
+        te.pytorch.Linear(4, 4, unknown=1)
