@@ -28,8 +28,8 @@ def build_optimizer(
 
     Matrices get `weight_decay`, biases and norms none (megatron-core's own rule).
     """
+    from megatron.core import optimizer as megatron_optimizer
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -51,7 +51,10 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
         overlap_param_gather=overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=get_standard_config_overrides(settings))
+    rule = {}
+    if hasattr(megatron_optimizer, "get_standard_config_overrides"):  # since 0.16; 0.15 has the rule built in
+        rule = {"config_overrides": megatron_optimizer.get_standard_config_overrides(settings)}
+    optimizer = megatron_optimizer.get_megatron_optimizer(settings, chunks, **rule)
     _use_fused_kernel(optimizer)
     return optimizer
 
