@@ -80,7 +80,7 @@ class Watch:
         self.hang_after, self.logs, self.lines = hang_seconds, logs, lines or LastLines()
         self.main_thread = threading.get_ident()
         self.stopped, self.over, self.alerted = threading.Event(), threading.Event(), threading.Event()
-        self.suspicious = False
+        self.speaking, self.suspicious = threading.Lock(), False
         self.will: LastWill | None = None
         self.told: bool | None = None
         self.beats, self.said_at, self.dumped_at = 0, -1, -1
@@ -112,8 +112,11 @@ class Watch:
 
     def show_life(self) -> None:
         """Say that this rank lives, and what it printed."""
-        self.signs += 1
-        self.store.set(f"beat/{self.rank}", sign_of_life(self.signs))
+        with self.speaking:
+            if self.stopped.is_set():
+                return
+            self.signs += 1
+            self.store.set(f"beat/{self.rank}", sign_of_life(self.signs))
         if self.lines.count != self.told_lines:
             self.told_lines = self.lines.count
             self.store.set(f"lines/{self.rank}", self.lines.text())
@@ -181,15 +184,18 @@ class Watch:
             os._exit(1)
 
     def _write_error_file(self, alarm: Alarm, error: BaseException | None = None) -> None:
-        if self.logs is None:
+        if self.logs is None or not alarm.savable:  # a refusal says all there is to say
             return
-        self.logs.mkdir(parents=True, exist_ok=True)
         trace = "".join(traceback.format_exception(error)) if error else f"where this rank stood:\n{all_stacks()}\n"
         text = (
             f"rank {self.rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n{alarm.told}\n{trace}"
         )
-        with (self.logs / f"rank_{self.rank}.err").open("a", encoding="utf-8") as file:
-            file.write(f"{text}last lines:\n{self.lines.text()}\n\n")
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            with (self.logs / f"rank_{self.rank}.err").open("a", encoding="utf-8") as file:
+                file.write(f"{text}last lines:\n{self.lines.text()}\n\n")
+        except OSError as wrong:
+            print(f"warning: {self.logs} cannot be written to: {wrong}", file=sys.stderr, flush=True)
 
     def _outlive_store(self) -> None:
         """The host of the store has ended. This rank may have work left, but whom would it still hear from?"""
@@ -249,15 +255,16 @@ class Watch:
             try:
                 self.told = self.report(error)
                 self._write_error_file(self.survivors.alarm(), error)
-            except (RuntimeError, OSError):
-                pass  # nobody can be told, or nothing written
+            except RuntimeError:
+                pass  # the store went first: nobody can be told
         return self.told
 
     def end(self) -> None:
         """This rank leaves the run."""
-        self.stopped.set()
         try:
-            self.store.set(f"beat/{self.rank}", "left")
+            with self.speaking:  # the last word; a sign of life after it would make this rank's end a failure
+                self.stopped.set()
+                self.store.set(f"beat/{self.rank}", "left")
         except RuntimeError:
             pass  # the store went first
 

@@ -161,3 +161,14 @@ def test_a_silent_rank_gives_the_alarm(monkeypatch):
     time.sleep(0.05)
     watch._look_around()
     assert "rank 1 on " in watch.first_failure() and "no sign of life" in watch.first_failure()
+
+
+def test_the_last_word_of_a_rank_that_leaves_stands():
+    store = dist.HashStore()
+    watch, other = Watch(store, 1, 2, 10.0), Watch(store, 0, 2, 10.0)
+    watch.end()
+    watch.show_life()
+    assert store.get("beat/1") == b"left"
+    other.seen[1] = "left", time.monotonic() - 1e6
+    other._look_around()
+    assert other.first_failure() is None
