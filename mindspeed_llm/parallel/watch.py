@@ -99,7 +99,7 @@ class Watch:
     def report(self, error: BaseException) -> bool:
         """Tell everybody that this rank failed; whether it is the first to."""
         own = is_own(error)
-        savable = getattr(error, "is_savable", not isinstance(error, UserError))
+        savable = not isinstance(error, UserError)  # a refusal may be of the very state
         told = f"rank {self.rank} on {socket.gethostname()} failed first: {one_line(error)}"
         first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable))
         self.alerted.set()
