@@ -43,15 +43,12 @@ def general_gemm(
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), dtype)
     left = b.to(wide).flatten(0, -2)
     right = a.to(wide).flatten(0, -2)
-    product = {"TN": lambda: left @ right.t(), "NN": lambda: left @ right, "NT": lambda: left.t() @ right}[layout]()
+    factors = {"TN": (left, right.t()), "NN": (left, right), "NT": (left.t(), right)}[layout]
+    bias_grad = left.sum(0).to(bias.dtype) if grad and bias is not None else None
+    # The bias is added before the sum is rounded.
+    product = factors[0] @ factors[1] if grad or bias is None else torch.addmm(bias.to(wide), *factors)
     if layout != "NT":
         product = product.unflatten(0, b.shape[:-1])
-    bias_grad = None
-    if bias is not None:
-        if grad:
-            bias_grad = left.sum(0).to(bias.dtype)
-        else:
-            product = product + bias.to(wide)
     product = product.to(dtype)
     if out is not None:
         product = out.add_(product) if accumulate else out.copy_(product)
