@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from packaging.version import Version
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import torch_facade
@@ -82,12 +84,28 @@ class BuildOptions:
     initialize: bool = True
 
 
+def check_megatron_version() -> None:
+    """Refuse a megatron-core whose layers lack what our models pass them.
+
+    Raises:
+        UserError: it is older than 0.16.
+    """
+    found = importlib.metadata.version("megatron-core")
+    if Version(found) < Version("0.16"):
+        raise UserError(
+            f"megatron-core: {found} is wrong, because its layers take no padding mask for routers, which came with 0.16; "
+            "legal: >=0.16,<0.17 (0.15 with mindspeed_llm.megatron_adaptor and megatron's own models); "
+            "try: pip install megatron-core==0.16.1"
+        )
+
+
 def model_config(shape: ModelShape, options: BuildOptions):
     """The `models.config.ModelConfig` of a shape under these options.
 
     Raises:
-        UserError: the shape cannot be cut that way, or its activation is not implemented.
+        UserError: the shape cannot be cut that way, its activation is not implemented, or megatron-core is too old.
     """
+    check_megatron_version()
     from mindspeed_llm.models.config import ModelConfig
     from mindspeed_llm.models.mlp import activation_function
 
