@@ -93,7 +93,7 @@ def check_megatron_version() -> None:
     found = importlib.metadata.version("megatron-core")
     if Version(found) < Version("0.16"):
         raise UserError(
-            f"megatron-core: {found} is wrong, because its layers take no padding mask for routers, which came with 0.16; "
+            f"megatron-core: {found} is wrong, because its layers lack the padding mask of routers, new in 0.16; "
             "legal: >=0.16,<0.17 (0.15 with mindspeed_llm.megatron_adaptor and megatron's own models); "
             "try: pip install megatron-core==0.16.1"
         )
