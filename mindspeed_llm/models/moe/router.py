@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_a
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.moe.auxiliary_loss import (
     LOAD_BALANCING,
@@ -34,6 +35,8 @@ class Router(TopKRouter):
 
     def __init__(self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None):
         super().__init__(config, pg_collection)
+        if not config.use_cpu_initialization:  # megatron's own gating would move it from the host at its first call
+            self.weight.data = self.weight.data.to(accelerator.current().current_device())
         self.auxiliary_losses = AuxiliaryLosses()
 
     def gating(self, input: Tensor) -> Tensor:
