@@ -25,6 +25,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def softmax_scale(query: Tensor, scale: float | None) -> float:
+    """What multiplies the scores: `scale`, or 1 / sqrt(d) where there is none."""
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
