@@ -115,6 +115,14 @@ def test_random_numbers_repeat_from_a_state_and_leave_the_hosts_alone(device):
     assert 20 < float((second > 0).sum()) < 80
 
 
+def test_tensors_of_two_devices_do_not_mix():
+    weight, on_device = torch.randn(4, 4), torch.randn(4, 4, device="npu")
+    with pytest.raises(RuntimeError, match="same device"):
+        on_device @ weight
+    assert torch.equal((on_device * torch.tensor(2.0)).cpu(), on_device.cpu() * 2)
+    assert torch.equal(on_device[torch.tensor([2, 0])].cpu(), on_device.cpu()[[2, 0]])
+
+
 def test_a_view_that_a_kernel_returns_shares_its_memory():
     whole = torch.zeros(4, 3, device="npu")
     for part in whole.unbind(0):

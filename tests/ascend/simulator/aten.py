@@ -37,6 +37,8 @@ KEPT = (
     "unsqueeze",
     "view",
 )
+# Kernels that take indices from the host.
+INDEXING = ("index", "index_put_", "_index_put_impl_", "index_put")
 # Random kernels whose schema names no generator.
 RANDOM = ("native_dropout", "rand_like", "randn_like", "_fused_dropout")
 
@@ -62,7 +64,9 @@ def register() -> int:
             continue
         operator = getattr(getattr(torch.ops.aten, base), overload or "default")
         kernel = COMPUTED.get(name.removeprefix("aten::"), operator)
-        library.impl(name, on_host(_drawing(kernel) if _is_random(operator) else kernel), "PrivateUse1")
+        library.impl(
+            name, on_host(_drawing(kernel) if _is_random(operator) else kernel, mixes=base in INDEXING), "PrivateUse1"
+        )
         count += 1
     for base, kernel in COPIES.items():
         library.impl(base, kernel, "PrivateUse1", allow_override=True)

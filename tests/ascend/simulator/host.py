@@ -53,12 +53,15 @@ class _Call:
         self.originals: dict[int, Tensor] = {}
         self.storages: dict[int, Tensor] = {}
         self.views: list[Tensor] = []  # kept, or their ids would be given again
+        self.on_host: list[Tensor] = []
 
     def to_host(self, x: Any) -> Any:
         if isinstance(x, torch.device) and x.type == DEVICE_TYPE:
             self.device = x
             return torch.device("cpu")
         if not is_on_device(x):
+            if isinstance(x, Tensor) and x.dim() > 0 and x.device.type == "cpu":
+                self.on_host.append(x)
             return x
         self.device = x.device
         view = host_view(x)
@@ -79,13 +82,19 @@ class _Call:
         return to_device(x, self.device or torch.device(DEVICE_TYPE, torch.npu.current_device()))
 
 
-def on_host(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` of CPU tensors as one of tensors on the device; what it writes in place is written there."""
+def on_host(kernel: Callable[..., Any], mixes: bool = False) -> Callable[..., Any]:
+    """`kernel` of CPU tensors as one of tensors on the device; what it writes in place is written there.
+
+    Args:
+        mixes: whether some of its tensors may be on the host; numbers (tensors without dimensions) always may.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         run_current_stream()
         call = _Call()
         args, kwargs = tree_map(call.to_host, (args, kwargs))
+        if call.views and call.on_host and not mixes:
+            raise RuntimeError(f"expected all tensors to be on the same device, but found one on cpu and {call.device}")
         return tree_map(call.to_device, kernel(*args, **kwargs))
 
     return run

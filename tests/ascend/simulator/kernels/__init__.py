@@ -13,6 +13,8 @@ from simulator.host import on_host
 from simulator.kernels.registry import KERNELS
 
 FILES = ("attention", "elementwise", "grouped_matmul", "optimizer", "routing")
+# Kernels whose lengths are on the host.
+MIXING = ("npu_fusion_attention_v3", "npu_fusion_attention_grad_v3")
 _libraries: list[torch.library.Library] = []
 
 
@@ -27,5 +29,5 @@ def register() -> int:
     library = torch.library.Library("npu", "IMPL")
     _libraries.append(library)
     for name, kernel in KERNELS.items():
-        library.impl(f"npu::{name}", on_host(kernel), "PrivateUse1", allow_override=True)
+        library.impl(f"npu::{name}", on_host(kernel, mixes=name in MIXING), "PrivateUse1", allow_override=True)
     return len(KERNELS)
