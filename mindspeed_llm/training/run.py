@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.dying import DyingBreath
 from mindspeed_llm.training.evaluate import Evaluation, evaluate
 from mindspeed_llm.training.guards.guards import Guards
-from mindspeed_llm.training.guards.rewinding import plan_of_rewind
+from mindspeed_llm.training.hooks import LoopHook
 from mindspeed_llm.training.intact import with_intact_checkpoint
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
@@ -29,7 +29,8 @@ from mindspeed_llm.training.monitor.saves import SaveEvents
 from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
 from mindspeed_llm.training.report import LossHistory, Reporter
-from mindspeed_llm.training.saving import Saver, SaveSchedule, layout_record
+from mindspeed_llm.training.resume import go_back, resume
+from mindspeed_llm.training.saving import Saver, SaveSchedule
 from mindspeed_llm.training.setup import (
     DTYPES,
     TrainingModel,
@@ -93,53 +94,63 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     if data.train or data.valid:
         check_agreement({"data files": data.fingerprint()}, "data")
     model = build(plan)
-    t = plan.config.training
-    if t.eval_only:
+    if plan.config.training.eval_only:
         return _evaluate_only(plan, model, data)
-    train_iters = train_iterations(t, plan.global_batch_size, data.samples_per_epoch)
+    train_iters = train_iterations(plan.config.training, plan.global_batch_size, data.samples_per_epoch)
     optimizer, scheduler = make_optimizer(plan, model, train_iters)
     progress = resume(plan, model, optimizer, scheduler, data) if plan.resume else Progress()
     _say_start(plan, model, data, train_iters, progress)
-    log = plan.config.logging
     reporter = make_reporter(plan, train_iters, progress.iteration)
-    saver = Saver(plan, model, optimizer, scheduler, data) if plan.config.checkpoint.save else None
-    monitor = Monitor(plan, model)
-    schedule = SaveSchedule(plan.config)
-    events = SaveEvents(reporter)
-    hooks = [stop, schedule, events, monitor]
-    changing = nullcontext
-    if saver and watch:
-        standing = Standing(watch.rank, watch.store)
-        hooks.append(standing)
-        changing = standing.changing
-        watch.will = DyingBreath(saver, standing, plan.layout, watch.rank, watch.store)
-        watch.will.announce()
-    if saver:
-        hooks.append(saver)
-    save = partial(save_and_tell, saver, events) if saver else None
-    guards = Guards(plan, model, data, partial(go_back, plan, model, optimizer, scheduler, data, saver, changing))
-    guards.recall(progress)
-    if saver:
+    schedule, events, monitor = SaveSchedule(plan.config), SaveEvents(reporter), Monitor(plan, model)
+    hooks: list[LoopHook] = [stop, schedule, events, monitor]
+    saver, save, changing = None, None, nullcontext
+    if plan.config.checkpoint.save:
+        saver = Saver(plan, model, optimizer, scheduler, data)
         saver.health = lambda: {"healthy": not progress.ailments, "reasons": progress.ailments}
+        save = partial(save_and_tell, saver, events)
+        if watch:
+            standing = outlive_ranks(plan, saver, watch)
+            changing = standing.changing
+            hooks.append(standing)
+        hooks.append(saver)
+    restore = partial(go_back, plan, model, optimizer, scheduler, data, saver, changing)
+    guards = Guards(plan, model, data, restore)
+    guards.recall(progress)
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, save, hooks, guards)
     try:
-        loop.run()
+        with orderly_end(saver, watch):
+            loop.run()
+        events.look()
+    finally:
+        monitor.close()
+        reporter.close(plan.config.logging.loss_curve)
+    reason, last = stop.reason or schedule.reason, saver.last if saver else None
+    if reason and is_leader():
+        print(f" stopped after iteration {progress.iteration} by {reason}: saved to {last or 'nowhere'}", flush=True)
+    return RunResult(progress, reporter.history, None, last, reason)
+
+
+def outlive_ranks(plan: Plan, saver: Saver, watch: Watch) -> Standing:
+    """Let the ranks that are left after a failure save; the hook that knows of which iteration the state is."""
+    standing = Standing(watch.rank, watch.store)
+    watch.will = DyingBreath(saver, standing, plan.layout, watch.rank, watch.store)
+    watch.will.announce()
+    return standing
+
+
+@contextmanager
+def orderly_end(saver: Saver | None, watch: Watch | None) -> Iterator[None]:
+    """Run the body; then wait for a save in the background, and after a failure tell the others first."""
+    try:
+        yield
         if saver:
             saver.finish()
-            events.look()
     except Exception as error:
         if watch:  # the others wait for this rank while it closes its files
             watch.tell(error)
         if saver:
             saver.settle()
         raise
-    finally:
-        monitor.close()
-        reporter.close(log.loss_curve)
-    reason, last = stop.reason or schedule.reason, saver.last if saver else None
-    if reason and is_leader():
-        print(f" stopped after iteration {progress.iteration} by {reason}: saved to {last or 'nowhere'}", flush=True)
-    return RunResult(progress, reporter.history, None, last, reason)
 
 
 def save_and_tell(saver: Saver, events: SaveEvents, progress: Progress) -> None:
@@ -217,86 +228,3 @@ def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters
         print(line, flush=True)
     if evaluation_iterations(data, plan.config.training.eval_iters) == 0:
         print(" no validation: the split leaves no whole sample for it", flush=True)
-
-
-def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> Progress:
-    """Load optimizer, schedule, random states and progress of `plan.resume`; the weights too when they are in it.
-
-    Raises:
-        UserError: the data changed, or the checkpoint does not fit.
-    """
-    from mindspeed_llm.checkpoint.optimizer_state import load_grad_scaler_state, set_optimizer_step
-    from mindspeed_llm.checkpoint.train_save import load_training
-    from mindspeed_llm.checkpoint.training_state import restore_rng_states, rng_key, rng_states, training_state
-
-    source, c = plan.resume, plan.config.checkpoint
-    data.check_unchanged(source.record)
-    check_precision(plan)
-    only = model.trained if plan.adapters is not None else None
-    same_layout = source.record["layout"].items() <= layout_record(plan).items()
-    known = source.record.get("random_states", True)  # unless a rank died that had not told them
-    with_rng = same_layout and known and not c.no_load_rng
-    state = training_state(
-        model.chunks,
-        None if c.no_load_optim else optimizer,
-        scheduler,
-        only,
-        rng=rng_states() if with_rng else None,
-    )
-    loaded = load_training(source.directory, state, trusted=c.trust_checkpoint)
-    if not c.no_load_optim:
-        set_optimizer_step(optimizer, loaded["optimizer_step"])
-        load_grad_scaler_state(optimizer, loaded["grad_scaler"])
-    else:
-        optimizer.reload_model_params()
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    if with_rng:
-        restore_rng_states(loaded[rng_key()])
-    elif not (same_layout and known) and draws_masks(plan) and is_leader():
-        where = "after the loss of a rank's random states" if same_layout else "at another layout"
-        print(f" resume: {where} dropout starts from the seed again; its masks are others than without a stop")
-    return Progress(**source.record["progress"])
-
-
-def go_back(
-    plan: Plan,
-    model: TrainingModel,
-    optimizer: Any,
-    scheduler: Any,
-    data: TrainingData,
-    saver: Saver,
-    changing: Callable[[], AbstractContextManager],
-) -> Progress:
-    """Load the newest healthy checkpoint of this run.
-
-    Args:
-        changing: the context in which weights and optimizer state are of no iteration.
-
-    Raises:
-        UserError: there is none.
-    """
-    saver.finish()
-    with changing():
-        scheduler.num_steps = 0  # its load_state_dict adds to what it has counted
-        return resume(plan_of_rewind(plan), model, optimizer, scheduler, data)
-
-
-def draws_masks(plan: Plan) -> bool:
-    """Whether training drops anything out."""
-    rates = [plan.config.model.hidden_dropout, plan.config.model.attention_dropout, plan.shape.attention_dropout]
-    return any(rates) or (plan.adapters is not None and plan.adapters.dropout > 0)
-
-
-def check_precision(plan: Plan) -> None:
-    """Refuse to go on in another type: the fp32 weights and moments of mixed precision have no counterpart in fp32.
-
-    Raises:
-        UserError: the types differ and the optimizer's state was to be loaded.
-    """
-    before, now = plan.resume.record["dtype"], plan.dtype_name
-    if before != now and not plan.config.checkpoint.no_load_optim:
-        flag = "without --bf16 and --fp16" if before == "fp32" else f"with --{before}"
-        raise UserError(
-            f"resume: {now} is wrong, because the optimizer of {plan.resume.directory} was trained in {before}; legal: "
-            f"{flag}; try: --no-load-optim to keep the weights alone"
-        )
