@@ -18,6 +18,7 @@ CASES = sorted((HERE / "cases").glob("test_*.py"))
 def _load_build():
     spec = importlib.util.spec_from_file_location("ascend_simulator_build", HERE / "simulator" / "build.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
