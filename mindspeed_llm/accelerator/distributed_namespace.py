@@ -1,0 +1,90 @@
+"""What `torch.distributed` means to megatron: groups asked for with nccl get the accelerator's backend."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mindspeed_llm.accelerator.protocol import Accelerator
+from mindspeed_llm.accelerator.tensor_methods import is_cuda
+
+
+class NcclOptions:
+    """`torch.distributed.ProcessGroupNCCL.Options` where torch has none: holds what a program sets, for nobody."""
+
+    def __init__(self, is_high_priority_stream: bool = False):
+        self.is_high_priority_stream = is_high_priority_stream
+        self.config = types.SimpleNamespace()
+
+    def __copy__(self) -> NcclOptions:
+        made = NcclOptions(self.is_high_priority_stream)
+        made.config = copy.copy(self.config)
+        return made
+
+
+class DistributedNamespace(types.ModuleType):
+    """`torch.distributed`, except that a group asked for with nccl gets the accelerator's backend."""
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__("torch.distributed")
+        self.__path__ = torch.distributed.__path__
+        for name in ("init_process_group", "new_group"):
+            self.__dict__[name] = self._with_backend(getattr(torch.distributed, name), accelerator)
+        self.__dict__["init_device_mesh"] = self._on_accelerator(torch.distributed.init_device_mesh, accelerator)
+        if not hasattr(torch.distributed, "ProcessGroupNCCL"):
+            self.__dict__["ProcessGroupNCCL"] = types.SimpleNamespace(Options=NcclOptions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    @staticmethod
+    def _with_backend(function: Callable, accelerator: Accelerator) -> Callable:
+        signature = inspect.signature(function)
+        ours = accelerator.distributed_backend
+
+        @functools.wraps(function)
+        def with_backend(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
+            if isinstance(given.get("backend"), str):
+                given["backend"] = _backend(given["backend"], accelerator)
+            if given.get("backend") == ours and ours != "nccl" and _is_nccl_options(given.get("pg_options")):
+                given["pg_options"] = None
+            if given.get("backend") in (None, ours) and given.get("pg_options") is None and "group_desc" in given:
+                given["pg_options"] = accelerator.group_options(given["group_desc"])
+            if given.get("device_id") is not None:
+                # torch binds groups to accelerators alone.
+                given["device_id"] = None if accelerator.device_type == "cpu" else accelerator.current_device()
+            return function(*bound.args, **bound.kwargs)
+
+        return with_backend
+
+    @staticmethod
+    def _on_accelerator(function: Callable, accelerator: Accelerator) -> Callable:
+        @functools.wraps(function)
+        def on_accelerator(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            return function(accelerator.device_type if is_cuda(device_type) else device_type, *args, **kwargs)
+
+        return on_accelerator
+
+
+def _backend(asked: str, accelerator: Accelerator) -> str:
+    """The backend of a group: `nccl`, and `cuda:nccl` in a list of device types, is the accelerator's."""
+    if asked.lower() == "nccl":
+        return accelerator.distributed_backend
+    if "cuda:nccl" not in asked:
+        return asked
+    pairs = dict(pair.split(":") for pair in asked.split(","))
+    pairs.pop("cuda")
+    pairs[accelerator.device_type] = accelerator.distributed_backend
+    return ",".join(f"{device}:{backend}" for device, backend in pairs.items())
+
+
+def _is_nccl_options(options: object) -> bool:
+    return "NCCL" in type(options).__qualname__ or isinstance(options, NcclOptions)

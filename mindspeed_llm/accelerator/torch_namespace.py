@@ -1,0 +1,162 @@
+"""What the name `torch` means to megatron: torch's own names, except those that take or make a device."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from mindspeed_llm.accelerator.cuda_namespace import CudaNamespace
+from mindspeed_llm.accelerator.distributed_namespace import DistributedNamespace
+from mindspeed_llm.accelerator.protocol import Accelerator
+from mindspeed_llm.accelerator.tensor_methods import is_cuda
+
+# Functions of torch that megatron calls with device="cuda" or with a device from its configuration.
+_DEVICE_FUNCTIONS = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+
+class TorchFacade(types.ModuleType):
+    """torch as megatron sees it; see the module docstring."""
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__("torch")
+        self.__path__ = torch.__path__
+        self.__spec__ = torch.__spec__
+        self.__dict__["cuda"] = CudaNamespace(accelerator)
+        self.__dict__["distributed"] = DistributedNamespace(accelerator)
+        self.__dict__.update({name: self._on_device(getattr(torch, name), accelerator) for name in _DEVICE_FUNCTIONS})
+        self.__dict__["device"] = _device_class(accelerator)
+        self.__dict__["autocast"] = functools.partial(_autocast, accelerator)
+        self.__dict__["compile"] = _no_compile
+        self.__dict__["jit"] = _Overlay(torch.jit, script=_no_compile)
+        self.__dict__["amp"] = _Overlay(torch.amp, autocast=self.__dict__["autocast"])
+        self.__dict__["load"] = _load(accelerator)
+        self.__dict__["Generator"] = _generator_class(accelerator)
+        self.__dict__["set_default_device"] = _set_default_device(accelerator)
+        if accelerator.device_type == "cpu":
+            self.__dict__.update(_host_generator())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def __dir__(self) -> Iterable[str]:
+        return dir(torch)
+
+    @staticmethod
+    def _on_device(function: Callable, accelerator: Accelerator) -> Callable:
+        @functools.wraps(function)
+        def on_device(*args: Any, **kwargs: Any) -> Any:
+            if is_cuda(kwargs.get("device")):
+                kwargs["device"] = accelerator.current_device()
+            if not accelerator.supports_pin_memory:
+                kwargs.pop("pin_memory", None)
+            return function(*args, **kwargs)
+
+        return on_device
+
+
+def _device_class(accelerator: Accelerator) -> type:
+    """`torch.device`, except that constructing a CUDA device gives the accelerator's; isinstance is torch.device's."""
+
+    class DeviceType(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> torch.device:
+            first = args[0] if args else kwargs.get("type", kwargs.get("device"))
+            return accelerator.current_device() if is_cuda(first) else torch.device(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, torch.device)
+
+    return DeviceType("device", (), {"__module__": "torch"})
+
+
+def _autocast(accelerator: Accelerator, device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+    return torch.autocast(accelerator.device_type if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+def _no_compile(function: Callable | None = None, **_options: Any) -> Callable:
+    """torch.compile without compiling: it would need a C++ compiler on a CPU and seconds per function."""
+    return function if function is not None else _no_compile
+
+
+class _Overlay(types.ModuleType):
+    """A module of torch with some names replaced."""
+
+    def __init__(self, module: types.ModuleType, **names: Any):
+        super().__init__(module.__name__)
+        self.__dict__.update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def _load(accelerator: Accelerator) -> Callable:
+    """`torch.load` that maps tensors to the accelerator where CUDA is named, and those that were saved on CUDA too."""
+
+    @functools.wraps(torch.load)
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if is_cuda(map_location) or (map_location is None and accelerator.device_type == "cpu"):
+            map_location = accelerator.current_device()
+        return torch.load(f, map_location, *args, **kwargs)
+
+    return load
+
+
+def _generator_class(accelerator: Accelerator) -> type:
+    """`torch.Generator`, on the accelerator where CUDA is named; isinstance is torch.Generator's."""
+
+    class GeneratorType(type):
+        def __call__(cls, device: Any = "cpu") -> torch.Generator:
+            return torch.Generator(accelerator.current_device() if is_cuda(device) else device)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, torch.Generator)
+
+    return GeneratorType("Generator", (), {"__module__": "torch"})
+
+
+def _set_default_device(accelerator: Accelerator) -> Callable:
+    @functools.wraps(torch.set_default_device)
+    def set_default_device(device: Any) -> None:
+        torch.set_default_device(accelerator.current_device() if is_cuda(device) else device)
+
+    return set_default_device
+
+
+def _host_generator() -> dict[str, Callable]:
+    """`torch.get_rng_state` and its like, as the stream beside the device's that megatron saves and checks.
+
+    A CPU's kernels draw from torch's default generator, which is therefore the *device* generator of a CPU run.
+    megatron also keeps the host's stream and complains when work under its tracker moves it, so here the host's stream
+    is a generator of its own.
+    """
+    host = torch.Generator()
+    return {
+        "get_rng_state": host.get_state,
+        "set_rng_state": host.set_state,
+    }
