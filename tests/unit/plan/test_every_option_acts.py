@@ -39,6 +39,7 @@ LATENT = {
     "group_query_attention": ABSENT, "num_query_groups": ABSENT,
 }  # fmt: skip
 WSD = {"lr_decay_style": "WSD"}
+CUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 TWO_STAGES = {"pipeline_model_parallel_size": 2}
 MOE = {"num_experts": 4}
 BIASED = {**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
@@ -195,7 +196,10 @@ CASES: dict[str, Case] = {
     "use_fused_rmsnorm": case(False),
     "use_fused_swiglu": case(False),
     "use_fused_rotary_pos_emb": case(False),
-    "gradient_accumulation_fusion": case(True, refused="after"),
+    "gradient_accumulation_fusion": case(True),
+    "use_ascend_coc": case(True, **CUT),
+    "coc_parallel_num": case(4, before=2, **CUT, use_ascend_coc=True),
+    "use_ascend_mc2": case(True, refused="after", **CUT),
     "loss_chunk_size": case(17),
     # training
     "stage": case("other", refused="after"),
@@ -304,9 +308,15 @@ ELSEWHERE = {
     "spike_window": "tests/distributed/test_guards.py::test_a_spike_is_left_out_or_said",
     "spike_count": "tests/distributed/test_guards.py::test_a_spike_makes_a_checkpoint_unhealthy_and_a_rewind_passes_it",
     "spike_action": "tests/distributed/test_guards.py::test_a_spike_is_left_out_or_said",
-    "check_weight_hash_across_dp_replicas_interval": "tests/distributed/test_guards.py::test_a_flipped_bit_of_one_replica_is_named",
-    "replay_batch_interval": "tests/distributed/test_guards.py::test_a_gradient_that_differs_the_second_time_is_noticed",
-    "embedding_local_norm_threshold": "tests/distributed/test_guards.py::test_a_large_gradient_of_the_embedding_marks_a_checkpoint",
+    "check_weight_hash_across_dp_replicas_interval": (
+        "tests/distributed/test_guards.py::test_a_flipped_bit_of_one_replica_is_named"
+    ),
+    "replay_batch_interval": (
+        "tests/distributed/test_guards.py::test_a_gradient_that_differs_the_second_time_is_noticed"
+    ),
+    "embedding_local_norm_threshold": (
+        "tests/distributed/test_guards.py::test_a_large_gradient_of_the_embedding_marks_a_checkpoint"
+    ),
 }
 DOORS = ("pretrain", "posttrain")
 OPTIONS = [(door, o.name) for door in DOORS for o in door_options(door)]
