@@ -5,19 +5,27 @@ from __future__ import annotations
 import importlib
 
 OPERATORS = (
+    "activation",
+    "adamw",
     "attention",
     "attention_blocks",
     "attention_masked",
     "attention_part",
     "cross_entropy",
     "grouped_matmul",
+    "matmul_accumulate",
+    "nf4",
     "norm",
+    "parallel_matmul",
     "rotary",
+    "softmax",
     "swiglu",
+    "cuda.liger",
     "npu.attention",
     "npu.attention_part",
     "npu.grouped_matmul",
     "npu.norm",
+    "npu.parallel_matmul",
     "npu.rotary",
     "npu.swiglu",
 )

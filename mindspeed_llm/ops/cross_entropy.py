@@ -1,4 +1,4 @@
-"""Sum of token cross entropies straight from hidden states, without ever holding all logits.
+"""Sum of token cross entropies straight from hidden states, without ever holding all logits; and from logits at hand.
 
 loss = sum over labelled tokens of log(sum_v exp(h w_v)) - h w_label. Logits are computed at labelled tokens only, a
 chunk at a time, and each chunk is turned into gradients before the next: memory is one chunk, and the head's product
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 IGNORE_INDEX = -100
 
@@ -54,6 +56,51 @@ def linear_cross_entropy_sum(
     Raises:
         ValueError: a label lies outside the vocabulary.
     """
+    return implementation("linear_cross_entropy_sum")(hidden, weight, labels, vocab_size, group, chunk_rows)
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of every row of logits.
+
+    Args:
+        logits: [..., v_local], this rank's contiguous slice of the vocabulary, all slices of one width.
+        targets: integer [...], the same on every rank; rows of IGNORE_INDEX have loss and gradient zero.
+        group: ranks that share the vocabulary, None for one.
+        label_smoothing: this much of the target's weight is spread over the other entries of the vocabulary, in equal
+            parts (Megatron-LM's rule).
+
+    Returns:
+        fp32 (fp64 for fp64 logits) [...]. The gradient of the logits is rounded to their dtype once.
+
+    Raises:
+        ValueError: a target outside the vocabulary, or label_smoothing outside [0, 1).
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing {label_smoothing} is wrong; legal: from 0 to below 1")
+    flat = targets.reshape(-1)
+    size = logits.shape[-1] * (1 if group is None else group.size())
+    _check_labels(flat[flat != IGNORE_INDEX], size)
+    function = implementation("vocab_parallel_cross_entropy")
+    return function(logits.reshape(-1, logits.shape[-1]), flat, group, label_smoothing).view(targets.shape)
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+        raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORE_INDEX}")
+
+
+@register("linear_cross_entropy_sum", "chunked")
+def chunked_linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Logits of one chunk at a time, turned into gradients in place."""
     return _LinearCrossEntropySum.apply(hidden, weight, labels, vocab_size, group, chunk_rows)
 
 
@@ -93,8 +140,7 @@ class _Problem:
         self.own_rows = max(0, min(weight.shape[0], vocab_size - start))
         self.rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
         targets = labels[self.rows]
-        if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
-            raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORE_INDEX}")
+        _check_labels(targets, vocab_size)
         self.targets = targets - start
         # By the rows of a full slice: chunks must be cut alike on every rank, whatever padding it holds.
         self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
@@ -193,7 +239,105 @@ def _to_gradient_(logits: Tensor, log_sum: Tensor, target: Tensor, factor: Tenso
         logits[block] = gradient
 
 
-def reference(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """The formula with all logits, one rank; for tests."""
-    logits = hidden @ weight[:vocab_size].t()
-    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+@register("vocab_parallel_cross_entropy", "torch")
+def torch_vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None, label_smoothing: float
+) -> Tensor:
+    """Saves the probabilities in the logits' dtype and nothing else; two collectives of a few numbers a row."""
+    return _VocabParallelCrossEntropy.apply(logits, targets, group, label_smoothing)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None, label_smoothing: float):
+        several = group is not None and group.size() > 1
+        width = logits.shape[1]
+        wide = logits.to(_wide(logits.dtype), copy=True)
+        kept = targets != IGNORE_INDEX
+        own = targets - (group.rank() * width if several else 0)
+        inside = ((own >= 0) & (own < width) & kept).nonzero().squeeze(-1)
+        maximum = wide.amax(-1, keepdim=True)
+        if several:
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+        wide.sub_(maximum)
+        at_target = wide.new_zeros(wide.shape[0])
+        at_target[inside] = wide[inside, own[inside]]
+        mean = wide.sum(-1) if label_smoothing else at_target.new_zeros(at_target.shape)
+        total = wide.exp_().sum(-1)
+        if several:
+            sums = torch.stack((total, at_target, mean))
+            dist.all_reduce(sums, group=group)
+            total, at_target, mean = sums.unbind(0)
+        size = width * (group.size() if several else 1)
+        spread = _spread(label_smoothing, size)
+        # Of the target the weight 1 - smoothing, of each other entry smoothing / (v - 1).
+        log_sum = total.log()
+        loss = log_sum - (1 - spread * size) * at_target - spread * mean
+        ctx.save_for_backward(wide.div_(total[:, None]).to(logits.dtype), inside, own[inside], kept)
+        ctx.spread, ctx.size = spread, size
+        return loss.masked_fill_(~kept, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        probabilities, rows, columns, kept = ctx.saved_tensors
+        gradient = probabilities.to(grad.dtype, copy=True)
+        gradient[rows, columns] -= 1 - ctx.spread * ctx.size
+        if ctx.spread:
+            gradient -= ctx.spread
+        return gradient.mul_((grad * kept)[:, None]).to(probabilities.dtype), None, None, None
+
+
+def _spread(label_smoothing: float, vocab_size: int) -> float:
+    """The weight of an entry that is not the target."""
+    return label_smoothing / (vocab_size - 1) if label_smoothing else 0.0
+
+
+@register("vocab_parallel_cross_entropy", REFERENCE, priority=-1)
+def vocab_parallel_reference(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None, label_smoothing: float
+) -> Tensor:
+    """The formula over the logits of all ranks, differentiated by autograd."""
+    logits = _gathered(logits, group)
+    size = logits.shape[1]
+    log_probabilities = torch.log_softmax(logits.to(_wide(logits.dtype)), dim=-1)
+    kept = targets != IGNORE_INDEX
+    at_target = log_probabilities.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    spread = _spread(label_smoothing, size)
+    loss = -(1 - spread * size) * at_target - spread * log_probabilities.sum(-1)
+    return torch.where(kept, loss, 0.0)
+
+
+class _Gather(torch.autograd.Function):
+    """[n, v_local] -> [n, v]; every rank computes the same loss, so its own slice of the gradient is the whole one."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        slices = [torch.empty_like(logits) for _ in range(group.size())]
+        dist.all_gather(slices, logits.contiguous(), group=group)
+        return torch.cat(slices, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.group.size(), dim=1)[ctx.group.rank()].contiguous(), None
+
+
+def _gathered(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return logits if group is None or group.size() == 1 else _Gather.apply(logits, group)
+
+
+@register("linear_cross_entropy_sum", REFERENCE, priority=-1)
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """The formula with all logits at once, whatever chunk_rows says, differentiated by autograd."""
+    _check_labels(labels[labels != IGNORE_INDEX], vocab_size)
+    logits = _gathered(hidden @ weight.t(), group)[:, :vocab_size]
+    return torch.nn.functional.cross_entropy(
+        logits.to(_wide(logits.dtype)), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )

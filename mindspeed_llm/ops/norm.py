@@ -1,7 +1,8 @@
 """RMSNorm, x / sqrt(mean(x^2) + eps) * w, and LayerNorm, (x - mean) / sqrt(var + eps) * w + b, over the last dimension.
 
-Statistics are accumulated in fp32 for bf16 and fp16, and the normalised value is rounded to x's dtype before the
-weight multiplies it, as Llama and its relatives do. Source: arXiv 1910.07467.
+Statistics are accumulated in fp32 for bf16 and fp16. A weight of x's dtype multiplies the normalised value after that
+is rounded, as Llama and its relatives do; an fp32 weight, or one kept as its difference from 1 (`offset`, Gemma),
+multiplies it in fp32 and the product is rounded once. Sources: arXiv 1910.07467, arXiv 1607.06450.
 """
 
 from __future__ import annotations
@@ -13,59 +14,161 @@ from torch import Tensor
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [..., h] with weight [h] of the same dtype; returns [..., h]."""
-    return implementation("rms_norm")(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """RMSNorm of x [..., h] with weight [h], of x's dtype or wider; returns [..., h] of x's dtype.
+
+    Args:
+        offset: added to the weight; 1 where a weight is stored as its difference from 1.
+    """
+    return implementation("rms_norm")(x, weight, eps, offset)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of x [..., h] with weight and bias [h]; returns [..., h]."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """RMSNorm of the sum of x and residual [..., h], and the sum itself, rounded to its dtype before it is normalised.
+
+    Returns:
+        normed [..., h], sum [..., h].
+    """
+    return implementation("add_rms_norm")(x, residual, weight, eps, offset)
 
 
-@register("rms_norm", "torch", devices=("cuda",), priority=1)
-def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """torch's own, which is one fused kernel on CUDA."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """LayerNorm of x [..., h] with weight and bias [h], of x's dtype or wider; returns [..., h] of x's dtype."""
+    return implementation("layer_norm")(x, weight, bias, eps, offset)
+
+
+def plain_weight(x: Tensor, weight: Tensor, offset: float) -> bool:
+    """Whether the weight multiplies in x's dtype: what kernels that know neither fp32 weights nor offsets compute."""
+    return weight.dtype == x.dtype and offset == 0.0
+
+
+@register("rms_norm", "torch", devices=("cuda",), priority=2)
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """torch's own, which is one fused kernel on CUDA; it multiplies the weight before rounding."""
+    if not plain_weight(x, weight, offset):
+        return two_pass_rms_norm(x, weight, eps, offset)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 @register("rms_norm", "two-pass")
-def two_pass_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def two_pass_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """A hand-written derivative that saves x and one number per row, where torch's composition saves fp32 copies."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, offset)
+
+
+@register("add_rms_norm", "two-pass")
+def two_pass_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The two-pass norm of the sum; the gradient of the sum is added to in place."""
+    return _AddRMSNorm.apply(x, residual, weight, eps, offset)
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x and its 1 / rms [..., 1]."""
+    wide = x.to(_wide(x.dtype))
+    inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    unit = wide * inverse_rms
+    if plain_weight(x, weight, offset):
+        return unit.to(x.dtype).mul_(weight), inverse_rms
+    return unit.mul_(_factor(weight, offset, unit.dtype)).to(x.dtype), inverse_rms
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, offset: float, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x (not yet rounded) and weight."""
+    # With u = x * r: dL/dx = r * (g*w - u * mean(g*w*u)), dL/dw = sum over rows of g*u.
+    unit = x.to(inverse_rms.dtype) * inverse_rms
+    grad = grad.to(inverse_rms.dtype)
+    grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if needs_weight else None
+    if not needs_x:
+        return None, grad_weight
+    grad_unit = grad * _factor(weight, offset, grad.dtype)
+    projection = (grad_unit * unit).mean(-1, keepdim=True)
+    return grad_unit.addcmul_(unit, projection, value=-1).mul_(inverse_rms), grad_weight
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_accumulation_dtype(x.dtype))
-        inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        out = (wide * inverse_rms).to(x.dtype).mul_(weight)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        out, inverse_rms = _normalize(x, weight, eps, offset)
+        ctx.offset = offset
         ctx.save_for_backward(x, weight, inverse_rms)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # With u = x * r: dL/dx = r * (g*w - u * mean(g*w*u)), dL/dw = sum over rows of g*u.
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
-        unit = x.to(inverse_rms.dtype) * inverse_rms
-        grad = grad.to(inverse_rms.dtype)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
-        grad_unit = grad * weight
-        projection = (grad_unit * unit).mean(-1, keepdim=True)
-        return grad_unit.addcmul_(unit, projection, value=-1).mul_(inverse_rms).to(x.dtype), grad_weight, None
+        grad_x, grad_weight = _gradients(grad, x, weight, inverse_rms, ctx.offset, *ctx.needs_input_grad[:2])
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None, None
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        out, inverse_rms = _normalize(total, weight, eps, offset)
+        ctx.offset = offset
+        ctx.dtypes = x.dtype, residual.dtype
+        ctx.save_for_backward(total, weight, inverse_rms)
+        return out, total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_total: Tensor):
+        total, weight, inverse_rms = ctx.saved_tensors
+        needs_sum = any(ctx.needs_input_grad[:2])
+        grad_sum, grad_weight = _gradients(
+            grad, total, weight, inverse_rms, ctx.offset, needs_sum, ctx.needs_input_grad[2]
+        )
+        if not needs_sum:
+            return None, None, grad_weight, None, None
+        grad_sum = grad_sum.add_(grad_total)
+        return grad_sum.to(ctx.dtypes[0]), grad_sum.to(ctx.dtypes[1]), grad_weight, None, None
+
+
+@register("layer_norm", "torch")
+def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """torch's own kernel, with x widened where weight and bias are fp32 and x is not."""
+    factor = weight + offset if offset else weight
+    if factor.dtype == x.dtype == bias.dtype:
+        return F.layer_norm(x, weight.shape, factor, bias, eps)
+    wide = _wide(x.dtype)
+    return F.layer_norm(x.to(wide), weight.shape, factor.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _factor(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    """What multiplies the normalised value, in `dtype`."""
+    return weight.to(dtype) + offset if offset else weight.to(dtype)
+
+
 @register("rms_norm", REFERENCE, priority=-1)
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """The formula, differentiated by autograd."""
-    wide = x.to(_accumulation_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    wide = x.to(_wide(x.dtype))
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if plain_weight(x, weight, offset):
+        return unit.to(x.dtype) * weight
+    return (unit * _factor(weight, offset, unit.dtype)).to(x.dtype)
+
+
+@register("add_rms_norm", REFERENCE, priority=-1)
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """One after the other, differentiated by autograd."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps, offset), total
+
+
+@register("layer_norm", REFERENCE, priority=-1)
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """The formula, differentiated by autograd."""
+    wide = x.to(_wide(x.dtype))
+    centred = wide - wide.mean(-1, keepdim=True)
+    unit = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    return (unit * _factor(weight, offset, unit.dtype) + bias.to(unit.dtype)).to(x.dtype)

@@ -1,7 +1,8 @@
-"""Rotary position embedding, half layout: channel i turns with channel i + r/2 by the angle position * inv_freq[i].
+"""Rotary position embedding: two channels turn together by the angle position * inv_freq[i].
 
-[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin] on the first r of the d channels, the others unchanged.
-Source: arXiv 2104.09864, in the channel order of GPT-NeoX and Llama.
+[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin] on the first r of the d channels, the others unchanged. In the half
+layout (GPT-NeoX, Llama) channel i turns with channel i + r/2; interleaved (GPT-J) with its neighbour, 2i with 2i + 1.
+With a table wider than x the rotation is computed in the table's type and rounded once. Source: arXiv 2104.09864.
 """
 
 from __future__ import annotations
@@ -45,33 +46,54 @@ def apply_interleaved_rotary(x: Tensor, table: Tensor) -> Tensor:
     return apply_rotary(pairs.flatten(-2), table)
 
 
+def apply_neighbour_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x [s, b, n, d] in the interleaved layout, which the result keeps."""
+    return implementation("neighbour_rotary")(x, table)
+
+
 @register("rotary", "fused")
 def fused_rotary(x: Tensor, table: Tensor) -> Tensor:
     """One pass each way; nothing but the table is saved."""
-    return _Rotate.apply(x, table)
+    return _Rotate.apply(x, table, False)
+
+
+@register("neighbour_rotary", "fused")
+def fused_neighbour_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """One pass each way over every other channel; nothing but the table is saved."""
+    return _Rotate.apply(x, table, True)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(table)
-        return rotate(x, table, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        ctx.interleaved = interleaved
+        return rotate(x, table, torch.empty(x.shape, dtype=x.dtype, device=x.device), interleaved=interleaved)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (table,) = ctx.saved_tensors
-        return rotate(grad, table, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), backwards=True), None
+        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        return rotate(grad, table, out, backwards=True, interleaved=ctx.interleaved), None, None
 
 
-def rotate(x: Tensor, table: Tensor, out: Tensor, backwards: bool = False) -> Tensor:
+def rotate(x: Tensor, table: Tensor, out: Tensor, backwards: bool = False, interleaved: bool = False) -> Tensor:
     """Write the rotation of x [s, b, ..., d] into `out` (not x itself); backwards turns the other way."""
     cos, sin = table.unbind(0)
     half = cos.shape[-1]
     cos, sin = (part.view(*part.shape[:2], *(1,) * (x.dim() - 3), half) for part in (cos, sin))
     sign = -1 if backwards else 1
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=out[..., half : 2 * half]).addcmul_(x1, sin, value=sign)
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    x1, x2, out1, out2 = x[..., first], x[..., second], out[..., first], out[..., second]
+    if table.dtype == x.dtype:
+        torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
+        torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
+    else:
+        wide1, wide2 = x1.to(table.dtype), x2.to(table.dtype)
+        out1.copy_((wide1 * cos).addcmul_(wide2, sin, value=-sign))
+        out2.copy_((wide2 * cos).addcmul_(wide1, sin, value=sign))
     if 2 * half < x.shape[-1]:
         out[..., 2 * half :] = x[..., 2 * half :]
     return out
@@ -145,7 +167,17 @@ def apply_rotary_reference(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table.unbind(0)
     half = cos.shape[-1]
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+    return torch.cat(((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest), dim=-1)
+
+
+@register("neighbour_rotary", REFERENCE, priority=-1)
+def apply_neighbour_rotary_reference(x: Tensor, table: Tensor) -> Tensor:
+    """The formula, differentiated by autograd."""
+    cos, sin = table.unbind(0)
+    turning, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    x1, x2 = turning[..., 0::2], turning[..., 1::2]
+    turned = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 @register("split_qkv_rotary", REFERENCE, priority=-1)

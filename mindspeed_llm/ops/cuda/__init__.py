@@ -1,0 +1,1 @@
+"""Implementations of operators by libraries of CUDA kernels; each is used only where its package is installed."""
