@@ -5,6 +5,13 @@ from __future__ import annotations
 from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
 
 
+CHUNK_NUMBERS = (1, 2, 4, 8)
+
+
+def _is_chunk_number(value: int) -> str | None:
+    return None if value in CHUNK_NUMBERS else f"legal: {', '.join(map(str, CHUNK_NUMBERS))}"
+
+
 @section
 class OperatorConfig:
     """On is the fused form of an operator; `--no-...` selects the plain torch reference it is tested against."""
@@ -14,9 +21,27 @@ class OperatorConfig:
     use_fused_swiglu: bool = option(True, help="SiLU gate as one operator", level="advanced")
     use_fused_rotary_pos_emb: bool = option(True, help="rotary embedding as one operator", level="advanced")
     gradient_accumulation_fusion: bool = option(
-        help="add weight gradients to their fp32 sums inside the matrix product; needs Apex's kernel",
+        help="add weight gradients to their fp32 sums inside the matrix product",
         level="expert",
         doors=TRAINING_DOORS,
+    )
+    use_ascend_coc: bool = option(
+        help="with sequence parallelism, multiply one part of the sequence while another is sent (on every device)",
+        level="expert",
+        doors=TRAINING_DOORS,
+    )
+    coc_parallel_num: int = option(
+        1,
+        help="into how many parts --use-ascend-coc cuts a rank's tokens",
+        check=_is_chunk_number,
+        level="expert",
+        doors=TRAINING_DOORS,
+    )
+    use_ascend_mc2: bool = option(
+        help="with sequence parallelism, send and multiply in one kernel of the NPU",
+        level="expert",
+        doors=TRAINING_DOORS,
+        also=("--use-mc2",),
     )
     loss_chunk_size: int | None = option(
         help="labelled tokens whose logits exist at once in the loss; default: by memory",

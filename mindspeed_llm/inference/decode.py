@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from mindspeed_llm.inference.cache import Cache
 from mindspeed_llm.models.attention import SelfAttention
 from mindspeed_llm.models.gpt import LanguageModel
+from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.models.mlp import MLP
 from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
 from mindspeed_llm.ops.rotary import rotary_table, rotate

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_llm.ops.parallel_matmul import all_gather_matmul, matmul_reduce_scatter
+
 
 @dataclass(frozen=True)
 class LinearKind:
@@ -28,6 +30,7 @@ class LinearKind:
         column: cut by rows of W (ColumnParallelLinear); otherwise by columns.
         group: tensor-parallel group.
         world: its size.
+        chunks: of the sequence, in which what is sent and what is multiplied overlap under SP (ops.parallel_matmul).
     """
 
     column: bool
@@ -35,6 +38,7 @@ class LinearKind:
     group: Any
     world: int
     scaling: float
+    chunks: int = 1
 
 
 def all_gather(x: Tensor, kind: LinearKind) -> Tensor:
@@ -90,15 +94,20 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         parallel = kind.world > 1
         source = x if dropped is None else dropped
         narrow = product(source, lora_a)
-        if kind.column:
-            gathers = parallel and kind.sequence_parallel
-            y = product(all_gather(x, kind) if gathers else x, weight, bias)
-            narrow = all_gather(narrow, kind) if gathers else narrow
+        cut = parallel and kind.sequence_parallel
+        if kind.column and cut:
+            y, _ = all_gather_matmul(x, weight, kind.group, kind.chunks)
+            y = y if bias is None else y.add_(bias)
+            narrow = all_gather(narrow, kind)
+        elif kind.column:
+            y = product(x, weight, bias)
+        elif cut:
+            y = matmul_reduce_scatter(x, weight, kind.group, kind.chunks)
+            narrow = reduce_scatter(narrow, kind)
         else:
             y = product(x, weight)
             if parallel:
-                reduce = reduce_scatter if kind.sequence_parallel else all_reduce
-                y, narrow = reduce(y, kind), reduce(narrow, kind)
+                y, narrow = all_reduce(y, kind), all_reduce(narrow, kind)
         add_product(y, narrow, lora_b.t(), kind.scaling)
         ctx.kind, ctx.has_dropout = kind, dropped is not None
         ctx.save_for_backward(source, narrow, weight, lora_a, lora_b)
@@ -111,20 +120,25 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         parallel = kind.world > 1
         wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_b = outer_sum(dy, narrow) * kind.scaling
-        if not kind.column and parallel and kind.sequence_parallel:
+        cut = parallel and kind.sequence_parallel
+        grad_x = grad_dropped = None
+        if not kind.column and cut and wants_x:
+            grad_x, dy = all_gather_matmul(dy, weight.t(), kind.group, kind.chunks)
+        elif not kind.column and cut:
             dy = all_gather(dy, kind)
         grad_narrow = product(dy, lora_b.t()) * kind.scaling
         if kind.column and parallel:
             reduce = reduce_scatter if kind.sequence_parallel else all_reduce
             grad_narrow = reduce(grad_narrow, kind)
         grad_a = outer_sum(grad_narrow, source)
-        grad_x = grad_dropped = None
-        if wants_x:
+        if wants_x and kind.column and cut:
+            grad_x = matmul_reduce_scatter(dy, weight.t(), kind.group, kind.chunks)
+        elif wants_x and grad_x is None:
             grad_x = product(dy, weight.t())
             if kind.column and parallel:
-                grad_x = (reduce_scatter if kind.sequence_parallel else all_reduce)(grad_x, kind)
-            if not ctx.has_dropout:
-                add_product(grad_x, grad_narrow, lora_a)
+                grad_x = all_reduce(grad_x, kind)
+        if wants_x and not ctx.has_dropout:
+            add_product(grad_x, grad_narrow, lora_a)
         if wants_dropped:
             grad_dropped = product(grad_narrow, lora_a.t())
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None

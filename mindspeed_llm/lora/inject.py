@@ -6,12 +6,12 @@ import hashlib
 import math
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.layers import LoraColumnParallelLinear, LoraMixin, LoraRowParallelLinear
 from mindspeed_llm.models.initialize import global_name
+from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.plan.adapters import AdapterSettings
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind
+from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_sizes
 
 
@@ -31,7 +31,8 @@ class LoraMixin:
         self.dropout = settings.dropout
         column = isinstance(self, ColumnParallelLinear)
         world = self.tp_group.size()
-        self.kind = LinearKind(column, self.config.sequence_parallel, self.tp_group, world, settings.scaling)
+        chunks = self.config.communication_chunks or 1
+        self.kind = LinearKind(column, self.config.sequence_parallel, self.tp_group, world, settings.scaling, chunks)
         like = dict(dtype=self.weight.dtype, device=self.weight.device)
         sizes = linear_sizes(self.config.shape)[module_name]
         self.part_rows = {part: out // (world if column else 1) for part, (_, out) in sizes.items()}

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.models.norm import RMSNorm
 from mindspeed_llm.models.rope import softmax_scale
 from mindspeed_llm.ops.attention import attention

@@ -48,7 +48,8 @@ class BuildOptions:
             needs the count from the loss function); False averages micro-batches instead.
         mtp_loss_scaling_factor: weight of the mean loss of the multi-token prediction layers beside the model's own.
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
-        gradient_accumulation_fusion: megatron-core's linears add weight gradients to `main_grad` themselves.
+        gradient_accumulation_fusion: linears add weight gradients to `main_grad` inside the product.
+        communication_chunks: chunks in which linears overlap sending with multiplying, see `ModelConfig`.
         experts: how routed experts are computed and balanced.
         variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
         seed: of the initial weights.
@@ -78,6 +79,7 @@ class BuildOptions:
     mtp_loss_scaling_factor: float = 0.1
     loss_chunk_size: int | None = None
     gradient_accumulation_fusion: bool = False
+    communication_chunks: int | None = None
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     variable_seq_lengths: bool = False
     seed: int = 1234
@@ -140,6 +142,8 @@ def model_config(shape: ModelShape, options: BuildOptions):
         add_mlp_bias=shape.add_mlp_bias,
         padded_vocab_size=padded,
         loss_chunk_size=options.loss_chunk_size,
+        accumulate_weight_gradients=options.gradient_accumulation_fusion,
+        communication_chunks=options.communication_chunks,
         hidden_dropout=options.hidden_dropout,
         attention_dropout=attention_dropout,
         params_dtype=options.params_dtype,
@@ -177,7 +181,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=options.gradient_accumulation_fusion,
+        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )

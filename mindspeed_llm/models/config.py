@@ -22,6 +22,9 @@ class ModelConfig(TransformerConfig):
         add_attention_output_bias: bias of linear_proj.
         add_mlp_bias: bias of linear_fc1 and linear_fc2.
         padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
+        accumulate_weight_gradients: linears add their weights' gradients to `main_grad` inside the product.
+        communication_chunks: chunks in which linears overlap what they send with what they multiply under sequence
+            parallelism; None for megatron-core's own linears.
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
         ulysses_size: context-parallel ranks that exchange heads; the others form a ring.
         ring_window: ranks of an inner ring of that ring.
@@ -32,6 +35,8 @@ class ModelConfig(TransformerConfig):
     add_mlp_bias: bool = False
     padded_vocab_size: int = 0
     loss_chunk_size: int | None = None
+    accumulate_weight_gradients: bool = False
+    communication_chunks: int | None = None
     ulysses_size: int = 1
     ring_window: int = 1
 

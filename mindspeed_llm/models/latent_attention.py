@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from mindspeed_llm.models.attention import CausalSelfAttention
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import ColumnParallelLinear
 from mindspeed_llm.models.norm import RMSNorm, new_parameter
 from mindspeed_llm.ops.rotary import apply_interleaved_rotary, apply_rotary
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.ops.swiglu import swiglu
 
 # HF's names of the activations (transformers.activations.ACT2FN).

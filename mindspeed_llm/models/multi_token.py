@@ -17,7 +17,6 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -25,6 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import ColumnParallelLinear
 
 
 class MultiTokenPredictionLayer(MegatronModule):

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from mindspeed_llm import accelerator
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.plan.guarding import guarding_problems
 from mindspeed_llm.plan.monitoring import monitoring_problems
-
-# Apex's extension, by the name under which megatron-core imports it.
-ACCUMULATING_PRODUCT = "fused_weight_gradient_mlp_cuda"
-
-
-def can_accumulate_in_product() -> bool:
-    """Whether megatron-core's linears can add weight gradients to their sums inside the matrix product."""
-    on_cuda = accelerator.current().device_type == "cuda"
-    return on_cuda and importlib.util.find_spec(ACCUMULATING_PRODUCT) is not None
 
 
 def combination_problems(config: RunConfig) -> list[str]:
@@ -117,12 +106,19 @@ def _adapter_problems(config: RunConfig) -> list[str]:
 
 
 def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
-    c = config.checkpoint
+    c, o, p = config.checkpoint, config.operators, config.parallel
+    overlapped = o.use_ascend_coc or o.use_ascend_mc2
+    cut = p.sequence_parallel and p.tensor_model_parallel_size > 1
     return _lines(
         (
-            config.operators.gradient_accumulation_fusion and not can_accumulate_in_product(),
-            f"--gradient-accumulation-fusion needs a CUDA device and Apex's {ACCUMULATING_PRODUCT}, "
-            "which is not there; leave the flag out",
+            overlapped and not cut,
+            f"--use-ascend-{'mc2' if o.use_ascend_mc2 else 'coc'} needs --sequence-parallel and "
+            "--tensor-model-parallel-size of at least 2: nothing is sent otherwise",
+        ),
+        (o.use_ascend_coc and o.use_ascend_mc2, "--use-ascend-coc and --use-ascend-mc2 exclude each other; give one"),
+        (
+            o.coc_parallel_num > 1 and not o.use_ascend_coc,
+            "--coc-parallel-num has a meaning with --use-ascend-coc only",
         ),
         (
             c.no_save_optim and config.door in ("pretrain", "posttrain") and c.save is None,
@@ -135,7 +131,9 @@ def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
 def _device_problems(config: RunConfig) -> list[str]:
     """Options of one kind of device that are given on another."""
     device = accelerator.current().name if config.runtime.device == "auto" else config.runtime.device
-    given = [n for n in ("npu_deterministic", "hccl_group_buffer") if config.get(n)]
+    given = [n for n in ("npu_deterministic", "hccl_group_buffer", "use_ascend_mc2") if config.get(n)]
     if device == "npu":
         return []
-    return [f"--{n.replace('_', '-')} needs an Ascend NPU, and the device is {device}; leave the flag out" for n in given]
+    return [
+        f"--{n.replace('_', '-')} needs an Ascend NPU, and the device is {device}; leave the flag out" for n in given
+    ]

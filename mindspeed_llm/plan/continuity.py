@@ -15,6 +15,7 @@ RECORDED_BESIDE = ("bf16", "fp16", "num_threads")  # threads divide sums among t
 # About the machine or this start alone; trust in files, which a checkpoint cannot give itself; layers cut off already.
 NOT_RECORDED = (
     "cache_dir", "overwrite_cache", "workers", "trust_remote_code", "gradient_accumulation_fusion", "exit_interval",
+    "use_ascend_coc", "coc_parallel_num", "use_ascend_mc2",
     "exit_duration_in_mins", "eval_only", "truncate_layers", "ignore_config_field",
 )  # fmt: skip
 # Options that exclude or complete each other: who gives one decides about all.

@@ -231,6 +231,7 @@ def _assemble(config, layout, shape, stored_shape, weights, adapter_source, resu
             seq_length=seq_length,
             tp=tp,
             sequence_parallel=p.sequence_parallel,
+            chunks=config.operators.coc_parallel_num,
             padded=config.door == "pretrain" or t.pad_to_seq_length,
         )
     padded = padded_vocab_size(shape.vocab_size, tp, config.model.make_vocab_size_divisible_by)

@@ -180,8 +180,10 @@ def interleaving_rules(micro: int, global_batch: int, layout: ParallelLayout) ->
     ]
 
 
-def sequence_rules(shape: ModelShape, *, seq_length: int, tp: int, sequence_parallel: bool, padded: bool) -> list[Rule]:
-    """Conditions on the sample length."""
+def sequence_rules(
+    shape: ModelShape, *, seq_length: int, tp: int, sequence_parallel: bool, padded: bool, chunks: int = 1
+) -> list[Rule]:
+    """Conditions on the sample length; `chunks` are those of --coc-parallel-num."""
     rules = [
         Rule(
             "sequence",
@@ -191,13 +193,15 @@ def sequence_rules(shape: ModelShape, *, seq_length: int, tp: int, sequence_para
         )
     ]
     if sequence_parallel and padded:
-        lower = seq_length // tp * tp
+        parts = tp * chunks
+        lower = seq_length // parts * parts
+        divisor = f"tensor parallel {tp}" if chunks == 1 else f"(tensor parallel {tp} * chunks {chunks})"
         rules.append(
             Rule(
                 "sequence",
-                f"seq_length {seq_length} % tensor parallel {tp} = 0 (sequence parallel)",
-                seq_length % tp == 0,
-                f"{lower}, {lower + tp} for --seq-length",
+                f"seq_length {seq_length} % {divisor} = 0 (sequence parallel)",
+                seq_length % parts == 0,
+                f"{lower}, {lower + parts} for --seq-length",
             )
         )
     return rules

@@ -150,10 +150,9 @@ class TrainingData:
     def collate(self, samples: list[dict[str, Any]]) -> MicroBatch:
         """Samples to tensors in the form the options ask for."""
         t = self.plan.config.training
-        split = self.plan.layout.sequence_split
-        shared = math.lcm(
-            split.multiple, split.ranks * (self.plan.tensor_parallel_size if self.plan.sequence_parallel else 1)
-        )
+        split, chunks = self.plan.layout.sequence_split, self.plan.config.operators.coc_parallel_num
+        cuts = self.plan.tensor_parallel_size * chunks if self.plan.sequence_parallel else 1
+        shared = math.lcm(split.multiple, split.ranks * cuts)
         multiple = math.lcm(t.pad_to_multiple_of or 1, shared)
         row_length = -(-self.plan.seq_length // shared) * shared
         if self.plan.config.door == "pretrain":

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.config.hccl_groups import parse_buffers
+from mindspeed_llm.config.operators import OperatorConfig
 from mindspeed_llm.config.parallel import RuntimeConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
@@ -126,6 +127,9 @@ def choose_operators(plan: Plan) -> None:
         if not plan.config.get(option):
             for operator in operators:
                 registry.select(operator, registry.REFERENCE)
+    if plan.config.operators.use_ascend_mc2:
+        registry.select("all_gather_matmul", "npu_all_gather_base_mm")
+        registry.select("matmul_reduce_scatter", "npu_mm_reduce_scatter_base")
 
 
 def build_options(plan: Plan, *, initialize: bool) -> Any:
@@ -154,11 +158,19 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         mtp_loss_scaling_factor=c.training.mtp_loss_scaling_factor,
         loss_chunk_size=c.operators.loss_chunk_size,
         gradient_accumulation_fusion=c.operators.gradient_accumulation_fusion,
+        communication_chunks=communication_chunks(c.operators),
         experts=expert_options(plan),
         variable_seq_lengths=plan.pipeline_parallel_size > 1,
         seed=c.data.seed,
         initialize=initialize,
     )
+
+
+def communication_chunks(operators: OperatorConfig) -> int | None:
+    """Chunks in which linears overlap sending with multiplying; None where megatron-core's own are to be used."""
+    if operators.use_ascend_coc or operators.use_ascend_mc2:
+        return operators.coc_parallel_num
+    return None
 
 
 def expert_options(plan: Plan) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mindspeed_llm.data.record import IGNORE_INDEX
+from mindspeed_llm.ops.matmul_accumulate import matmul_accumulate
 from mindspeed_llm.testing.layouts import assert_same, compare, make_rows, train
 from mindspeed_llm.testing.pool import pool
 
@@ -122,29 +123,22 @@ def test_fp16_losses_are_scaled(alone):
 
 
 def train_with_fused_accumulation(*arguments):
-    """`train` with a plain stand-in for Apex's kernel, and how often it was called."""
-    from types import SimpleNamespace
+    """`train`, and the types of the sums that products were added to."""
+    from mindspeed_llm.models import linear
 
-    from megatron.core.tensor_parallel import layers
+    sums = []
 
-    calls = []
+    def accumulate(total, grad, x):
+        sums.append(total.dtype)
+        matmul_accumulate(total, grad, x)
 
-    def accumulate(inputs, grad_output, main_grad):
-        calls.append(main_grad.dtype)
-        main_grad += grad_output.float().t() @ inputs.float()
-
-    kernel = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
-    with (
-        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", kernel, create=True),
-        mock.patch.object(layers, "_grad_accum_fusion_available", True),
-        mock.patch("mindspeed_llm.plan.combinations.can_accumulate_in_product", lambda: True),
-    ):
-        return train(*arguments), len(calls)
+    with mock.patch.object(linear, "matmul_accumulate", accumulate):
+        return train(*arguments), sums
 
 
 @pytest.mark.parametrize("overlaps", ["", OVERLAPS])
 def test_gradients_accumulated_in_the_product_are_counted_once(alone, toy_qwen, overlaps):
     flags = f"--gradient-accumulation-fusion {overlaps}"
-    (found, calls), _ = pool(2).run(train_with_fused_accumulation, str(toy_qwen), flags, ROWS)
-    assert calls > 0
+    (found, sums), _ = pool(2).run(train_with_fused_accumulation, str(toy_qwen), flags, ROWS)
+    assert sums and set(sums) == {torch.float32}
     assert_same(found, alone())

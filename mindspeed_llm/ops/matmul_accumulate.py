@@ -1,0 +1,47 @@
+"""A weight's gradient added to its wide sum inside the matrix product: sum[o, i] += sum over rows r of dy[r, o] x[r, i].
+
+The product of half-precision factors is accumulated in fp32 and never rounded to half precision in between, and no
+gradient tensor of the weight's size is written and read again.
+Replaces Apex's fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32, which megatron-core calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+
+
+def matmul_accumulate(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add the product to `total` in place.
+
+    Args:
+        total: [out, in], in fp32 or in the factors' type.
+        grad: [..., out]; x: [..., in], over the same rows, of one type.
+    """
+    implementation("matmul_accumulate")(total, grad.flatten(0, -2), x.flatten(0, -2))
+
+
+@register("matmul_accumulate", "torch")
+def by_addmm(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """One product where the types are equal; other devices than CUDA round a half-precision product once."""
+    if total.dtype == x.dtype:
+        total.addmm_(grad.t(), x)
+    else:
+        total.add_(grad.t() @ x)
+
+
+@register("matmul_accumulate", "addmm_out_dtype", devices=("cuda",), priority=1)
+def by_wide_addmm(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """cuBLAS with half-precision factors and fp32 sums, as torch offers it since 2.8."""
+    if total.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
+    else:
+        by_addmm(total, grad, x)
+
+
+@register("matmul_accumulate", REFERENCE, priority=-1)
+def reference(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """The formula, in the type of the sum."""
+    total += torch.einsum("ro,ri->oi", grad.to(total.dtype), x.to(total.dtype))
