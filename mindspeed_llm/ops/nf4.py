@@ -163,7 +163,7 @@ def quantize_reference(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """The formula: the distance to every value of the table; of two equally near ones the smaller."""
     table = torch.tensor(NF4, device=x.device)
     scales, codes = [], []
-    for block in x.reshape(-1).float().split(block_size):
+    for block in x.reshape(-1).float().split(block_size) if x.numel() else ():
         scales.append(block.abs().max())
         scaled = block * (1.0 / scales[-1].clamp(min=SMALLEST_SCALE))
         codes.append((scaled[:, None] - table).abs().argmin(-1).to(torch.uint8))

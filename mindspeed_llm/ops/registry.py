@@ -91,6 +91,18 @@ def select(operator: str, name: str) -> None:
     _chosen[operator] = entries[name]
 
 
+def operators() -> list[str]:
+    """Names of all operators of the package."""
+    ops.load_all()
+    return sorted(_implementations)
+
+
+def implementations(operator: str) -> list[Implementation]:
+    """Every implementation of an operator, available here or not."""
+    ops.load_all()
+    return list(_known(operator))
+
+
 def chosen() -> dict[str, str]:
     """Operator -> name of the implementation in use, for every operator of the package."""
     ops.load_all()

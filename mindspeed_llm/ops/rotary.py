@@ -116,6 +116,11 @@ def split_qkv_rotary(
     return implementation("split_qkv_rotary")(qkv, num_groups, head_dim, table)
 
 
+def _grouped(qkv: Tensor, num_groups: int, head_dim: int) -> Tensor:
+    """[s, b, g (n/g + 2) d] -> [s, b, g, n/g + 2, d]."""
+    return qkv.view(*qkv.shape[:2], num_groups, qkv.shape[-1] // (num_groups * head_dim), head_dim)
+
+
 @register("split_qkv_rotary", "fused")
 def fused_split_qkv_rotary(
     qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None
@@ -130,7 +135,7 @@ class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None):
         s, b, _ = qkv.shape
-        grouped = qkv.view(s, b, num_groups, -1, head_dim)
+        grouped = _grouped(qkv, num_groups, head_dim)
         queries = grouped.shape[3] - 2
         ctx.queries, ctx.has_table = queries, table is not None
         ctx.save_for_backward(*(() if table is None else (table,)))
@@ -143,7 +148,7 @@ class _SplitRotate(torch.autograd.Function):
             rotate(grouped[..., :-2, :], table, query)
             rotate(grouped[..., -2, :], table, key)
         # A copy, so that qkv can be freed: attention saves its value.
-        return query.view(s, b, -1, head_dim), key, grouped[..., -1, :].contiguous()
+        return query.view(s, b, num_groups * queries, head_dim), key, grouped[..., -1, :].contiguous()
 
     @staticmethod
     def backward(ctx, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor):
@@ -158,7 +163,7 @@ class _SplitRotate(torch.autograd.Function):
             grad[..., :-2, :] = grad_query
             grad[..., -2, :] = grad_key
         grad[..., -1, :] = grad_value
-        return grad.view(s, b, -1), None, None, None
+        return grad.flatten(2), None, None, None
 
 
 @register("rotary", REFERENCE, priority=-1)
@@ -185,9 +190,8 @@ def split_qkv_rotary_reference(
     qkv: Tensor, num_groups: int, head_dim: int, table: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slices, then the formula, differentiated by autograd."""
-    s, b, _ = qkv.shape
-    grouped = qkv.view(s, b, num_groups, -1, head_dim)
-    query, key, value = grouped[..., :-2, :].reshape(s, b, -1, head_dim), grouped[..., -2, :], grouped[..., -1, :]
+    grouped = _grouped(qkv, num_groups, head_dim)
+    query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
     if table is None:
         return query, key, value
     return apply_rotary_reference(query, table), apply_rotary_reference(key, table), value
