@@ -15,6 +15,17 @@ from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.accelerator.tensor_methods import is_cuda
 
 
+class Overlay(types.ModuleType):
+    """A module of torch with some names replaced."""
+
+    def __init__(self, module: types.ModuleType, **names: Any):
+        super().__init__(module.__name__)
+        self.__dict__.update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
 class NcclOptions:
     """`torch.distributed.ProcessGroupNCCL.Options` where torch has none: holds what a program sets, for nobody."""
 
@@ -36,7 +47,12 @@ class DistributedNamespace(types.ModuleType):
         self.__path__ = torch.distributed.__path__
         for name in ("init_process_group", "new_group"):
             self.__dict__[name] = self._with_backend(getattr(torch.distributed, name), accelerator)
-        self.__dict__["init_device_mesh"] = self._on_accelerator(torch.distributed.init_device_mesh, accelerator)
+        mesh = torch.distributed.device_mesh
+        self.__dict__["init_device_mesh"] = _on_accelerator(mesh.init_device_mesh, accelerator)
+        self.__dict__["device_mesh"] = Overlay(
+            mesh, init_device_mesh=self.init_device_mesh, DeviceMesh=_mesh_class(accelerator)
+        )
+        self.__dict__["DeviceMesh"] = self.device_mesh.DeviceMesh
         if not hasattr(torch.distributed, "ProcessGroupNCCL"):
             self.__dict__["ProcessGroupNCCL"] = types.SimpleNamespace(Options=NcclOptions)
 
@@ -65,13 +81,33 @@ class DistributedNamespace(types.ModuleType):
 
         return with_backend
 
-    @staticmethod
-    def _on_accelerator(function: Callable, accelerator: Accelerator) -> Callable:
-        @functools.wraps(function)
-        def on_accelerator(device_type: str, *args: Any, **kwargs: Any) -> Any:
-            return function(accelerator.device_type if is_cuda(device_type) else device_type, *args, **kwargs)
 
-        return on_accelerator
+def _on_accelerator(function: Callable, accelerator: Accelerator) -> Callable:
+    @functools.wraps(function)
+    def on_accelerator(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return function(accelerator.device_type if is_cuda(device_type) else device_type, *args, **kwargs)
+
+    return on_accelerator
+
+
+def _mesh_class(accelerator: Accelerator) -> type:
+    """`DeviceMesh`, of the accelerator's devices where CUDA is named; isinstance is DeviceMesh's."""
+    mesh = torch.distributed.DeviceMesh
+
+    class MeshType(type):
+        def __call__(cls, device_type: str, *args: Any, **kwargs: Any) -> torch.distributed.DeviceMesh:
+            return mesh(accelerator.device_type if is_cuda(device_type) else device_type, *args, **kwargs)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, mesh)
+
+        def __getattr__(cls, name: str) -> Any:
+            return getattr(mesh, name)
+
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> torch.distributed.DeviceMesh:
+        return mesh.from_group(group, accelerator.device_type if is_cuda(device_type) else device_type, *args, **kwargs)
+
+    return MeshType("DeviceMesh", (), {"__module__": mesh.__module__, "from_group": staticmethod(from_group)})
 
 
 def _backend(asked: str, accelerator: Accelerator) -> str:

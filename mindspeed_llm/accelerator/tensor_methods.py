@@ -7,6 +7,7 @@ installed; each acts only when the calling module sees the facade, and is torch'
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,31 @@ def changes(accelerator: Accelerator, is_ours: Callable[[str], bool]) -> list[tu
         *_moving(accelerator, called_by_ours),
         *_asking(accelerator, called_by_ours),
         *_pinning(accelerator, called_by_ours),
+        *_making(accelerator, called_by_ours),
     ]
+
+
+def _making(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:
+    """What takes `device=` and makes tensors: torch.nn's layers, `tensor.new_zeros` and its like, `module.to_empty`."""
+    layers = {kind for kind in vars(torch.nn).values() if isinstance(kind, type) and issubclass(kind, torch.nn.Module)}
+    found = [(kind, "__init__") for kind in layers if "__init__" in vars(kind) and _takes_device(kind.__init__)]
+    found += [(torch.Tensor, name) for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")]
+
+    def on_device(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            if is_cuda(kwargs.get("device")) and called_by_ours():
+                kwargs["device"] = accelerator.current_device()
+            return function(*args, **kwargs)
+
+        return made
+
+    to_empty = (torch.nn.Module, "to_empty")
+    return [(kind, name, on_device(getattr(kind, name))) for kind, name in (*found, to_empty)]
+
+
+def _takes_device(function: Callable) -> bool:
+    return "device" in inspect.signature(function).parameters
 
 
 def _moving(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:

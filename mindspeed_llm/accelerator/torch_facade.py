@@ -74,7 +74,8 @@ class _Installation:
         facade = self.facade
         if facade is None:
             return []
-        inner = [(facade.cuda, torch.cuda), (facade.distributed, torch.distributed)]
+        meshes = (facade.distributed.device_mesh, torch.distributed.device_mesh)
+        inner = [(facade.cuda, torch.cuda), (facade.distributed, torch.distributed), meshes]
         return [(facade, torch), *inner, (facade.jit, torch.jit), (facade.amp, torch.amp)]
 
     def is_ours(self, name: str) -> bool:

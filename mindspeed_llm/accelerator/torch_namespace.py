@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mindspeed_llm.accelerator.cuda_namespace import CudaNamespace
-from mindspeed_llm.accelerator.distributed_namespace import DistributedNamespace
+from mindspeed_llm.accelerator.distributed_namespace import DistributedNamespace, Overlay
 from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.accelerator.tensor_methods import is_cuda
 
@@ -54,8 +54,8 @@ class TorchFacade(types.ModuleType):
         self.__dict__["device"] = _device_class(accelerator)
         self.__dict__["autocast"] = functools.partial(_autocast, accelerator)
         self.__dict__["compile"] = _no_compile
-        self.__dict__["jit"] = _Overlay(torch.jit, script=_no_compile)
-        self.__dict__["amp"] = _Overlay(torch.amp, autocast=self.__dict__["autocast"])
+        self.__dict__["jit"] = Overlay(torch.jit, script=_no_compile)
+        self.__dict__["amp"] = Overlay(torch.amp, autocast=self.__dict__["autocast"])
         self.__dict__["load"] = _load(accelerator)
         self.__dict__["Generator"] = _generator_class(accelerator)
         self.__dict__["set_default_device"] = _set_default_device(accelerator)
@@ -102,17 +102,6 @@ def _autocast(accelerator: Accelerator, device_type: str, *args: Any, **kwargs: 
 def _no_compile(function: Callable | None = None, **_options: Any) -> Callable:
     """torch.compile without compiling: it would need a C++ compiler on a CPU and seconds per function."""
     return function if function is not None else _no_compile
-
-
-class _Overlay(types.ModuleType):
-    """A module of torch with some names replaced."""
-
-    def __init__(self, module: types.ModuleType, **names: Any):
-        super().__init__(module.__name__)
-        self.__dict__.update(names, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
 
 
 def _load(accelerator: Accelerator) -> Callable:
