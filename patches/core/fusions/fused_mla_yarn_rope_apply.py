@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.rope import packed_positions
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention.rope import packed_positions
 from mindspeed_llm.patching import Patch
 
 

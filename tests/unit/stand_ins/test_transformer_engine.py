@@ -8,8 +8,8 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.stand_ins import scaled_causal_softmax, scaled_masked_softmax, weight_gradient
 from mindspeed_llm.models.stand_ins import transformer_engine as te
 from mindspeed_llm.models.stand_ins.grouped_gemm import ops as grouped_gemm
-from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import permutation
-from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention import MASK_TYPES
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import permutation, router
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention.dot_product import MASK_TYPES
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.cpp_extensions import general_gemm
 
 WIDE = torch.float64
@@ -125,7 +125,6 @@ def test_low_precision_and_user_buffers_are_refused_in_one_line():
         lambda: te.common.recipe.DelayedScaling(),
         lambda: te.pytorch.fp8_autocast(enabled=True),
         lambda: te.pytorch.Linear(4, 4, ub_overlap_ag=True),
-        lambda: te.pytorch.Linear(4, 4, delay_wgrad_compute=True),
     )
     for case in cases:
         with pytest.raises(UserError, match="is wrong, because .*; legal: .*; try: ") as refusal:
@@ -133,3 +132,105 @@ def test_low_precision_and_user_buffers_are_refused_in_one_line():
         assert "\n" not in str(refusal.value)
     with pytest.raises(TypeError, match="no argument"):
         te.pytorch.Linear(4, 4, unknown=1)
+
+
+def both_linears(fused, **options):
+    made = [te.pytorch.Linear(4, 3, fuse_wgrad_accumulation=fused, params_dtype=torch.float32, **options)]
+    made.append(te.pytorch.Linear(4, 3, delay_wgrad_compute=True, fuse_wgrad_accumulation=fused, **options))
+    made[1].load_state_dict(made[0].state_dict())
+    for module in made:
+        module.weight.main_grad = torch.zeros(3, 4)
+    return made
+
+
+@pytest.mark.parametrize("frozen_input", [False, True])
+def test_deferred_gradients_of_weights_come_later_and_are_the_same(frozen_input):
+    plain, later = both_linears(False)
+    calls = []
+    later.register_wgrad_accumulation_and_reduce_hooks(lambda: calls.append(later.weight.grad is not None))
+    assert later.weight.skip_backward_post_hook and not hasattr(plain.weight, "skip_backward_post_hook")
+    inputs = [torch.randn(5, 4) for _ in range(2)]
+    for module in (plain, later):
+        for x in inputs:
+            (module(x.clone().requires_grad_(not frozen_input)) ** 2).sum().backward()
+    assert later.weight.grad is None and calls == []
+    torch.testing.assert_close(later.bias.grad, plain.bias.grad)
+    later.backward_dw()
+    assert calls == [True] and not torch.allclose(later.weight.grad, plain.weight.grad)  # of the first pass alone
+    later.backward_dw()
+    torch.testing.assert_close(later.weight.grad, plain.weight.grad)
+    before = later.weight.grad.clone()
+    later.backward_dw()
+    assert torch.equal(later.weight.grad, before)
+
+
+def test_deferred_gradients_of_inputs_and_groups():
+    plain, later = (
+        te.pytorch.GroupedLinear(2, 4, 3, delay_wgrad_compute=delay, params_dtype=torch.float32)
+        for delay in (False, True)
+    )
+    later.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 4)
+    of_x = []
+    for module in (plain, later):
+        given = x.clone().requires_grad_()
+        (module(given, [2, 3]) ** 2).sum().backward()
+        of_x.append(given.grad)
+    torch.testing.assert_close(*of_x)
+    later.backward_dw()
+    for name in ("weight0", "weight1", "bias0", "bias1"):
+        torch.testing.assert_close(getattr(later, name).grad, getattr(plain, name).grad)
+
+
+def test_deferred_gradients_are_added_to_main_grad():
+    _, later = both_linears(True)
+    x = torch.randn(5, 4)
+    later.weight.grad_added_to_main_grad = False
+    later.weight.main_grad += 1
+    later(x).sum().backward()
+    later.backward_dw()
+    torch.testing.assert_close(later.weight.main_grad, torch.ones(3, 5) @ x + 1)
+    assert later.weight.grad_added_to_main_grad and later.weight.grad is not None
+
+
+ROUTES = [
+    {},
+    {"use_pre_softmax": True, "scaling_factor": 2.5},
+    {"use_pre_softmax": True, "num_groups": 4, "group_topk": 2},
+    {"score_function": "sigmoid"},
+    {"score_function": "sigmoid", "expert_bias": torch.linspace(-1, 1, 8), "num_groups": 4, "group_topk": 2},
+]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_fused_routing_is_megatrons_own(route):
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    logits = torch.randn(16, 8, requires_grad=True)
+    weights, chosen = router.fused_topk_with_score_function(logits, 4, **route)
+    expected, expected_map = topk_routing_with_score_function(logits, 4, **route)
+    assert torch.equal(chosen, expected_map) and chosen.dtype == torch.bool
+    torch.testing.assert_close(weights, expected)
+    of_ours, of_theirs = (torch.autograd.grad((w**2).sum(), logits)[0] for w in (weights, expected))
+    torch.testing.assert_close(of_ours, of_theirs)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_fused_balancing_loss_is_megatrons_own(score_function):
+    from megatron.core.transformer.moe import moe_utils
+
+    logits = torch.randn(16, 8)
+    chosen, scores = router.fused_compute_score_for_moe_aux_loss(logits, 2, score_function)
+    expected_map, expected = moe_utils.compute_routing_scores_for_aux_loss(logits, 2, score_function)
+    assert torch.equal(chosen, expected_map)
+    torch.testing.assert_close(scores, expected)
+    counts = chosen.sum(0)
+    loss = router.fused_moe_aux_loss(scores, counts, total_num_tokens=16, num_experts=8, topk=2, coeff=0.1)
+    torch.testing.assert_close(loss, moe_utils.switch_load_balancing_loss_func(expected, counts, 16, 2, 8, 0.1))
+
+
+def test_routing_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="score_function 'tanh' is wrong; legal"):
+        router.fused_topk_with_score_function(torch.randn(2, 4), 1, score_function="tanh")
+    with pytest.raises(ValueError, match="legal: softmax without expert_bias"):
+        router.fused_topk_with_score_function(torch.randn(2, 4), 1, expert_bias=torch.zeros(4))

@@ -9,6 +9,6 @@ from mindspeed_llm.models.stand_ins.transformer_engine import common, pytorch
 
 __all__ = ["common", "pytorch"]
 
-# The interface is this release's. Later ones promise megatron more: deferred weight gradients (2.3), fused routing
-# (2.7), learnable softmax offsets (2.8).
-__version__ = "2.2.0"
+# The interface is this release's. Later ones promise megatron more: learnable softmax offsets (2.8), the largest score
+# of each head (2.9), graphs that are captured again (2.10).
+__version__ = "2.7.0"

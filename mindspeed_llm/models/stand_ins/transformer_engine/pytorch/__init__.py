@@ -9,6 +9,7 @@ from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import (
     module,
     ops,
     permutation,
+    router,
     tensor,
 )
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention import DotProductAttention
@@ -36,5 +37,6 @@ __all__ = [
     "module",
     "ops",
     "permutation",
+    "router",
     "tensor",
 ]

@@ -8,22 +8,28 @@ from torch import Tensor
 
 from mindspeed_llm.models.stand_ins.transformer_engine.refusal import refuse
 
-IGNORED = -100  # TE's ignore_idx
-
 
 def parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduce_loss: bool = False, tp_group: Any = None
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    reduce_loss: bool = False,
+    tp_group: Any = None,
+    ignore_idx: int = -100,
+    is_cg_capturable: bool = False,
 ) -> Tensor:
-    """Loss of logits [a, b, v/tp] at labels [a, b], 0 where the label is -100; a number where reduce_loss.
+    """Loss of logits [a, b, v/tp] at labels [a, b], 0 where the label is ignore_idx; a number where reduce_loss.
 
     Raises:
-        UserError: labels are to be smoothed.
+        UserError: labels are to be smoothed, or the kernel is to be recorded in a CUDA graph.
     """
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     if label_smoothing:
         raise refuse(f"label_smoothing={label_smoothing}", "0")
-    ignored = labels == IGNORED
+    if is_cg_capturable:
+        raise refuse(f"is_cg_capturable={is_cg_capturable}", "False (leave CUDA graphs off)")
+    ignored = labels == ignore_idx
     loss = fused_vocab_parallel_cross_entropy(logits, labels.masked_fill(ignored, 0), tp_group)
     loss = loss.masked_fill(ignored, 0.0)
     return loss.sum() / (~ignored).sum() if reduce_loss else loss

@@ -38,6 +38,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
         device: Any = "cuda",
+        delay_wgrad_compute: bool = False,
         **overlap: Any,
     ):
         super().__init__()
@@ -61,6 +62,8 @@ class GroupedLinear(TransformerEngineBaseModule):
                 self.register_parameter(f"bias{index}", nn.Parameter(torch.zeros(self.out_features, **where)))
             else:
                 setattr(self, f"bias{index}", torch.empty(0, **where))
+        if delay_wgrad_compute:
+            self.defer_gradients(dict(self.named_parameters()))
 
     def forward(self, x: Tensor, m_splits: Sequence[int], is_first_microbatch: bool | None = None) -> Any:
         """Rows of the groups one after the other; with return_bias the biases of all groups come beside them."""
@@ -69,7 +72,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         rows = x.split([int(size) for size in m_splits])
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
         products = [
-            multiply(group, weight, bias, self.fuse_wgrad_accumulation)
+            multiply(group, weight, bias, self.fuse_wgrad_accumulation, self.deferred)
             for group, weight, bias in zip(rows, weights, added)
         ]
         out = torch.cat(products)

@@ -9,20 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.module.base import (
+    DeferredGradients,
     TransformerEngineBaseModule,
     device_of,
 )
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.norm import norm_parameter, normalize
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, fuse_wgrad_accumulation: bool, **parallel: Any) -> Tensor:
-    """x [..., in] weight [out, in]^T + bias through megatron's own function, which gathers, reduces and accumulates."""
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    fuse_wgrad_accumulation: bool,
+    deferred: DeferredGradients | None = None,
+    **parallel: Any,
+) -> Tensor:
+    """x [..., in] weight [out, in]^T + bias through megatron's own function, which gathers, reduces and accumulates.
+
+    Args:
+        deferred: keeps what the weight's gradient is made of, which is then not computed in the backward pass.
+    """
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
     options = {"allreduce_dgrad": False, "sequence_parallel": False, "tp_group": None, **parallel}
     if torch.is_autocast_enabled():
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    if deferred is not None:
+        return deferred.multiply(x, weight, bias, options)
     return linear_with_grad_accumulation_and_async_allreduce(
         x, weight, bias, gradient_accumulation_fusion=fuse_wgrad_accumulation, **options
     )
@@ -65,6 +79,7 @@ class _ParallelLinear(TransformerEngineBaseModule):
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
         device: Any = "cuda",
+        delay_wgrad_compute: bool = False,
         **overlap: Any,
     ):
         super().__init__()
@@ -94,6 +109,8 @@ class _ParallelLinear(TransformerEngineBaseModule):
             mark_cut(self.bias, 0)
         if bias and parallel_mode == "row":
             self.bias.sequence_parallel = self.sequence_parallel
+        if delay_wgrad_compute:
+            self.defer_gradients({"weight": self.weight, **({"bias": self.bias} if bias else {})})
 
     def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The product of this rank's part and what ranks must exchange for it."""
@@ -108,7 +125,9 @@ class _ParallelLinear(TransformerEngineBaseModule):
                 "tp_group": self.tp_group,
             }
         reduced = self.parallel_mode == "row" and self.tp_size > 1
-        out = multiply(x, self.weight, None if reduced else bias, self.fuse_wgrad_accumulation, **parallel)
+        out = multiply(
+            x, self.weight, None if reduced else bias, self.fuse_wgrad_accumulation, self.deferred, **parallel
+        )
         if reduced:
             if self.sequence_parallel:
                 out = mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,84 @@ def device_of(device: Any) -> torch.device:
     return accelerator.current().current_device()
 
 
+class _Recorded(torch.autograd.Function):
+    """out, whose gradient is handed to `keep` with x; the weight is here so that out has one when x has none."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, weight: Tensor, keep: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.keep = keep
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.keep(*ctx.saved_tensors, grad)
+        return grad, None, None, None
+
+
+class DeferredGradients:
+    """Gradients of weights that are computed after the backward pass, in the order of the backward passes.
+
+    Args:
+        fused: add them to `main_grad` instead of `grad`.
+    """
+
+    def __init__(self, fused: bool):
+        self.fused = fused
+        self._passes: list[tuple[nn.Parameter, Tensor, Tensor, Any]] = []
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """x [..., in] weight [out, in]^T + bias, with the gradient of x alone; options are those of megatron's layer.
+
+        The bias is added outside: its gradient costs little and comes with the backward pass.
+        """
+        from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
+
+        out = linear_with_frozen_weight(x, weight.detach(), None, gradient_accumulation_fusion=False, **options)
+        group = options["tp_group"] if options["sequence_parallel"] else None
+
+        def keep(x: Tensor, grad: Tensor) -> None:
+            self._passes.append((weight, x, grad, group))
+
+        out = _Recorded.apply(out, x.detach(), weight, keep)
+        return out if bias is None else out + bias
+
+    def compute(self) -> None:
+        """Add the gradients of the earliest pass: of each weight, once."""
+        done: set[int] = set()
+        later = []
+        for weight, x, grad, group in self._passes:
+            if id(weight) in done:
+                later.append((weight, x, grad, group))
+                continue
+            done.add(id(weight))
+            self._add(weight, x if group is None else _gathered(x, group), grad)
+        self._passes = later
+
+    def _add(self, weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
+        product = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        if self.fused:
+            weight.main_grad.add_(product)
+            weight.grad_added_to_main_grad = True
+            weight.grad = get_dummy_wgrad(weight.shape, weight.dtype)
+        else:
+            weight.grad = product.to(weight.dtype) if weight.grad is None else weight.grad + product
+
+
+def _gathered(x: Tensor, group: Any) -> Tensor:
+    """The whole sequence of which each rank of a group has a part."""
+    whole = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
 class TransformerEngineBaseModule(nn.Module):
     """A module whose state has an entry for scales, which is empty."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.deferred: DeferredGradients | None = None
+        self._hooks_of_gradients: list[Callable[[], None]] = []
         self.fp8 = self.fp8_calibration = False
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "recipe": None}
 
@@ -61,6 +134,23 @@ class TransformerEngineBaseModule(nn.Module):
         """Name the ranks among which the module is cut."""
         self.tp_group = group
 
+    def defer_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Leave the gradients of weights to `backward_dw`; megatron finds the parameters by an attribute."""
+        self.deferred = DeferredGradients(getattr(self, "fuse_wgrad_accumulation", False))
+        for parameter in parameters.values():
+            parameter.skip_backward_post_hook = True
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
+        """Call `hook` once the gradients that were left to `backward_dw` are there."""
+        self._hooks_of_gradients.append(hook)
+
+    def backward_dw(self) -> None:
+        """Compute the weights' gradients of the earliest backward pass they were left out of."""
+        if self.deferred is not None:
+            self.deferred.compute()
+            for hook in self._hooks_of_gradients:
+                hook()
+
     def refuse_overlap(self, options: dict[str, Any]) -> None:
         """Refuse what only Transformer Engine's kernels do, among further keyword arguments.
 
@@ -71,7 +161,7 @@ class TransformerEngineBaseModule(nn.Module):
         for name, value in options.items():
             if name in _WITHOUT_EFFECT:
                 continue
-            if not name.startswith("ub_") and name not in ("delay_wgrad_compute", "symmetric_ar_type"):
+            if not name.startswith("ub_") and name != "symmetric_ar_type":
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}")
             if value:
                 raise refuse(f"{name}={value}", f"{name}={None if name == 'symmetric_ar_type' else False}")

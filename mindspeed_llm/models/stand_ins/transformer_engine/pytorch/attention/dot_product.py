@@ -10,14 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.rope import apply_rotary_pos_emb
 from mindspeed_llm.models.stand_ins.transformer_engine.refusal import refuse
 from mindspeed_llm.ops.attention import attention
 from mindspeed_llm.ops.attention_masked import masked_attention
 from mindspeed_llm.parallel.context_attention import ContextParallelAttention
 from mindspeed_llm.parallel.context_split import SequenceSplit
-
-__all__ = ["DotProductAttention", "apply_rotary_pos_emb"]
 
 MASK_TYPES = (
     "no_mask",
