@@ -22,7 +22,7 @@ _MISSING = object()
 # Modules most of whose classes derive from the package: run anew as a whole.
 _WHOLE = ("megatron.core.extensions.transformer_engine",)
 # Beginnings of names that say whether a package was found; top-level assignments and `if` statements have them.
-_ASKED = ("HAVE_TE", "is_te_min_version")
+_ASKED = ("HAVE_TE", "HAVE_APEX_OR_TE", "is_te_min_version")
 # What a module caches about a package, to be forgotten with the stand-in.
 _CACHES = (("megatron.core.utils", "_te_version"),)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mindspeed_llm.models.stand_ins.softmax import softmax_backward
+from mindspeed_llm.ops.softmax import scaled_masked_softmax
 
 
 def forward(x: Tensor, scale: Tensor) -> Tensor:
     """[b n, s, s] -> causal softmax(scale x)."""
-    later = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-    return torch.softmax((x.float() * scale.item()).masked_fill(later, float("-inf")), dim=-1).to(x.dtype)
+    return scaled_masked_softmax(x, None, scale.item(), causal=True)
 
 
 backward = softmax_backward

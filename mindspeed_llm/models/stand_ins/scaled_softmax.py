@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mindspeed_llm.models.stand_ins.softmax import softmax_backward
+from mindspeed_llm.ops.softmax import scaled_masked_softmax
 
 
 def forward(x: Tensor, scale: Tensor) -> Tensor:
     """[b, n, s, s_k] -> softmax(scale x)."""
-    return torch.softmax(x * scale.item(), dim=-1, dtype=torch.float32).to(x.dtype)
+    return scaled_masked_softmax(x, None, scale.item())
 
 
 backward = softmax_backward

@@ -1,15 +1,15 @@
-"""What megatron's three softmax extensions share."""
+"""What megatron's three softmax extensions share; each is the operator of ops.softmax, forward and backward apart."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from mindspeed_llm.ops import softmax
 
 
 def softmax_backward(grad: Tensor, result: Tensor, scale: Tensor) -> Tensor:
     """Gradient of scores x for result = softmax(scale x), of the dtype of the result."""
-    wide = torch.ops.aten._softmax_backward_data(grad.float(), result.float(), -1, torch.float32)
-    return (wide * scale.item()).to(result.dtype)
+    return softmax.softmax_backward(grad, result, scale.item())
 
 
 def get_batch_per_block(sq: int, sk: int, b: int, n: int) -> int:

@@ -234,3 +234,59 @@ def test_routing_refuses_what_it_does_not_know():
         router.fused_topk_with_score_function(torch.randn(2, 4), 1, score_function="tanh")
     with pytest.raises(ValueError, match="legal: softmax without expert_bias"):
         router.fused_topk_with_score_function(torch.randn(2, 4), 1, expert_bias=torch.zeros(4))
+
+
+def adam_problem(dtype=torch.float32):
+    return [torch.nn.Parameter(torch.linspace(-1, 1, n).to(dtype)) for n in (5, 3)]
+
+
+def steps_of_adam(optimizer, parameters, of_gradient="grad", count=3):
+    for step in range(count):
+        for index, parameter in enumerate(parameters):
+            gradient = torch.sin(torch.arange(parameter.numel()) + step + index)
+            setattr(parameter, of_gradient, gradient.to(torch.float32 if of_gradient != "grad" else parameter.dtype))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_is_torchs(decoupled):
+    ours, theirs = adam_problem(), adam_problem()
+    settings = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.8, 0.9)}
+    optimizer = te.pytorch.optimizers.FusedAdam(ours, adam_w_mode=decoupled, **{**settings, "lr": None})
+    optimizer.param_groups[0]["lr"] = 0.1
+    steps_of_adam(optimizer, ours)
+    steps_of_adam((torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **settings), theirs)
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other)
+    assert optimizer.param_groups[0]["step"] == 3
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.float16])
+def test_adam_with_copies_of_parameters_goes_on_from_its_state(moments):
+    settings = {"lr": 0.01, "master_weights": True, "use_decoupled_grad": True, "exp_avg_dtype": moments}
+    exact = adam_problem(torch.bfloat16)
+    exact = [torch.nn.Parameter(parameter.detach().float()) for parameter in exact]
+    steps_of_adam(torch.optim.AdamW(exact, lr=0.01, weight_decay=0.0), exact, count=4)
+    ours = adam_problem(torch.bfloat16)
+    optimizer = te.pytorch.optimizers.FusedAdam(ours, **settings)
+    steps_of_adam(optimizer, ours, "decoupled_grad", 3)
+    kept = optimizer.state_dict()
+    assert all(state["exp_avg"].dtype == torch.float32 for state in kept["state"].values())
+    again = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    resumed = te.pytorch.optimizers.FusedAdam(again, **settings)
+    resumed.load_state_dict(kept)
+    for which, parameters in ((optimizer, ours), (resumed, again)):
+        for index, parameter in enumerate(parameters):
+            parameter.decoupled_grad = torch.sin(torch.arange(parameter.numel()) + 3.0 + index)
+        which.step()
+    for one, other, formula in zip(ours, again, exact):
+        assert torch.equal(one, other)
+        master = optimizer.get_unscaled_state(one, "master_param")
+        assert torch.equal(one, master.bfloat16()) and optimizer.state[one]["exp_avg"].dtype == moments
+        torch.testing.assert_close(master, formula, rtol=0, atol=1e-6 if moments == torch.float32 else 2e-3)
+
+
+def test_adam_refuses_what_it_does_not_do():
+    for wrong in ({"amsgrad": True}, {"capturable": True}, {"exp_avg_dtype": torch.uint8}):
+        with pytest.raises(UserError, match="is wrong, because .*; legal: "):
+            te.pytorch.optimizers.FusedAdam(adam_problem(), **wrong)

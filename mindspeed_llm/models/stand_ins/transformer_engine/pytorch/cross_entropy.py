@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mindspeed_llm.models.stand_ins.transformer_engine.refusal import refuse
+from mindspeed_llm.ops.cross_entropy import IGNORE_INDEX, vocab_parallel_cross_entropy
 
 
 def parallel_cross_entropy(
@@ -23,13 +24,10 @@ def parallel_cross_entropy(
     Raises:
         UserError: labels are to be smoothed, or the kernel is to be recorded in a CUDA graph.
     """
-    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-
     if label_smoothing:
         raise refuse(f"label_smoothing={label_smoothing}", "0")
     if is_cg_capturable:
         raise refuse(f"is_cg_capturable={is_cg_capturable}", "False (leave CUDA graphs off)")
     ignored = labels == ignore_idx
-    loss = fused_vocab_parallel_cross_entropy(logits, labels.masked_fill(ignored, 0), tp_group)
-    loss = loss.masked_fill(ignored, 0.0)
+    loss = vocab_parallel_cross_entropy(logits, labels.masked_fill(ignored, IGNORE_INDEX), tp_group)
     return loss.sum() / (~ignored).sum() if reduce_loss else loss

@@ -14,11 +14,11 @@ from mindspeed_llm.ops.norm import layer_norm, rms_norm
 def normalize(
     kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, zero_centered_gamma: bool
 ) -> Tensor:
-    """LayerNorm or RMSNorm of x [..., h]; with zero_centered_gamma the factor is 1 + weight, in x's dtype."""
-    factor = (weight + 1 if zero_centered_gamma else weight).to(x.dtype)
+    """LayerNorm or RMSNorm of x [..., h]; with zero_centered_gamma the factor is 1 + weight."""
+    offset = 1.0 if zero_centered_gamma else 0.0
     if kind == "RMSNorm":
-        return rms_norm(x, factor, eps)
-    return layer_norm(x, factor, bias.to(x.dtype), eps)
+        return rms_norm(x, weight, eps, offset)
+    return layer_norm(x, weight, bias, eps, offset)
 
 
 def norm_parameter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import norm
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.linear import multiply
 from mindspeed_llm.models.stand_ins.transformer_engine.refusal import refuse
-from mindspeed_llm.ops.swiglu import swiglu
+from mindspeed_llm.ops.activation import Gate, gated_activation
 
 
 class FusibleOperation(nn.Module):
@@ -30,14 +31,6 @@ class _Activation(FusibleOperation):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-def _gated(function):
-    def gate(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return function(gate) * up
-
-    return staticmethod(gate)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -66,19 +59,19 @@ class SiLU(_Activation):
 class GEGLU(_Activation):
     """gelu(first half) times second half."""
 
-    function = _gated(_gelu)
+    function = staticmethod(functools.partial(gated_activation, gate=Gate("gelu_tanh")))
 
 
 class ReGLU(_Activation):
     """relu(first half) times second half."""
 
-    function = _gated(F.relu)
+    function = staticmethod(functools.partial(gated_activation, gate=Gate("relu")))
 
 
 class SwiGLU(_Activation):
     """silu(first half) times second half."""
 
-    function = staticmethod(swiglu)
+    function = staticmethod(functools.partial(gated_activation, gate=Gate("silu")))
 
 
 class LayerNorm(norm.LayerNorm, FusibleOperation):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mindspeed_llm.ops.rotary import apply_neighbour_rotary, apply_rotary
+
 
 def _rotate(t: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first channels of t [..., d] by angles [..., r], r <= d; the others stay."""
-    width = angles.shape[-1]
-    turned, kept = t[..., :width], t[..., width:]
-    if interleaved:
-        other = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        other = torch.cat((-second, first), dim=-1)
-    rotated = turned.float() * angles.cos() + other.float() * angles.sin()
-    return torch.cat((rotated.to(t.dtype), kept), dim=-1)
+    """Rotate the first channels of t [a, b, n, d] by angles [a or 1, b or 1, 1, r], or of [t, n, d] by [t, 1, r]."""
+    # Megatron's angles of a pair stand next to each other, or a half apart; the operator takes each once.
+    each = angles[..., ::2] if interleaved else angles[..., : angles.shape[-1] // 2]
+    table = torch.stack((each.cos(), each.sin()))
+    if packed := t.dim() == 3:
+        t, table = t.unsqueeze(1), table.unsqueeze(2)
+    out = (apply_neighbour_rotary if interleaved else apply_rotary)(t, table)
+    return out.squeeze(1) if packed else out
 
 
 def packed_positions(cu_seqlens: Tensor, cp_size: int = 1, cp_rank: int = 0) -> Tensor:
@@ -59,7 +59,7 @@ def apply_rotary_pos_emb(
     if tensor_format == "sbhd":
         return _rotate(t, freqs[: t.shape[0]], interleaved)
     if tensor_format == "bshd":
-        return _rotate(t, freqs[: t.shape[1]].transpose(0, 1), interleaved)
+        return _rotate(t.transpose(0, 1), freqs[: t.shape[1]], interleaved).transpose(0, 1)
     if tensor_format != "thd":
         raise ValueError(f"tensor_format {tensor_format!r} is wrong; legal: sbhd, bshd, thd")
     return _rotate(t, freqs[packed_positions(cu_seqlens, cp_size, cp_rank), 0], interleaved)
