@@ -16,11 +16,15 @@ SOURCE = """
 import torch
 from torch import Tensor, device, zeros
 from torch.cuda import _lazy_call as lazy
+from torch.distributed.device_mesh import DeviceMesh
 
 TYPES = (torch.FloatTensor, torch.cuda.FloatTensor)
 
 def make(): return torch.zeros(2, device="cuda", pin_memory=True), zeros(1, device=torch.device("cuda:0"))
 def move(tensor): return tensor.cuda(), torch.nn.Linear(1, 1).cuda()
+def make_layers(): return torch.nn.Linear(1, 1, device="cuda"), torch.nn.LayerNorm(1, device="cuda:0")
+def make_like(tensor): return tensor.new_zeros(2, device="cuda"), tensor.new_full((2,), 1.0, device="cuda:0")
+def mesh(): return DeviceMesh("cuda", [0]), torch.distributed.device_mesh.init_device_mesh("cuda", (1,)), DeviceMesh
 def type_of(tensor): return tensor.type(), tensor.type(torch.float64)
 def available(): return torch.cuda.is_available()
 def import_within():
@@ -75,6 +79,34 @@ def test_a_module_that_assumes_cuda_runs_on_the_cpu(subject, install_first):
     code.run_lazily(calls)
     assert calls == [1]
     assert not hasattr(code.compiled, "_torchdynamo_orig_callable") and code.compiled(1) == 2
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("install_first", [True, False])
+def test_layers_and_tensors_like_others_are_made_on_the_cpu(subject, install_first):
+    before = dict(vars(torch.nn.Linear)), dict(vars(torch.Tensor))
+    code = subject(install_first)
+    assert [layer.weight.device.type for layer in code.make_layers()] == ["cpu", "cpu"]
+    assert [tensor.tolist() for tensor in code.make_like(torch.ones(1))] == [[0, 0], [1, 1]]
+    for function in (torch.nn.Linear, torch.ones(1).new_full):  # called from here, where CUDA means CUDA
+        with pytest.raises((RuntimeError, AssertionError)):
+            function((1,), 1, device="cuda")
+    torch_facade.uninstall()
+    assert (dict(vars(torch.nn.Linear)), dict(vars(torch.Tensor))) == before
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("install_first", [True, False])
+def test_meshes_are_of_the_cpu(subject, install_first, tmp_path):
+    code = subject(install_first)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        one, other, kind = code.mesh()
+        assert one.device_type == other.device_type == "cpu"
+        assert isinstance(other, kind) and not isinstance(1, kind)
+        assert kind.from_group(torch.distributed.group.WORLD, "cuda").device_type == "cpu"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @needs_no_cuda

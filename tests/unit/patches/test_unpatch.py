@@ -58,6 +58,51 @@ PROGRAM = """
     print("restored")
 """
 
+STRANGERS = """
+    import importlib, importlib.util, sys, types, warnings
+    warnings.simplefilter("ignore")
+    from mindspeed_llm.models import stand_ins
+
+    absent = [name for name in stand_ins.MODULES if importlib.util.find_spec(name) is None]
+    assert "transformer_engine" in absent, "nothing to show: Transformer Engine is installed"
+
+    def roots():
+        return {name.split(".")[0] for name in sys.modules}
+
+    def finds(importer, name):
+        stranger = types.ModuleType("stranger")
+        exec(f"import importlib\\ndef ask(name):\\n    return {importer}", vars(stranger))
+        try:
+            return stranger.ask(name) is not None
+        except ModuleNotFoundError:
+            return False
+
+    WAYS = ("__import__(name)", "importlib.import_module(name)", "importlib.util.find_spec(name)",
+            "exec('import ' + name, globals()) or True")
+    def found():
+        return {(way, name) for way in WAYS for name in absent if finds(way, name)} | (roots() & set(absent))
+
+    import mindspeed_llm.megatron_adaptor as adaptor
+    import transformer_engine
+    from megatron.core.extensions import transformer_engine as extension
+    import megatron.core.models.gpt.gpt_layer_specs, megatron.core.optimizer
+    assert extension.HAVE_TE and transformer_engine.__version__
+    assert found() == set()
+    from torch.utils._triton import has_triton_package
+    assert has_triton_package() == ("triton" not in absent)
+    import transformers, transformers.modeling_utils, peft
+    assert found() == set()
+    sys.modules["transformer_engine"] = transformer_engine  # what must not happen is noticed
+    assert ("__import__(name)", "transformer_engine") in found() and "transformer_engine" in found()
+    del sys.modules["transformer_engine"]
+    adaptor.unpatch()
+    assert found() == set()
+    try:
+        import transformer_engine
+    except ModuleNotFoundError:
+        print("invisible")
+"""
+
 
 def run(before):
     program = f"BEFORE = {before}\n" + textwrap.dedent(PROGRAM)
@@ -68,3 +113,9 @@ def test_everything_is_restored_whether_megatron_was_loaded_before_or_after():
     for before in (True, False):
         done = run(before)
         assert done.stdout.strip() == "restored", done.stderr[-3000:]
+
+
+def test_packages_that_are_stood_in_for_are_absent_to_everybody_else():
+    command = [sys.executable, "-c", textwrap.dedent(STRANGERS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "invisible", done.stderr[-3000:]
