@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
 
-
 CHUNK_NUMBERS = (1, 2, 4, 8)
 
 
@@ -17,8 +16,10 @@ class OperatorConfig:
     """On is the fused form of an operator; `--no-...` selects the plain torch reference it is tested against."""
 
     use_flash_attn: bool = option(True, help="attention without a materialised score matrix", level="advanced")
-    use_fused_rmsnorm: bool = option(True, help="norm as one operator", level="advanced")
-    use_fused_swiglu: bool = option(True, help="SiLU gate as one operator", level="advanced")
+    use_fused_rmsnorm: bool = option(
+        True, help="norm as one operator, after attention with the sum it normalises", level="advanced"
+    )
+    use_fused_swiglu: bool = option(True, help="gate of an MLP as one operator", level="advanced")
     use_fused_rotary_pos_emb: bool = option(True, help="rotary embedding as one operator", level="advanced")
     gradient_accumulation_fusion: bool = option(
         help="add weight gradients to their fp32 sums inside the matrix product",
@@ -42,6 +43,12 @@ class OperatorConfig:
         level="expert",
         doors=TRAINING_DOORS,
         also=("--use-mc2",),
+    )
+    cross_entropy_loss_fusion: bool = option(
+        True,
+        help="loss straight from hidden states, a chunk of logits at a time; without, all logits exist",
+        level="advanced",
+        doors=TRAINING_DOORS,
     )
     loss_chunk_size: int | None = option(
         help="labelled tokens whose logits exist at once in the loss; default: by memory",

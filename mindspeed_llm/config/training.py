@@ -110,6 +110,12 @@ class OptimizerConfig:
         help="iterations of the WSD schedule's decay; default: a tenth", level="advanced", check=at_least(1)
     )
     weight_decay: float = option(0.01, help="decay of matrices; norms and biases have none", check=at_least(0))
+    optimizer_selection: str = option(
+        "fused_adamw",
+        help="step of AdamW: the best kernel of the device, torch's fused kernel, or the plain formula",
+        level="advanced",
+        choices=("fused_adamw", "fused_torch_adamw", "adamw"),
+    )
     adam_beta1: float = option(0.9, help="decay of the first moment", level="advanced", check=at_least(0))
     adam_beta2: float = option(0.999, help="decay of the second moment", level="advanced", check=at_least(0))
     adam_eps: float = option(1e-8, help="epsilon of AdamW", level="advanced", check=above(0))

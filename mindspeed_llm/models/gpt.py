@@ -13,7 +13,6 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -22,6 +21,7 @@ from torch import Tensor
 from mindspeed_llm.models.attention import KeyValueCache, SelfAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.latent_attention import LatentAttention
+from mindspeed_llm.models.layer import DecoderLayer
 from mindspeed_llm.models.mlp import MLP
 from mindspeed_llm.models.moe.layer import forget_micro_batches, moe_specification
 from mindspeed_llm.models.multi_token import prediction_layers
@@ -42,7 +42,7 @@ def layer_specification(config: ModelConfig, layer: int) -> ModuleSpec:
     norm = norm_class(config)
     attention = LatentAttention if config.shape.multi_latent_attention else SelfAttention
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(module=attention),

@@ -14,7 +14,7 @@ from torch import Tensor
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
-from mindspeed_llm.ops.swiglu import swiglu
+from mindspeed_llm.ops.activation import Gate, gated_activation
 
 # HF's names of the activations (transformers.activations.ACT2FN).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,6 +39,16 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+def gate_of(name: str) -> Gate:
+    """The gate of the activation HF calls `name`.
+
+    Raises:
+        UserError: not one of `ACTIVATIONS`.
+    """
+    activation_function(name)
+    return Gate("gelu_tanh" if name in ("gelu_pytorch_tanh", "gelu_new") else name)
+
+
 class MLP(MegatronModule):
     """[s, b, h] -> [s, b, h]. LoRA replaces linear_fc1 and linear_fc2 by modules called alike, `(x) -> (out, bias)`."""
 
@@ -49,7 +59,7 @@ class MLP(MegatronModule):
         self.tp_group = ProcessGroupCollection.use_mpu_process_groups(["tp"]).tp if tp_group is None else tp_group
         self.gated = shape.gated_linear_unit
         self.activation = activation_function(shape.activation)
-        self.fused_swiglu = self.gated and shape.activation == "silu"
+        self.gate = gate_of(shape.activation) if self.gated else None
         # stride 2: a rank holds its gate rows, then its up rows.
         self.linear_fc1 = ColumnParallelLinear(
             shape.hidden_size,
@@ -82,12 +92,7 @@ class MLP(MegatronModule):
 
     def activate(self, intermediate: Tensor) -> Tensor:
         """[..., 2f] or [..., f] -> [..., f]."""
-        if self.fused_swiglu:
-            return swiglu(intermediate)
-        if self.gated:
-            gate, up = intermediate.chunk(2, dim=-1)
-            return self.activation(gate) * up
-        return self.activation(intermediate)
+        return self.activation(intermediate) if self.gate is None else gated_activation(intermediate, self.gate)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_llm import accelerator
-from mindspeed_llm.ops.norm import layer_norm, rms_norm
+from mindspeed_llm.ops.norm import add_rms_norm, layer_norm, rms_norm
 
 
 def new_parameter(size: tuple[int, ...], config: TransformerConfig) -> nn.Parameter:
@@ -24,16 +24,28 @@ class RMSNorm(nn.Module):
 
     Also q_layernorm and k_layernorm, over each head's channels: there every tensor-parallel rank normalises its own
     heads, and megatron sums the weight's gradient over the ranks because the configuration says qk_layernorm.
+    With layernorm_zero_centered_gamma the weight is kept as its difference from 1.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         self.weight = new_parameter((hidden_size,), config)
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+        self._made: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        made, self._made = self._made, None
+        if made is not None and made[0] is x:
+            return made[1]
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x + residual, normalised in the same pass; the next call on that very tensor returns what was made here."""
+        normed, total = add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        self._made = total, normed
+        return total
 
 
 class LayerNorm(nn.Module):
@@ -42,10 +54,11 @@ class LayerNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         self.weight = new_parameter((hidden_size,), config)
         self.bias = new_parameter((hidden_size,), config)
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 1.0 - self.offset)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.offset)

@@ -59,31 +59,25 @@ def linear_cross_entropy_sum(
     return implementation("linear_cross_entropy_sum")(hidden, weight, labels, vocab_size, group, chunk_rows)
 
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None = None, label_smoothing: float = 0.0
-) -> Tensor:
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Cross entropy of every row of logits.
 
     Args:
         logits: [..., v_local], this rank's contiguous slice of the vocabulary, all slices of one width.
         targets: integer [...], the same on every rank; rows of IGNORE_INDEX have loss and gradient zero.
         group: ranks that share the vocabulary, None for one.
-        label_smoothing: this much of the target's weight is spread over the other entries of the vocabulary, in equal
-            parts (Megatron-LM's rule).
 
     Returns:
         fp32 (fp64 for fp64 logits) [...]. The gradient of the logits is rounded to their dtype once.
 
     Raises:
-        ValueError: a target outside the vocabulary, or label_smoothing outside [0, 1).
+        ValueError: a target outside the vocabulary.
     """
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing {label_smoothing} is wrong; legal: from 0 to below 1")
     flat = targets.reshape(-1)
     size = logits.shape[-1] * (1 if group is None else group.size())
     _check_labels(flat[flat != IGNORE_INDEX], size)
     function = implementation("vocab_parallel_cross_entropy")
-    return function(logits.reshape(-1, logits.shape[-1]), flat, group, label_smoothing).view(targets.shape)
+    return function(logits.reshape(-1, logits.shape[-1]), flat, group).view(targets.shape)
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -240,16 +234,14 @@ def _to_gradient_(logits: Tensor, log_sum: Tensor, target: Tensor, factor: Tenso
 
 
 @register("vocab_parallel_cross_entropy", "torch")
-def torch_vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None, label_smoothing: float
-) -> Tensor:
+def torch_vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Saves the probabilities in the logits' dtype and nothing else; two collectives of a few numbers a row."""
-    return _VocabParallelCrossEntropy.apply(logits, targets, group, label_smoothing)
+    return _VocabParallelCrossEntropy.apply(logits, targets, group)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None, label_smoothing: float):
+    def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         several = group is not None and group.size() > 1
         width = logits.shape[1]
         wide = logits.to(_wide(logits.dtype), copy=True)
@@ -262,49 +254,29 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         wide.sub_(maximum)
         at_target = wide.new_zeros(wide.shape[0])
         at_target[inside] = wide[inside, own[inside]]
-        mean = wide.sum(-1) if label_smoothing else at_target.new_zeros(at_target.shape)
         total = wide.exp_().sum(-1)
         if several:
-            sums = torch.stack((total, at_target, mean))
+            sums = torch.stack((total, at_target))
             dist.all_reduce(sums, group=group)
-            total, at_target, mean = sums.unbind(0)
-        size = width * (group.size() if several else 1)
-        spread = _spread(label_smoothing, size)
-        # Of the target the weight 1 - smoothing, of each other entry smoothing / (v - 1).
-        log_sum = total.log()
-        loss = log_sum - (1 - spread * size) * at_target - spread * mean
+            total, at_target = sums.unbind(0)
         ctx.save_for_backward(wide.div_(total[:, None]).to(logits.dtype), inside, own[inside], kept)
-        ctx.spread, ctx.size = spread, size
-        return loss.masked_fill_(~kept, 0.0)
+        return (total.log() - at_target).masked_fill_(~kept, 0.0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         probabilities, rows, columns, kept = ctx.saved_tensors
         gradient = probabilities.to(grad.dtype, copy=True)
-        gradient[rows, columns] -= 1 - ctx.spread * ctx.size
-        if ctx.spread:
-            gradient -= ctx.spread
-        return gradient.mul_((grad * kept)[:, None]).to(probabilities.dtype), None, None, None
-
-
-def _spread(label_smoothing: float, vocab_size: int) -> float:
-    """The weight of an entry that is not the target."""
-    return label_smoothing / (vocab_size - 1) if label_smoothing else 0.0
+        gradient[rows, columns] -= 1
+        return gradient.mul_((grad * kept)[:, None]).to(probabilities.dtype), None, None
 
 
 @register("vocab_parallel_cross_entropy", REFERENCE, priority=-1)
-def vocab_parallel_reference(
-    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None, label_smoothing: float
-) -> Tensor:
+def vocab_parallel_reference(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The formula over the logits of all ranks, differentiated by autograd."""
     logits = _gathered(logits, group)
-    size = logits.shape[1]
-    log_probabilities = torch.log_softmax(logits.to(_wide(logits.dtype)), dim=-1)
-    kept = targets != IGNORE_INDEX
-    at_target = log_probabilities.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    spread = _spread(label_smoothing, size)
-    loss = -(1 - spread * size) * at_target - spread * log_probabilities.sum(-1)
-    return torch.where(kept, loss, 0.0)
+    return torch.nn.functional.cross_entropy(
+        logits.to(_wide(logits.dtype)), targets, ignore_index=IGNORE_INDEX, reduction="none"
+    )
 
 
 class _Gather(torch.autograd.Function):

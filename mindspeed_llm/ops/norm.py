@@ -56,6 +56,15 @@ def two_pass_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     return _RMSNorm.apply(x, weight, eps, offset)
 
 
+@register("add_rms_norm", "composed", devices=("cuda", "npu"), priority=1)
+def composed_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sum, then the device's kernel of the norm."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total
+
+
 @register("add_rms_norm", "two-pass")
 def two_pass_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0

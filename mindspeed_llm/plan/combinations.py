@@ -117,6 +117,10 @@ def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
         ),
         (o.use_ascend_coc and o.use_ascend_mc2, "--use-ascend-coc and --use-ascend-mc2 exclude each other; give one"),
         (
+            o.loss_chunk_size is not None and not o.cross_entropy_loss_fusion,
+            "--loss-chunk-size has no meaning with --no-cross-entropy-loss-fusion: all logits exist",
+        ),
+        (
             o.coc_parallel_num > 1 and not o.use_ascend_coc,
             "--coc-parallel-num has a meaning with --use-ascend-coc only",
         ),

@@ -23,7 +23,9 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
 
     local_vocabulary = plan.padded_vocab_size // plan.tensor_parallel_size
     loss_chunk = max(1, CHUNK_BYTES // (DTYPE_BYTES[plan.dtype_name] * local_vocabulary))
-    t = plan.config.training
+    t, o = plan.config.training, plan.config.operators
+    if not o.cross_entropy_loss_fusion:
+        loss_chunk = t.micro_batch_size * plan.seq_length
     return estimate(
         plan.shape,
         plan.layout,
@@ -35,7 +37,7 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=t.recompute_granularity,
-        loss_chunk=plan.config.operators.loss_chunk_size or loss_chunk,
+        loss_chunk=o.loss_chunk_size or loss_chunk,
     )
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
 from mindspeed_llm.config.training import OptimizerConfig
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.ops.adamw import FusedAdamW
 
 FULL_TUNING_LR = 1e-5
 DEFAULT_LR = 1e-4
@@ -55,18 +55,24 @@ def build_optimizer(
     if hasattr(megatron_optimizer, "get_standard_config_overrides"):  # since 0.16; 0.15 has the rule built in
         rule = {"config_overrides": megatron_optimizer.get_standard_config_overrides(settings)}
     optimizer = megatron_optimizer.get_megatron_optimizer(settings, chunks, **rule)
-    _use_fused_kernel(optimizer)
+    for part in optimizer_parts(optimizer):
+        _step_by_operator(part.optimizer, config.optimizer_selection)
     return optimizer
 
 
-def _use_fused_kernel(optimizer: Any) -> None:
-    """Let torch's AdamW update a tensor in one pass on CPUs and NPUs, where its default is one for each operation."""
-    if accelerator.current().device_type == "cuda":
-        return
-    for part in optimizer_parts(optimizer):
-        if isinstance(part.optimizer, torch.optim.Adam):
-            for group in part.optimizer.param_groups:
-                group["fused"], group["foreach"] = True, False
+def _step_by_operator(optimizer: Any, selection: str) -> None:
+    """Let torch's AdamW step by the operator, whose implementation `selection` has chosen.
+
+    Raises:
+        UserError: the optimizer is another package's and not the one asked for.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        FusedAdamW.take_over(optimizer)
+    elif optimizer is not None and selection != "fused_adamw":
+        raise UserError(
+            f"--optimizer-selection {selection}: is wrong, because megatron-core uses {type(optimizer).__module__} "
+            "where that is installed; legal: fused_adamw; try: an environment without it"
+        )
 
 
 def warmup_iterations(config: OptimizerConfig, decay_iters: int) -> int:

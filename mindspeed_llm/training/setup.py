@@ -110,10 +110,14 @@ FUSED_OPERATORS = {
         "attention_merge",
         "masked_attention",
     ),
-    "use_fused_rmsnorm": ("rms_norm",),
-    "use_fused_swiglu": ("swiglu",),
-    "use_fused_rotary_pos_emb": ("rotary", "split_qkv_rotary"),
+    "use_fused_rmsnorm": ("rms_norm", "add_rms_norm", "layer_norm"),
+    "use_fused_swiglu": ("swiglu", "gated_activation"),
+    "use_fused_rotary_pos_emb": ("rotary", "neighbour_rotary", "split_qkv_rotary"),
+    "cross_entropy_loss_fusion": ("linear_cross_entropy_sum", "vocab_parallel_cross_entropy"),
 }
+
+# --optimizer-selection -> the implementation of AdamW's step; None is the best of the device.
+ADAMW_STEPS = {"fused_adamw": None, "fused_torch_adamw": "torch-fused", "adamw": "reference"}
 
 
 def choose_operators(plan: Plan) -> None:
@@ -127,6 +131,8 @@ def choose_operators(plan: Plan) -> None:
         if not plan.config.get(option):
             for operator in operators:
                 registry.select(operator, registry.REFERENCE)
+    if step := ADAMW_STEPS[plan.config.optimizer.optimizer_selection]:
+        registry.select("adamw", step)
     if plan.config.operators.use_ascend_mc2:
         registry.select("all_gather_matmul", "npu_all_gather_base_mm")
         registry.select("matmul_reduce_scatter", "npu_mm_reduce_scatter_base")
@@ -181,6 +187,7 @@ def expert_options(plan: Plan) -> Any:
     return ExpertOptions(
         token_dispatcher_type=e.moe_token_dispatcher_type,
         grouped_gemm=e.moe_grouped_gemm,
+        permute_fusion=e.moe_permute_fusion,
         router_dtype=e.moe_router_dtype,
         router_load_balancing_type=tuple(e.moe_router_load_balancing_type),
         aux_loss_coeff=tuple(e.moe_aux_loss_coeff),

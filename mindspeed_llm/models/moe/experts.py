@@ -6,6 +6,7 @@ the ranks that share an expert), so nothing here communicates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.mlp import activation_function
+from mindspeed_llm.models.mlp import activation_function, gate_of
 from mindspeed_llm.models.moe.sharding import expert_sharded_state
+from mindspeed_llm.ops.activation import gated_activation
 from mindspeed_llm.ops.grouped_matmul import grouped_matmul
-from mindspeed_llm.ops.swiglu import swiglu
 
 
 def expert_weight(config: ModelConfig, *size: int) -> nn.Parameter:
@@ -36,17 +37,9 @@ def expert_weight(config: ModelConfig, *size: int) -> nn.Parameter:
 def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """[t, 2f] or [t, f] -> [t, f]: what stands between an expert's two linears."""
     shape = config.shape
-    if shape.gated_linear_unit and shape.activation == "silu":
-        return swiglu
-    function = activation_function(shape.activation)
-    if not shape.gated_linear_unit:
-        return function
-
-    def gated(intermediate: Tensor) -> Tensor:
-        gate, up = intermediate.chunk(2, dim=-1)
-        return function(gate) * up
-
-    return gated
+    if shape.gated_linear_unit:
+        return functools.partial(gated_activation, gate=gate_of(shape.activation))
+    return activation_function(shape.activation)
 
 
 def weighted(hidden: Tensor, probs: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def liger_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -
     return LigerRMSNormFunction.apply(x, weight, eps, offset, _casting(x, weight, offset), in_place)
 
 
-@register("add_rms_norm", "liger", devices=DEVICES, requires=REQUIRES, priority=1)
+@register("add_rms_norm", "liger", devices=DEVICES, requires=REQUIRES, priority=2)
 def liger_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,8 @@ def npu_split_qkv_rotary(
 
 def _fits(x: Tensor, table: Tensor) -> bool:
     width = 2 * table.shape[-1]
-    return x.dtype in FLOATS and width <= LARGEST_HEAD and max(x.shape[1:3]) <= LARGEST_COUNT and x.numel() > 0
+    same = x.dtype == table.dtype
+    return same and x.dtype in FLOATS and width <= LARGEST_HEAD and max(x.shape[1:3]) <= LARGEST_COUNT and x.numel() > 0
 
 
 def rotated(x: Tensor, table: Tensor, backwards: bool = False) -> Tensor:

@@ -22,9 +22,8 @@ class TorchNorm:
         kinds = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
         if config.normalization not in kinds:
             raise ValueError(f"normalization {config.normalization} has no torch implementation; legal: {list(kinds)}")
-        for name in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
-            if getattr(config, name):
-                raise ValueError(f"{name} is not implemented by the torch norms; set it to False")
+        if config.memory_efficient_layer_norm:
+            raise ValueError("memory_efficient_layer_norm is not implemented by the torch norms; set it to False")
         return kinds[config.normalization](config, hidden_size, eps)
 
 

@@ -225,7 +225,7 @@ def test_the_plain_formulas_can_be_selected_and_give_the_same_gradients():
         model(ids(1, 16), labels=ids(1, 16, seed=2), packed_seq_params=packed([0, 7, 16])).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    used = ("attention", "rms_norm", "rotary", "split_qkv_rotary", "swiglu")
+    used = ("attention", "rms_norm", "add_rms_norm", "rotary", "split_qkv_rotary", "swiglu", "linear_cross_entropy_sum")
     for shape in (LLAMA, dataclasses.replace(LLAMA, qk_layernorm=True, window_size=4)):
         fused = gradients(shape, None)
         operators = {name: registry.chosen()[name] for name in used}

@@ -154,6 +154,7 @@ CASES: dict[str, Case] = {
     "moe_router_topk_scaling_factor": case(2.5, **MOE),
     "moe_router_enable_expert_bias": case(True, **MOE, moe_router_score_function="sigmoid"),
     "moe_grouped_gemm": case(True, **MOE),
+    "moe_permute_fusion": case(False, **MOE),
     "moe_token_dispatcher_type": case("allgather", **MOE),
     "moe_router_dtype": case("fp32", **MOE),
     "moe_router_load_balancing_type": case(["seq_aux_loss"], **MOE, moe_aux_loss_coeff=[0.1]),
@@ -200,6 +201,7 @@ CASES: dict[str, Case] = {
     "use_ascend_coc": case(True, **CUT),
     "coc_parallel_num": case(4, before=2, **CUT, use_ascend_coc=True),
     "use_ascend_mc2": case(True, refused="after", **CUT),
+    "cross_entropy_loss_fusion": case(False),
     "loss_chunk_size": case(17),
     # training
     "stage": case("other", refused="after"),
@@ -235,6 +237,7 @@ CASES: dict[str, Case] = {
     "lr_warmup_init": case(1e-7),
     "lr_wsd_decay_style": case("linear", **WSD),
     "lr_wsd_decay_iters": case(3, **WSD),
+    "optimizer_selection": case("adamw"),
     "weight_decay": case(0.2),
     "adam_beta1": case(0.8),
     "adam_beta2": case(0.95),
