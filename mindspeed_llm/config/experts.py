@@ -89,6 +89,12 @@ class ExpertConfig:
         level="advanced",
         doors=(*TRAINING_DOORS, "inference", "convert"),
     )
+    moe_permute_fusion: bool = option(
+        True,
+        help="sort tokens by expert and back by operators that sum in fp32; off is megatron-core's indexing",
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )
     moe_token_dispatcher_type: str = option(
         "alltoall",
         help="alltoall sends tokens to their experts; allgather gives every rank all tokens (few experts, short rows)",

@@ -40,6 +40,12 @@ class ModelConfig(TransformerConfig):
     ulysses_size: int = 1
     ring_window: int = 1
 
+    def __post_init__(self):
+        # megatron-core asks for Transformer Engine's kernels here; ours come in by patches of what would call them.
+        fused, self.moe_permute_fusion = self.moe_permute_fusion, False
+        super().__post_init__()
+        self.moe_permute_fusion = fused
+
     @property
     def sequence_split(self) -> SequenceSplit:
         """How context-parallel ranks share a sequence."""

@@ -45,7 +45,7 @@ class Product:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + bias in one of the forms; under SP the gathered tensor is gathered again for the weight's gradient."""
+    """y = x W^T + bias in one of the forms; what SP gathers is gathered again for the weight's gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, how: Product) -> Tensor:

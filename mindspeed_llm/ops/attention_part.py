@@ -83,17 +83,25 @@ def merge_part(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> 
     implementation("attention_merge")(out, lse, part_out, part_lse)
 
 
-@register("attention_merge", REFERENCE)
-def merge_by_weights(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+@register("attention_merge", REFERENCE, priority=-1)
+def merge_reference(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """The formula."""
+    weights = torch.stack((lse, part_lse)).nan_to_num(neginf=torch.finfo(lse.dtype).min).softmax(0).unsqueeze(-1)
+    out.copy_(weights[0] * out + weights[1] * part_out)
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+@register("attention_merge", "torch")
+def merge_by_weights(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """In place, with one pass over `out`."""
     merged = torch.logaddexp(lse, part_lse)
     total = _finite(merged)
     out.mul_((lse - total).exp_().unsqueeze(-1)).addcmul_(part_out, (part_lse - total).exp_().unsqueeze(-1))
     lse.copy_(merged)
 
 
-@register("attention_part", REFERENCE)
-def part_by_rows(
+@register("attention_part", REFERENCE, priority=-1)
+def part_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,7 +110,69 @@ def part_by_rows(
     scale: float,
     hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula over blocks of rows, computed in fp32 at least."""
+    """The formula with every score in memory."""
+    scores, _, value = _all_scores(query, key, value, shift, window_size, scale, hidden)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bnst,tbne->sbne", (scores - _finite(lse).unsqueeze(-1)).exp(), value)
+    return out, lse.permute(2, 0, 1)
+
+
+@register("attention_part_backward", REFERENCE, priority=-1)
+def part_backward_reference(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    shift: int,
+    window_size: int | None,
+    scale: float,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula with every score in memory."""
+    groups, wide = key.shape[2], _wide(query)
+    grad, out, lse = grad.to(wide), out.to(wide), lse.to(wide)
+    scores, keys, values = _all_scores(query, key, value, shift, window_size, scale, hidden)
+    weights = (scores - _finite(lse).permute(1, 2, 0).unsqueeze(-1)).exp()
+    minus = (grad * out).sum(-1).permute(1, 2, 0).unsqueeze(-1)
+    grad_scores = scale * weights * (torch.einsum("sbne,tbne->bnst", grad, values) - minus)
+    grad_query = torch.einsum("bnst,tbnd->sbnd", grad_scores, keys)
+    by_query_head = (
+        torch.einsum("bnst,sbnd->tbnd", grad_scores, query.to(wide)),
+        torch.einsum("bnst,sbne->tbne", weights, grad),
+    )
+    return grad_query, *(x.unflatten(2, (groups, -1)).sum(3) for x in by_query_head)
+
+
+def _all_scores(
+    query: Tensor, key: Tensor, value: Tensor, shift: int, window_size: int | None, scale: float, hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [b, n, s, s_k], -inf where not seen; keys and values repeated for every query head, wide."""
+    repeats, wide = query.shape[2] // key.shape[2], _wide(query)
+    key, value = (x.to(wide).repeat_interleave(repeats, dim=2) for x in (key, value))
+    scores = torch.einsum("sbnd,tbnd->bnst", query.to(wide), key) * scale
+    if hidden is None:
+        position = torch.arange(shift, shift + query.shape[0], device=query.device)[:, None]
+        column = torch.arange(key.shape[0], device=query.device)
+        hidden = column > position
+        if window_size is not None:
+            hidden = hidden | (column <= position - window_size)
+    return scores.masked_fill(hidden, float("-inf")), key, value
+
+
+@register("attention_part", "rows")
+def part_by_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shift: int,
+    window_size: int | None,
+    scale: float,
+    hidden: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The formula over blocks of rows, computed in fp32 at least; scores may be capped (ops.attention)."""
     s, b, n, _ = query.shape
     g, wide = key.shape[2], _wide(query)
     rows_of, key, value = by_key_head(query.to(wide), g), by_head(key.to(wide)), by_head(value.to(wide))
@@ -111,14 +181,14 @@ def part_by_rows(
     for start, stop, first, last in _visible_blocks(s, key.shape[1], shift, window_size, hidden):
         rows = rows_of[:, start:stop].flatten(1, 2)
         unseen = _hidden(hidden, start, stop, first, last, shift, window_size, key)
-        scores = _scores(rows, key[:, first:last], unseen, scale)
+        scores = _scores(rows, key[:, first:last], unseen, scale, softcap)
         row_lse = scores.logsumexp(-1, keepdim=True)
         write_rows(lse[start:stop], row_lse)
         write_rows(out[start:stop], torch.bmm(scores.sub_(_finite(row_lse)).exp_(), value[:, first:last]))
     return out.view(s, b, n, -1), lse.view(s, b, n)
 
 
-@register("attention_part_backward", REFERENCE)
+@register("attention_part_backward", "rows")
 def part_backward_by_rows(
     grad: Tensor,
     query: Tensor,
@@ -130,6 +200,7 @@ def part_backward_by_rows(
     window_size: int | None,
     scale: float,
     hidden: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula over blocks of rows; the weights are computed again from the scores."""
     s, b, n, d = query.shape
@@ -145,10 +216,13 @@ def part_backward_by_rows(
         rows, grad_rows, row_lse, row_minus = (x[:, start:stop].flatten(1, 2) for x in (query, grad, lse, minus))
         columns = slice(first, last)
         unseen = _hidden(hidden, start, stop, first, last, shift, window_size, key)
-        scores = _scores(rows, key[:, columns], unseen, scale)
+        scores = _scores(rows, key[:, columns], unseen, scale, softcap)
+        slope = None if softcap is None else _slope(scores, softcap)
         weights = scores.sub_(row_lse).exp_()
         grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_rows)
         grad_scores = torch.bmm(grad_rows, value[:, columns].transpose(1, 2)).sub_(row_minus).mul_(weights).mul_(scale)
+        if slope is not None:
+            grad_scores.mul_(slope)
         write_rows(grad_query[start:stop], torch.bmm(grad_scores, key[:, columns]))
         grad_key[:, columns] += torch.bmm(grad_scores.transpose(1, 2), rows)
     grad_key, grad_value = (x.unflatten(0, (b, g)).permute(2, 0, 1, 3) for x in (grad_key, grad_value))
@@ -184,9 +258,16 @@ def _hidden(
     return unseen[None]
 
 
-def _scores(rows: Tensor, key: Tensor, unseen: Tensor | None, scale: float) -> Tensor:
+def _slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of softcap tanh(S / softcap) by S, from its value; 0 where a key is not seen."""
+    return capped.masked_fill(capped == float("-inf"), softcap).div_(softcap).square_().neg_().add_(1)
+
+
+def _scores(rows: Tensor, key: Tensor, unseen: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
     """Scores [b g, s r, s_k] of a block's queries [b g, s r, d], -inf where a key is not seen."""
     scores = torch.bmm(rows, key.transpose(1, 2)).mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if unseen is not None:
         batch, s, _ = unseen.shape
         scores.unflatten(0, (batch, -1)).unflatten(2, (s, -1)).masked_fill_(unseen[:, None, :, None], float("-inf"))

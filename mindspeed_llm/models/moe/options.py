@@ -15,6 +15,7 @@ class ExpertOptions:
     Args:
         token_dispatcher_type: "alltoall" (tokens travel to their experts) or "allgather" (every rank gets all tokens).
         grouped_gemm: all local experts in one grouped matrix product per linear.
+        permute_fusion: tokens are brought to their experts and back by ops.moe_permute; otherwise by megatron-core.
         router_dtype: "fp32" or "fp64" for the router's logits; None is the model's type.
         router_load_balancing_type: kinds of load-balancing losses: aux_loss (micro-batch), seq_aux_loss (row),
             global_aux_loss (global batch so far), none.
@@ -28,6 +29,7 @@ class ExpertOptions:
 
     token_dispatcher_type: str = "alltoall"
     grouped_gemm: bool = False
+    permute_fusion: bool = True
     router_dtype: str | None = None
     router_load_balancing_type: tuple[str, ...] = ("none",)
     aux_loss_coeff: tuple[float, ...] = (0.0,)
@@ -57,6 +59,7 @@ def expert_fields(shape: ModelShape, options: ExpertOptions) -> dict[str, Any]:
         "moe_router_enable_expert_bias": shape.moe_router_enable_expert_bias,
         "moe_token_dispatcher_type": options.token_dispatcher_type,
         "moe_grouped_gemm": options.grouped_gemm,
+        "moe_permute_fusion": options.permute_fusion,
         "moe_router_dtype": options.router_dtype,
         "moe_router_load_balancing_type": list(options.router_load_balancing_type),
         "moe_aux_loss_coeff": list(options.aux_loss_coeff),

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.ops.moe_gating import Gating, moe_gating
 
 
 def choose_experts(logits: Tensor, shape: ModelShape, score_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their weights.
-
-    Scores are the softmax (over all experts, or over the chosen ones) or the sigmoid of the logits. The bias takes part
-    in the choice alone. Sources: Mixtral, Qwen-MoE (softmax), DeepSeek-V2 (groups ranked by their best score),
-    DeepSeek-V3 (sigmoid, bias, groups ranked by their two best).
+    """The experts of each token and their weights, see ops.moe_gating.
 
     Args:
         logits: [t, e].
@@ -28,37 +25,22 @@ def choose_experts(logits: Tensor, shape: ModelShape, score_bias: Tensor | None 
     Returns:
         weights [t, k] in fp32 (fp64 for such logits), expert numbers [t, k].
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    softmax_later = shape.moe_router_score_function == "softmax" and not shape.moe_router_pre_softmax
-    if softmax_later:
-        scores = logits
-    elif shape.moe_router_score_function == "softmax":
-        scores = torch.softmax(logits, dim=-1)
-    else:
-        scores = torch.sigmoid(logits)
-    preferred = scores if score_bias is None else scores + score_bias
-    experts = _best(preferred.detach(), shape)
-    weights = scores.gather(1, experts)
-    if softmax_later:
-        weights = torch.softmax(weights, dim=-1)
-    elif shape.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    if shape.moe_router_topk_scaling_factor is not None:
-        weights = weights * shape.moe_router_topk_scaling_factor
-    return weights, experts
+    return moe_gating(logits, gating_of(shape), score_bias)
 
 
-def _best(scores: Tensor, shape: ModelShape) -> Tensor:
-    """[t, e] -> the k best experts [t, k], of the best groups where there are groups."""
-    groups, topk = shape.moe_router_num_groups, shape.moe_router_topk
-    if groups is None:
-        return scores.topk(topk, dim=-1).indices
-    chosen = shape.moe_router_group_topk
-    summed = shape.moe_router_group_score_topk or max(topk // chosen, 1)
-    grouped = scores.unflatten(1, (groups, -1))
-    best = grouped.topk(summed, dim=-1).values.sum(dim=-1).topk(chosen, dim=-1).indices
-    outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(1, best, False)
-    return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1).topk(topk, dim=-1).indices
+def gating_of(shape: ModelShape) -> Gating:
+    """How a model of this shape chooses experts."""
+    topk, groups, chosen = shape.moe_router_topk, shape.moe_router_num_groups, shape.moe_router_group_topk
+    return Gating(
+        topk=topk,
+        score_function=shape.moe_router_score_function,
+        pre_softmax=shape.moe_router_pre_softmax,
+        normalized=shape.norm_topk_prob,
+        scaling_factor=shape.moe_router_topk_scaling_factor,
+        num_groups=groups,
+        chosen_groups=chosen,
+        summed=1 if groups is None else shape.moe_router_group_score_topk or max(topk // chosen, 1),
+    )
 
 
 def routing_tables(weights: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

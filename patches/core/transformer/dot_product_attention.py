@@ -21,7 +21,6 @@ def _is_plain_causal(module: Any, mask: Tensor | None, mask_type: Any, bias: Ten
         and bias is None
         and (mask_type or module.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         and module.config.window_size is None
-        and module.config.softmax_type == "vanilla"
     )
 
 
@@ -48,15 +47,24 @@ def _fused_when_causal(original: Callable[..., Tensor]) -> Callable[..., Tensor]
 
         if not _is_plain_causal(self, attention_mask, attn_mask_type, attention_bias):
             return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
-        cu_seqlens = None
+        cu_seqlens, layout = None, "SBND"
         if packed_seq_params is not None:
-            cu_seqlens = packed_seq_params.cu_seqlens_q
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))  # thd comes without a batch dimension
+            cu_seqlens, layout = packed_seq_params.cu_seqlens_q, "TND"
         dropout = self.attention_dropout.p if self.training else 0.0
         # Under sequence parallelism megatron's TransformerBlock has forked the stream already.
         fork = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
-            return attention(query, key, value, cu_seqlens=cu_seqlens, dropout=dropout, scale=_scale(self))
+            out = attention(
+                query,
+                key,
+                value,
+                cu_seqlens=cu_seqlens,
+                dropout=dropout,
+                scale=_scale(self),
+                sinks=self.softmax_offset,
+                layout=layout,
+            )
+        return out.unsqueeze(1) if layout == "TND" else out
 
     return forward
 

@@ -90,17 +90,17 @@ def foreign_model(**options):
     return GPTModel(config, spec, 96, 64, position_embedding_type="rope", share_embeddings_and_output_weights=True)
 
 
-@pytest.mark.parametrize("layer_scaling", [False, True])
-def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(unpatched, layer_scaling):
+@pytest.mark.parametrize("options", [{}, {"apply_query_key_layer_scaling": True}, {"softmax_type": "learnable"}])
+def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(unpatched, options):
     import torch
 
     torch.set_num_threads(1)
     ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
     torch_facade.install(accelerator.current())
-    plain = foreign_model(apply_query_key_layer_scaling=layer_scaling)
+    plain = foreign_model(**options)
     expected = plain(ids, torch.arange(12)[None], None)
     megatron_adaptor.patch()
-    ours = foreign_model(apply_query_key_layer_scaling=layer_scaling)
+    ours = foreign_model(**options)
     ours.load_state_dict(plain.state_dict())
     for model in (ours, plain):  # attention is patched in both; the norms of `plain` are torch's
         torch.testing.assert_close(model(ids, torch.arange(12)[None], None), expected, rtol=1e-5, atol=1e-5)
