@@ -23,7 +23,6 @@ from torch import Tensor
 from mindspeed_llm import accelerator
 from mindspeed_llm.ops.registry import REFERENCE, implementation, implementations, register
 
-
 # What an implementation can do beyond causal attention of the newest queries; a call goes to the best that can do all
 # it asks for. Types and sizes that a kernel does not take it hands on by itself.
 DROPOUT, SOFTCAP, SINKS = "dropout", "softcap", "sinks"

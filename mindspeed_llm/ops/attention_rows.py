@@ -1,8 +1,8 @@
 """Attention with soft-capped scores and sinks, in blocks of rows: what torch's fused attention has no form for.
 
 Attention without a sink gives out and lse (ops.attention_part). With a sink z: L = log(exp(lse) + exp(z)) and
-out' = exp(lse - L) out. P = exp(S - L) and D = sum(dO out') then give all gradients as for a part of a whole, whose other
-part is the sink, of value 0: dz = - sum over rows of exp(z - L) D.
+out' = exp(lse - L) out. P = exp(S - L) and D = sum(dO out') then give all gradients as for a part of a whole, the sink
+being the other part, of value 0: dz = - sum over rows of exp(z - L) D.
 """
 
 from __future__ import annotations

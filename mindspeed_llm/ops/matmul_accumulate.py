@@ -1,4 +1,4 @@
-"""A weight's gradient added to its wide sum inside the matrix product: sum[o, i] += sum over rows r of dy[r, o] x[r, i].
+"""A weight's gradient added to its wide sum inside the matrix product: sum[o, i] += sum_r dy[r, o] x[r, i] over rows r.
 
 The product of half-precision factors is accumulated in fp32 and never rounded to half precision in between, and no
 gradient tensor of the weight's size is written and read again.

@@ -112,7 +112,7 @@ PATCHES = (
     Patch(
         name="moe-sort-chunks",
         target="megatron.core.transformer.moe.moe_utils:sort_chunks_by_idxs",
-        why="with fused permutation it calls Transformer Engine's kernel, where a concatenation of slices does the same",
+        why="with fused permutation it calls Transformer Engine's kernel; joining slices does the same",
         wrap=_chunks_without_transformer_engine,
         fingerprints={"0.15.3": "6397db58a923", "0.16.1": "bec6ad436867"},
     ),
