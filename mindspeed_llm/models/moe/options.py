@@ -15,7 +15,8 @@ class ExpertOptions:
     Args:
         token_dispatcher_type: "alltoall" (tokens travel to their experts) or "allgather" (every rank gets all tokens).
         grouped_gemm: all local experts in one grouped matrix product per linear.
-        permute_fusion: tokens are brought to their experts and back by ops.moe_permute; otherwise by megatron-core.
+        permute_fusion: tokens are brought to their experts and back by ops.moe_permute, which `patches.apply` puts into
+            megatron-core; otherwise by its own indexing.
         router_dtype: "fp32" or "fp64" for the router's logits; None is the model's type.
         router_load_balancing_type: kinds of load-balancing losses: aux_loss (micro-batch), seq_aux_loss (row),
             global_aux_loss (global batch so far), none.
@@ -29,7 +30,7 @@ class ExpertOptions:
 
     token_dispatcher_type: str = "alltoall"
     grouped_gemm: bool = False
-    permute_fusion: bool = True
+    permute_fusion: bool = False
     router_dtype: str | None = None
     router_load_balancing_type: tuple[str, ...] = ("none",)
     aux_loss_coeff: tuple[float, ...] = (0.0,)
