@@ -13,6 +13,7 @@ from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.cli.training import run_door
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.models.gpt import LanguageModel
+from mindspeed_llm.ops.registry import implementation
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
 from mindspeed_llm.testing.pool import pool
 from mindspeed_llm.training.report import Reporter
@@ -60,6 +61,32 @@ def alone(toy, rows):
 def test_experts_train_as_in_one_process(toy, rows, alone, layout):
     world, flags = LAYOUTS[layout]
     assert_same(pool(world).run(train, str(toy), BALANCE + flags, rows)[0], alone)
+
+
+def permuted_by_operator(*arguments):
+    """`train`, and how often tokens were brought to experts and back by our operators."""
+    from mindspeed_llm.ops import moe_permute
+
+    calls = {}
+
+    def counted(operator, function):
+        def call(*inputs):
+            calls[operator] = calls.get(operator, 0) + 1
+            return function(*inputs)
+
+        return call
+
+    with mock.patch.object(moe_permute, "implementation", lambda name: counted(name, implementation(name))):
+        return train(*arguments), calls
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather --no-padding-free --pad-to-seq-length --seq-length 24"])
+def test_tokens_are_brought_to_experts_alike_by_operator_and_by_megatron(toy, rows, dispatcher):
+    flags = f"--expert-model-parallel-size 2 --moe-token-dispatcher-type {dispatcher} {BALANCE}"
+    by_megatron, none = pool(2).run(permuted_by_operator, str(toy), f"{flags} --no-moe-permute-fusion", rows, 1)[0]
+    by_operator, calls = pool(2).run(permuted_by_operator, str(toy), flags, rows, 1)[0]
+    assert not none and calls["moe_permute"] == calls["moe_unpermute"] > 0
+    assert_same(by_operator, by_megatron)
 
 
 def test_stacked_experts_are_the_experts_one_by_one(toy, rows, alone):

@@ -24,9 +24,9 @@ def _fits(x: Tensor, group: dist.ProcessGroup) -> bool:
     return x.dtype in TYPES and group.size() in RANKS and x.shape[-1] in INNER_SIZES and x.numel() > 0
 
 
-def _communicator(group: dist.ProcessGroup) -> str:
+def _communicator(group: dist.ProcessGroup, device: torch.device) -> str:
     """HCCL's name of the group's communicator."""
-    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())
+    return group._get_backend(device).get_hccl_comm_name(dist.get_rank())
 
 
 @register("all_gather_matmul", "npu_all_gather_base_mm", devices=DEVICES, requires=REQUIRES, priority=-2)
@@ -35,7 +35,7 @@ def npu_all_gather_matmul(x: Tensor, weight: Tensor, group: dist.ProcessGroup, c
     if not _fits(x, group):
         return chunked_all_gather_matmul(x, weight, group, chunks)
     y, gathered = torch.ops.npu.npu_all_gather_base_mm(
-        x.flatten(0, -2).contiguous(), weight.t(), _communicator(group), group.size(), gather_output=True
+        x.flatten(0, -2).contiguous(), weight.t(), _communicator(group, x.device), group.size(), gather_output=True
     )
     middle = x.shape[1:-1]
     return y.view(-1, *middle, weight.shape[0]), gathered.view(-1, *x.shape[1:])
@@ -47,6 +47,6 @@ def npu_matmul_reduce_scatter(x: Tensor, weight: Tensor, group: dist.ProcessGrou
     if not _fits(x, group):
         return chunked_matmul_reduce_scatter(x, weight, group, chunks)
     y = torch.ops.npu.npu_mm_reduce_scatter_base(
-        x.flatten(0, -2).contiguous(), weight.t(), _communicator(group), group.size(), reduce_op="sum"
+        x.flatten(0, -2).contiguous(), weight.t(), _communicator(group, x.device), group.size(), reduce_op="sum"
     )
     return y.view(-1, *x.shape[1:-1], weight.shape[0])

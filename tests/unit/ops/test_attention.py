@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mindspeed_llm.ops import attention as attention_op
+from mindspeed_llm.ops import registry
 
 torch.set_num_threads(1)
 
@@ -82,3 +83,101 @@ def test_packed_attention_refuses_boundaries_that_do_not_fit():
         attention_op.attention(q, k, k, cu_seqlens=torch.tensor([0, 11]))
     with pytest.raises(ValueError, match="batch of 1"):
         attention_op.attention(random(12, 2, 4, 8), k, k, cu_seqlens=torch.tensor([0, 12]))
+
+
+# soft caps, sinks, dropout, layouts
+
+
+def some(s=7, s_k=None, n=4, g=2, d=8, e=8, b=2):
+    return random(s, b, n, d), random(s_k or s, b, g, d, seed=1), random(s_k or s, b, g, e, seed=2)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("sizes", [dict(s=1), dict(s=70), dict(s=3, s_k=9), dict(s=5, n=2, g=2, d=192, e=128)])
+def test_capped_scores_and_sinks(softcap, with_sinks, sizes):
+    inputs = (*some(**sizes), *([random(sizes.get("n", 4), seed=3)] if with_sinks else []))
+    options = dict(window_size=4, softcap=softcap)
+    assert_same(
+        lambda q, k, v, z=None: attention_op.attention(q, k, v, sinks=z, **options),
+        lambda q, k, v, z=None: attention_op.reference(q, k, v, sinks=z, **options),
+        inputs,
+    )
+
+
+def test_a_sink_takes_weight_and_a_cap_bounds_scores():
+    q, k, _ = some()
+    ones = torch.ones_like(k)
+    weights = attention_op.attention(q, k, ones, sinks=torch.zeros(4, dtype=torch.float64))
+    assert bool((weights < 1).all()) and torch.allclose(attention_op.attention(q, k, ones), torch.ones_like(weights))
+    # Scores within 1e-6 of each other: all weights alike.
+    evenly = attention_op.attention(q, k, k, softcap=1e-6)
+    torch.testing.assert_close(evenly[-1], k.mean(0).repeat_interleave(2, dim=1).flatten(1), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents_with_sinks_and_caps():
+    inputs = random(12, 1, 4, 8), random(12, 1, 2, 8, seed=1), random(12, 1, 2, 8, seed=2), random(4, seed=3)
+    options = dict(cu_seqlens=torch.tensor([0, 5, 5, 12]), softcap=1.5)
+    assert_same(
+        lambda q, k, v, z: attention_op.attention(q, k, v, sinks=z, **options),
+        lambda q, k, v, z: attention_op.reference(q, k, v, sinks=z, **options),
+        inputs,
+    )
+
+
+LAYOUTS = {
+    "BSND": lambda x: x.transpose(0, 1),
+    "BNSD": lambda x: x.permute(1, 2, 0, 3),
+    "SBH": lambda x: x.flatten(2),
+    "BSH": lambda x: x.flatten(2).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_views_of_one(layout):
+    q, k, v = some(e=5)
+    expected = attention_op.attention(q, k, v)
+    found = attention_op.attention(*map(LAYOUTS[layout], (q, k, v)), layout=layout, num_heads=(4, 2))
+    out = {"BNSD": expected.unflatten(2, (4, 5)).permute(1, 2, 0, 3), "SBH": expected}.get(layout)
+    assert torch.equal(found, expected.transpose(0, 1) if out is None else out)
+
+
+def test_documents_without_a_batch_dimension():
+    q, k, v = some(b=1)
+    bounds = torch.tensor([0, 3, 7])
+    found = attention_op.attention(q[:, 0], k[:, 0], v[:, 0], cu_seqlens=bounds, layout="TND")
+    assert torch.equal(found, attention_op.attention(q, k, v, cu_seqlens=bounds)[:, 0])
+
+
+@pytest.mark.parametrize("layout, message", [("SBHD", "legal: SBND"), ("BSH", "needs num_heads")])
+def test_other_layouts_are_refused(layout, message):
+    with pytest.raises(ValueError, match=message):
+        attention_op.attention(*some(), layout=layout)
+
+
+@pytest.mark.parametrize("extra", [{}, dict(softcap=2.0), dict(window_size=3)])
+def test_dropped_weights_are_the_same_backwards(extra):
+    """With values one-hot by position the output is the dropped weights themselves; so is the values' gradient."""
+    q, k, _ = some(n=2, g=2, b=1, d=7)
+    v = torch.eye(7, dtype=torch.float64)[:, None, None].expand(7, 1, 2, 7).clone().requires_grad_()
+    torch.manual_seed(0)
+    weights = attention_op.attention(q, k, v, dropout=0.5, **extra).unflatten(2, (2, 7))
+    assert 5 < int((weights == 0).sum()) - 2 * 21 < 2 * 28  # some are dropped beside those that causality hides
+    (grad,) = torch.autograd.grad(weights, v, torch.eye(7, dtype=torch.float64)[:, None, None].expand(7, 1, 2, 7))
+    torch.testing.assert_close(grad, weights.detach().permute(3, 1, 2, 0))
+
+
+def test_who_cannot_do_all_is_passed_over():
+    from mindspeed_llm.ops.attention_rows import row_attention
+
+    entries = {entry.name for entry in registry.implementations("attention")}
+    assert entries == set(attention_op.ABILITIES)
+    registry.reset()
+    assert attention_op._able({}, 0.0) is registry.implementation("attention")
+    assert attention_op._able({"sinks": 0}, 0.0) is row_attention
+    assert attention_op._able({"sinks": 0}, 0.5) is attention_op.all_scores
+    registry.select("attention", registry.REFERENCE)
+    assert attention_op._able({"softcap": 0}, 0.0) is attention_op.all_scores
+    registry.reset()
+    with pytest.raises(ValueError, match="no dropout"):
+        row_attention(*some(), None, 0.5, None)

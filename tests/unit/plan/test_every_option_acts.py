@@ -421,7 +421,10 @@ class Recorder:
 
 
 class OneProcess:
-    """What choose_trained asks of torch.distributed."""
+    """What choosing what is trained, and saying when to save, ask of torch.distributed."""
+
+    def is_initialized(self):
+        return True
 
     def get_rank(self):
         return 0
