@@ -183,7 +183,7 @@ def two_steps(toy_qwen, words, tmp_path_factory):
 def test_what_passes_through_another_layout_keeps_every_bit(two_steps, words, tmp_path, precision, processes, layout):
     """Loaded by a run that has nothing left to do, and saved again by it."""
     options, cache = words
-    line = f"{options} {precision} --load {two_steps[precision]} --save {tmp_path} --allow-change train-iters"
+    line = f"{options} {precision} --load {two_steps[precision]} --save {tmp_path}"
     start(processes, layout, line.replace("--train-iters 8", "--train-iters 2"), cache)
     (before, step), (after, step_after) = (pool(1).run(read, d)[0] for d in (two_steps[precision], tmp_path))
     assert step == step_after == 2

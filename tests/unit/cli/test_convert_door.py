@@ -101,11 +101,12 @@ def test_the_original_directory_gets_a_folder_and_keeps_its_files(chunked, six_l
 
 @pytest.fixture
 def foreign(chunked, tmp_path):
-    """Megatron files as another program leaves them: no record, no config.json."""
+    """Megatron files as another program leaves them: no record, no manifest, no config.json."""
     copy = tmp_path / "foreign"
     shutil.copytree(chunked, copy)
     for directory in copy.glob("iter_*"):
         (directory / "mindspeed_llm.json").unlink()
+        (directory / "manifest.json").unlink()
         shutil.rmtree(directory / "hf")
     return copy
 
