@@ -112,3 +112,14 @@ def test_sides_take_turns(modules):
 def test_runs_with_faults_are_compared_with_undisturbed_ones(script):
     result = script("faults", "--quick")
     assert result["faults"] == 2 and result["wrong"] == {} and result["most_iterations_lost"] <= 1
+
+
+def test_every_implementation_of_an_operator_is_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["operators", "--rounds", "1", "--operators", "rms_norm", "swiglu", "adamw"])
+    runpy.run_path(str(BENCHMARKS / "operators.py"), run_name="__main__")
+    machine, *records = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert machine["copy_GB_per_s"] > 0 and all(r["ms"] > 0 and r["of_copy"] > 0 for r in records)
+    measured = {(r["operator"], r["implementation"]) for r in records}
+    assert measured >= {("rms_norm", "two-pass"), ("rms_norm", "reference"), ("adamw", "torch-fused")}
+    assert sum(r["chosen"] for r in records) == 3
