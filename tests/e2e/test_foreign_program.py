@@ -36,6 +36,13 @@ def test_it_trains_on_one_process_and_on_two_with_either_kind_of_layer():
 
 
 @pytest.mark.slow
+def test_an_optimizer_that_keeps_its_own_copies_of_parameters_takes_the_same_steps():
+    usual, aware = losses(run(PROGRAM, 2)), losses(run(PROGRAM, 2, "--precision-aware"))
+    assert len(usual) == 4 and usual[-1] < usual[0] - 0.1
+    assert aware == pytest.approx(usual, abs=1e-3)  # three updates change the loss by 0.9
+
+
+@pytest.mark.slow
 def test_without_the_line_it_does_not_run(tmp_path):
     lines = PROGRAM.read_text().splitlines()
     kept = [line for line in lines if not line.startswith("import mindspeed_llm")]

@@ -103,12 +103,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--impl", default="transformer_engine")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--precision-aware", action="store_true")
     arguments = parser.parse_args()
     start(arguments.tp)
     model = build(arguments.impl, arguments.tp)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=0.01, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+            optimizer="adam",
+            lr=0.01,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            use_distributed_optimizer=True,
+            use_precision_aware_optimizer=arguments.precision_aware,
         ),
         [model],
     )
@@ -134,6 +140,7 @@ def main() -> None:
         mean = sum(each["loss"] for each in losses) / MICRO_BATCHES
         if torch.distributed.get_rank() == 0:
             print(f"step {step} loss {mean.item():.4f} memory {torch.cuda.memory_allocated() >= 0}", flush=True)
+    optimizer.load_state_dict(optimizer.state_dict())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
