@@ -93,12 +93,15 @@ class Twins:
     """A group of two ranks that hold the same."""
 
     def size(self) -> int:
+        """Number of ranks."""
         return 2
 
 
 class Done:
+    """The handle of a collective that has happened."""
+
     def wait(self) -> None:
-        pass
+        """Nothing is left to wait for."""
 
 
 def _among_twins(function: Any, x: Tensor, weight: Tensor, chunks: int) -> Any:
