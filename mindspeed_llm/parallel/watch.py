@@ -101,6 +101,7 @@ class Watch:
         own = is_own(error)
         savable = not isinstance(error, UserError)  # a refusal may be of the very state
         told = f"rank {self.rank} on {socket.gethostname()} failed first: {one_line(error)}"
+        self._tell_lines()  # those that came since the last sign of life; whoever ends the log reads them
         first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable))
         self.alerted.set()
         return first
@@ -117,6 +118,9 @@ class Watch:
                 return
             self.signs += 1
             self.store.set(f"beat/{self.rank}", sign_of_life(self.signs))
+        self._tell_lines()
+
+    def _tell_lines(self) -> None:
         if self.lines.count != self.told_lines:
             self.told_lines = self.lines.count
             self.store.set(f"lines/{self.rank}", self.lines.text())
