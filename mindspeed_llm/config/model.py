@@ -127,6 +127,12 @@ class ModelConfig:
     sliding_window: int | None = option(
         help="attend to the last N tokens only", kind="identity", level="advanced", check=at_least(1)
     )
+    attn_logit_softcapping: float | None = option(
+        help="bound of attention scores: bound * tanh(score / bound)",
+        kind="identity",
+        level="advanced",
+        check=above(0),
+    )
     init_method_std: float | None = option(help="standard deviation of initial weights", check=above(0))
     attention_dropout: float | None = option(help="dropout of attention probabilities", check=between(0, 0.99))
     hidden_dropout: float = option(0.0, help="dropout after attention and MLP", check=between(0, 0.99))

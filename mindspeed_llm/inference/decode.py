@@ -107,6 +107,7 @@ def decode_step(model: LanguageModel, cache: Cache, max_length: int) -> DecodeSt
     plain = all(
         isinstance(layer.self_attention, SelfAttention) and isinstance(layer.mlp, MLP) for layer in model.decoder.layers
     )
+    plain = plain and model.config.shape.attention_softcap is None  # which torch's fused attention does not have
     return DecodeStep(model, cache, max_length) if plain else ModelStep(model, cache)
 
 

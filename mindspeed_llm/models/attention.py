@@ -39,6 +39,7 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.window_size = config.window_of_layer(layer_number)
         self.scale = softmax_scale(config.shape)
+        self.softcap = config.shape.attention_softcap
         self.dropout = config.attention_dropout
 
     def forward(
@@ -59,6 +60,8 @@ class CoreAttention(nn.Module):
         # Heads differ between tensor-parallel ranks, so their masks come from the stream that differs too.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
             if hidden is not None:
+                if self.softcap is not None:
+                    raise ValueError("attention with a mask has no soft cap")
                 return masked_attention(query, key, value, hidden, dropout=dropout, scale=self.scale)
             return attention(
                 query,
@@ -68,6 +71,7 @@ class CoreAttention(nn.Module):
                 window_size=self.window_size,
                 dropout=dropout,
                 scale=self.scale,
+                softcap=self.softcap,
             )
 
 

@@ -120,6 +120,11 @@ def model_config(shape: ModelShape, options: BuildOptions):
             f"attention_dropout: {attention_dropout} is wrong, because context-parallel ranks do not draw weights to "
             "drop; legal: 0"
         )
+    if options.context_parallel_size > 1 and shape.attention_softcap is not None:
+        raise UserError(
+            f"attn_logit_softcapping: {shape.attention_softcap} is wrong, because context-parallel ranks do not bound "
+            "scores; legal: none; try: --context-parallel-size 1"
+        )
     padded = options.padded_vocab_size or padded_vocab_size(shape.vocab_size, tp, options.vocab_divisible_by)
     layouts.vocab_range(shape.vocab_size, padded, 0, tp)
     return ModelConfig(

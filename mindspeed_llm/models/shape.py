@@ -22,6 +22,7 @@ class ModelShape:
             "longrope"}; None means plain RoPE. `rope_theta` stays in `rotary_base`.
         window_size: sliding-window width in tokens counting the token itself (HF's `sliding_window`), None for full
             attention.
+        attention_softcap: attention scores stay below it, softcap tanh(score / softcap); None for no bound.
         window_layers: indices of the layers that use the window; None means all of them.
         vocab_size: the tokenizer-independent size in config.json; padding for tensor parallelism is a layout matter.
         add_qkv_bias, add_attention_output_bias, add_mlp_bias: biases of the three groups of linears.
@@ -102,6 +103,7 @@ class ModelShape:
     latent_norm_epsilon: float | None = None
     rotary_interleaved: bool = False
     mtp_num_layers: int = 0
+    attention_softcap: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ FACTS: dict[str, Callable[[ModelShape], Any]] = {
     **{name: (lambda s, name=name: getattr(s, name)) for name in LATENT_SIZES},
     "untie_embeddings_and_output_weights": lambda s: not s.tie_word_embeddings,
     "sliding_window": lambda s: s.window_size,
+    "attn_logit_softcapping": lambda s: s.attention_softcap,
     **EXPERT_FACTS,
 }
 
@@ -171,6 +172,7 @@ def shape_from_options(config: RunConfig, family: str, vocab_size: int) -> tuple
             **experts,
             tie_word_embeddings=not m.untie_embeddings_and_output_weights,
             window_size=m.sliding_window,
+            attention_softcap=m.attn_logit_softcapping,
             attention_dropout=m.attention_dropout or 0.0,
             init_method_std=m.init_method_std or 0.02,
         ),

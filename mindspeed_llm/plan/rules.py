@@ -144,6 +144,12 @@ def context_rules(shape: ModelShape, layout: ParallelLayout, *, attention_dropou
             ", ".join(map(str, divisors(ring))) + " for --cp-window-size",
         ),
         Rule("context", f"attention_dropout {attention_dropout} = 0", attention_dropout == 0, "--attention-dropout 0"),
+        Rule(
+            "context",
+            "no bound of attention scores (--attn-logit-softcapping)",
+            shape.attention_softcap is None,
+            "--context-parallel-size 1",
+        ),
     ]
 
 

@@ -71,12 +71,13 @@ def _table(title: str, rows: list[tuple[str, str]]):
 def _model(plan: Plan) -> list[tuple[str, str]]:
     s = plan.shape
     heads = f"{s.num_attention_heads} heads, {s.num_query_groups} key/value groups, width {s.kv_channels}"
+    bound = "" if s.attention_softcap is None else f", scores below {s.attention_softcap}"
     rows = [
         ("family", s.family),
         ("parameters", f"{s.num_parameters():,}"),
         ("layers", f"{s.num_layers} x hidden {s.hidden_size}, MLP {s.ffn_hidden_size}"),
         *_expert_row(s),
-        ("attention", heads + (f", window {s.window_size}" if s.window_size else "")),
+        ("attention", heads + (f", window {s.window_size}" if s.window_size else "") + bound),
         ("vocabulary", f"{s.vocab_size:,} (padded to {plan.padded_vocab_size:,})"),
         ("positions", f"{s.max_position_embeddings:,}, rope {(s.rope_scaling or {}).get('rope_type', 'default')}"),
         ("precision", plan.dtype_name),

@@ -133,6 +133,7 @@ CASES: dict[str, Case] = {
     "qk_layernorm": case(True),
     "untie_embeddings_and_output_weights": case(True),
     "sliding_window": case(8),
+    "attn_logit_softcapping": case(2.0),
     "init_method_std": case(0.5),
     "attention_dropout": case(0.1),
     "hidden_dropout": case(0.1),
