@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -29,7 +31,9 @@ class SumAndNorm:
         output, bias = output_and_bias
         if bias is not None:
             output = output + bias
-        return self.norm.of_sum(output, residual.to(output.dtype))
+        # megatron calls this with gradients enabled, also in generation, where nothing may be saved for them.
+        with torch.no_grad() if torch.is_inference_mode_enabled() else nullcontext():
+            return self.norm.of_sum(output, residual.to(output.dtype))
 
 
 class DecoderLayer(TransformerLayer):
