@@ -135,8 +135,8 @@ class RuntimeConfig:
         10.0, help="how long a collective may take before the run ends", check=above(0), level="advanced"
     )
     hang_timeout: float | None = option(
-        help="seconds after which a step that does not end is an error: it names the late ranks, shows their stacks and "
-        "saves the last finished step; default: --distributed-timeout-minutes ends it, without a word of who was late",
+        help="seconds after which a step that does not end is an error: it names the late ranks, shows their stacks "
+        "and saves the last finished step; default: --distributed-timeout-minutes ends it, without a word of who was late",
         check=above(0),
         doors=TRAINING_DOORS,
     )

@@ -51,9 +51,7 @@ class FusedAdam(torch.optim.Optimizer):
     ):
         given = {"amsgrad": amsgrad, "capturable": capturable, "bias_correction=False": not bias_correction}
         if asked := [name for name, value in given.items() if value]:
-            raise refuse(
-                f"FusedAdam's {', '.join(asked)}", "bias correction, no AMSGrad, no CUDA graphs"
-            )
+            raise refuse(f"FusedAdam's {', '.join(asked)}", "bias correction, no AMSGrad, no CUDA graphs")
         self.adam_w_mode, self.master_weights = adam_w_mode, master_weights
         self.use_decoupled_grad = use_decoupled_grad
         self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}
