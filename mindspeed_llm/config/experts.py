@@ -94,6 +94,7 @@ class ExpertConfig:
         help="sort tokens by expert and back by operators that sum in fp32; off is megatron-core's indexing",
         level="advanced",
         doors=TRAINING_DOORS,
+        also=("--use-fused-moe-token-permute-and-unpermute",),
     )
     moe_token_dispatcher_type: str = option(
         "alltoall",

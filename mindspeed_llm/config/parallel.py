@@ -136,7 +136,7 @@ class RuntimeConfig:
     )
     hang_timeout: float | None = option(
         help="seconds after which a step that does not end is an error: it names the late ranks, shows their stacks "
-        "and saves the last finished step; default: --distributed-timeout-minutes ends it, without a word of who was late",
+        "and saves the last finished step; default: --distributed-timeout-minutes ends it, naming nobody",
         check=above(0),
         doors=TRAINING_DOORS,
     )
