@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -31,9 +30,7 @@ class SumAndNorm:
         output, bias = output_and_bias
         if bias is not None:
             output = output + bias
-        # megatron calls this with gradients enabled, also in generation, where nothing may be saved for them.
-        with torch.no_grad() if torch.is_inference_mode_enabled() else nullcontext():
-            return self.norm.of_sum(output, residual.to(output.dtype))
+        return self.norm.of_sum(output, residual.to(output.dtype))
 
 
 class DecoderLayer(TransformerLayer):
@@ -41,5 +38,8 @@ class DecoderLayer(TransformerLayer):
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
+        # megatron enables gradients around its sums, for its fused ones: in generation and in the first pass of
+        # recomputation the norm would save tensors for a backward pass that does not come.
+        self.bias_dropout_add_exec_handler = nullcontext
         if isinstance(self.pre_mlp_layernorm, RMSNorm) and not self.hidden_dropout:
             self.self_attn_bda = SumAndNorm(self.pre_mlp_layernorm)

@@ -78,7 +78,7 @@ def test_context_parallelism(cp, ulysses, window, areas):
 
 
 def test_suggested_context_parallelism_is_legal():
-    exchange, ring, _ = context_rules(SHAPE, layout(2, cp=12, ulysses=3, ring_window=3), attention_dropout=0.0)
+    exchange, ring, *_ = context_rules(SHAPE, layout(2, cp=12, ulysses=3, ring_window=3), attention_dropout=0.0)
     assert exchange.legal.startswith("1, 2, 4 ranks") and ring.legal.startswith("1, 2, 4 for --cp-window-size")
     for ulysses, window in ((1, 3), (2, 6), (4, 1)):
         sizes = {"cp": 12, "ulysses": ulysses, "ring_window": window}
@@ -89,3 +89,9 @@ def test_dropped_attention_weights_are_refused_under_context_parallelism():
     (rule,) = broken(context_rules(SHAPE, layout(cp=2), attention_dropout=0.1))
     assert rule.problem() == "context: attention_dropout 0.1 = 0 does not hold; legal: --attention-dropout 0"
     assert context_rules(SHAPE, layout(), attention_dropout=0.1) == []
+
+
+def test_bounded_scores_are_refused_under_context_parallelism():
+    capped = dataclasses.replace(SHAPE, attention_softcap=2.0)
+    (rule,) = broken(context_rules(capped, layout(cp=2), attention_dropout=0.0))
+    assert "--attn-logit-softcapping" in rule.problem() and context_rules(capped, layout(), attention_dropout=0.0) == []
