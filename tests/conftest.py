@@ -1,6 +1,7 @@
 """What the whole suite shares: one thread per process, toy models built once, and no leftovers between tests."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +17,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.distributed)
             if item.get_closest_marker("fast") is None:
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session):
+    """What is patched while tests are collected is patched in all of them: the adaptor would answer for every optimizer."""
+    if "mindspeed_llm.megatron_adaptor" in sys.modules:
+        raise pytest.UsageError("a test module imports mindspeed_llm.megatron_adaptor at its top: import it in the test")
 
 
 @pytest.fixture(scope="session")

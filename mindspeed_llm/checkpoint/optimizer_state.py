@@ -128,11 +128,11 @@ def optimizer_step(optimizer: Any) -> int:
 def set_optimizer_step(optimizer: Any, step: int) -> None:
     """Set the updates done so far, for the bias correction."""
     for part in optimizer_parts(optimizer):
-        for state in part.optimizer.state.values():
-            if "step" in state:
+        if counts_by_parameter(part.optimizer):
+            for state in part.optimizer.state.values():
                 state["step"] = torch.tensor(float(step), dtype=torch.float32)
-        for group in part.optimizer.param_groups:
-            if "step" in group:  # Apex and Transformer Engine count by group
+        else:  # whether a count is there or not: a fresh optimizer has none
+            for group in part.optimizer.param_groups:
                 group["step"] = step
 
 
@@ -152,11 +152,16 @@ def load_grad_scaler_state(optimizer: Any, state: dict[str, Any] | None) -> None
             part.grad_scaler.load_state_dict(state | {"scale": scale})
 
 
+def counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer keeps its updates in each parameter's state (torch), not in the group (Apex, TE)."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
 def allocate_moments(optimizer: Any) -> None:
     """Give a fresh optimizer the moments that loading fills; torch has none before the first step."""
     for own in own_states(optimizer):
         if own.main is not None and not own.part.optimizer.state[own.main]:
-            own.part.optimizer.state[own.main] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                **{name: torch.zeros_like(own.main, dtype=torch.float32) for name in MOMENTS},
-            }
+            state = {name: torch.zeros_like(own.main, dtype=torch.float32) for name in MOMENTS}
+            if counts_by_parameter(own.part.optimizer):
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            own.part.optimizer.state[own.main] = state

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindspeed_llm import accelerator, megatron_adaptor, patches, patching
+from mindspeed_llm import accelerator, patches, patching
 from mindspeed_llm.accelerator import torch_facade
 from mindspeed_llm.patches import catalogue
 from mindspeed_llm.patching.patch import check_fingerprint, locate
@@ -10,9 +10,12 @@ from mindspeed_llm.patching.registry import installed_version
 
 
 @pytest.fixture
-def unpatched():
+def megatron_adaptor():
+    """The adaptor with everything undone: its import patches, so no test module imports it at the top."""
+    from mindspeed_llm import megatron_adaptor
+
     megatron_adaptor.unpatch()
-    yield
+    yield megatron_adaptor
     # As the rest of the suite has it: the doors' facade, without stand-ins.
     megatron_adaptor.unpatch()
     torch_facade.install(accelerator.current())
@@ -20,14 +23,14 @@ def unpatched():
 
 
 @pytest.mark.parametrize("patch", [patch for patch in catalogue() if not patch.optional], ids=lambda patch: patch.name)
-def test_the_target_exists_with_the_source_it_was_written_against(unpatched, patch):
+def test_the_target_exists_with_the_source_it_was_written_against(megatron_adaptor, patch):
     check_fingerprint(patch, locate(patch).value, installed_version(patch.module_name))
     assert installed_version(patch.module_name) in patch.fingerprints
     assert set(patch.fingerprints) <= {"0.15.3", "0.16.1"}
     assert len(patch.why.split()) > 5
 
 
-def test_without_transformer_engine_its_version_is_simply_too_old(unpatched):
+def test_without_transformer_engine_its_version_is_simply_too_old(megatron_adaptor):
     from megatron.core import utils
     from megatron.core.optimizer import optimizer_config
 
@@ -37,7 +40,7 @@ def test_without_transformer_engine_its_version_is_simply_too_old(unpatched):
     assert utils.is_te_min_version("3.0") is False and optimizer_config.is_te_min_version("3.0") is False
 
 
-def test_without_stand_in_its_version_is_too_old_as_well(unpatched):
+def test_without_stand_in_its_version_is_too_old_as_well(megatron_adaptor):
     from megatron.core import utils
 
     torch_facade.install(accelerator.current())
@@ -45,7 +48,7 @@ def test_without_stand_in_its_version_is_too_old_as_well(unpatched):
     assert utils.is_te_min_version("1.0") is False
 
 
-def test_patching_twice_adds_nothing_and_unpatching_restores(unpatched):
+def test_patching_twice_adds_nothing_and_unpatching_restores(megatron_adaptor):
     import megatron.core.utils
     import torch
 
@@ -91,7 +94,7 @@ def foreign_model(**options):
 
 
 @pytest.mark.parametrize("options", [{}, {"apply_query_key_layer_scaling": True}, {"softmax_type": "learnable"}])
-def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(unpatched, options):
+def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(megatron_adaptor, options):
     import torch
 
     torch.set_num_threads(1)
@@ -108,7 +111,7 @@ def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(un
     assert not torch.allclose(ours(ids, torch.arange(12)[None], mask), expected, atol=1e-3)
 
 
-def test_a_foreign_local_model_takes_packed_documents(unpatched):
+def test_a_foreign_local_model_takes_packed_documents(megatron_adaptor):
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
 

@@ -83,6 +83,20 @@ def test_a_state_that_is_not_restored_is_noticed(saved, resume):
         assert len(found) == 3 and found != saved[0][2:], name
 
 
+def test_an_optimizer_that_counts_by_group_goes_on(toy_llama, rows, door, tmp_path, monkeypatch):
+    """Where Apex or Transformer Engine is installed, megatron takes theirs: a fresh one of it holds no count."""
+    from megatron.core import optimizer
+
+    from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.optimizers import FusedAdam
+
+    monkeypatch.setattr(optimizer, "Adam", FusedAdam)
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setenv("MINDSPEED_LLM_CACHE", str(rows.parent / "cache"))
+    run = f"{FLAGS} --data-path {rows} --save {tmp_path / 'out'} --save-interval 2"
+    whole = steps(door("posttrain", f"{run} --load {toy_llama}"))
+    assert steps(door("posttrain", f"--load {tmp_path / 'out'} --ckpt-step 2")) == whole[2:]
+
+
 def test_the_position_in_the_data_is_said(resume, capsys):
     resume(3)
     said = capsys.readouterr().out
