@@ -13,13 +13,25 @@ serves both branches. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Mo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_llm.ops.parallel_matmul import all_gather_matmul, matmul_reduce_scatter
+
+
+class FrozenWeight(Protocol):
+    """A frozen weight that is kept in another form than the matrix it stands for, for instance quantised."""
+
+    def materialize(self) -> Tensor:
+        """This rank's matrix [out, in] in the type of the computation; made anew by every call."""
+
+
+def dense(weight: Tensor | FrozenWeight) -> Tensor:
+    """The matrix itself."""
+    return weight if isinstance(weight, Tensor) else weight.materialize()
 
 
 @dataclass(frozen=True)
@@ -85,13 +97,14 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     """y = linear(x) + s adapter(dropped), with gradients for x, `dropped`, A and B only.
 
     Shapes: x [s, b, in], W [out, in], bias [out] or None, A [R, in], B [out, R]; all local to this rank. `dropped` is
-    x after dropout, or None when there is none.
+    x after dropout, or None when there is none. W may be a `FrozenWeight`: then that object waits for the backward
+    pass, and the matrix lives no longer than the product that needs it.
     """
 
     @staticmethod
     def forward(ctx, x, dropped, weight, bias, lora_a, lora_b, kind: LinearKind):
         """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
-        parallel = kind.world > 1
+        parallel, frozen, weight = kind.world > 1, weight, dense(weight)
         source = x if dropped is None else dropped
         narrow = product(source, lora_a)
         cut = parallel and kind.sequence_parallel
@@ -110,7 +123,9 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
                 y, narrow = all_reduce(y, kind), all_reduce(narrow, kind)
         add_product(y, narrow, lora_b.t(), kind.scaling)
         ctx.kind, ctx.has_dropout = kind, dropped is not None
-        ctx.save_for_backward(source, narrow, weight, lora_a, lora_b)
+        # A tensor goes the way of saved tensors, so that hooks on them see it; an object is held as it is.
+        ctx.frozen = None if isinstance(frozen, Tensor) else frozen
+        ctx.save_for_backward(source, narrow, weight if ctx.frozen is None else None, lora_a, lora_b)
         return y
 
     @staticmethod
@@ -119,6 +134,8 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         kind, (source, narrow, weight, lora_a, lora_b) = ctx.kind, ctx.saved_tensors
         parallel = kind.world > 1
         wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        if wants_x:
+            weight = dense(weight if ctx.frozen is None else ctx.frozen)
         grad_b = outer_sum(dy, narrow) * kind.scaling
         cut = parallel and kind.sequence_parallel
         grad_x = grad_dropped = None
