@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_llm.config.run import RunConfig
@@ -27,37 +29,74 @@ class AdapterSettings:
     """What defines a set of adapters; recorded inside every adapter checkpoint.
 
     Args:
-        rank: r; A is [r, in] per adapter, B [out, r].
-        alpha: the adapter's output is scaled by alpha / rank.
+        rank: r where `ranks` says nothing else; A is [r, in] per adapter, B [out, r].
+        alpha: likewise; the adapter's output is scaled by alpha / r.
         dropout: probability of zeroing an input of A while training.
         targets: megatron-core linear -> its adapted parts. An empty tuple means one adapter over the whole fused
             linear (one A shared by all parts, upstream's `linear_qkv`); names mean an A of its own for each part.
+        layers: linear -> the layers that have an adapter on it, where those are not all.
+        ranks: linear, or "linear/part" for a part with an A of its own -> its rank (PEFT's rank_pattern).
+        alphas: linear or "linear/part" -> its alpha (PEFT's alpha_pattern).
+        use_rslora: scale by alpha / sqrt(r) instead. Kalajdzievski, "A Rank Stabilization Scaling Factor for
+            Fine-Tuning with LoRA" (2023), equation 4.
+        use_dora: the sum of weight and adapter gives directions only, and each output row has a trained magnitude.
+            Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024), equation 5.
+        loraplus_lr_ratio: learning rate of B (and of magnitudes) over that of A. Hayou et al., "LoRA+: Efficient Low
+            Rank Adaptation of Large Models" (2024).
     """
 
     rank: int
     alpha: float
     dropout: float
     targets: Mapping[str, tuple[str, ...]]
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    loraplus_lr_ratio: float = 1.0
 
-    @property
-    def scaling(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+    def rank_of(self, module: str, part: str) -> int:
+        """Rank of the adapter of one part of a linear."""
+        return self.ranks.get(f"{module}/{part}", self.ranks.get(module, self.rank))
+
+    def alpha_of(self, module: str, part: str) -> float:
+        """alpha of the adapter of one part of a linear."""
+        return self.alphas.get(f"{module}/{part}", self.alphas.get(module, self.alpha))
+
+    def scaling_of(self, module: str, part: str) -> float:
+        """What the product of B and A of one part of a linear is multiplied by."""
+        rank = self.rank_of(module, part)
+        return self.alpha_of(module, part) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def adapts(self, module: str, layer: int) -> bool:
+        """Whether a linear of one layer has an adapter."""
+        return module in self.targets and layer in self.layers.get(module, (layer,))
 
     def to_json(self) -> dict[str, Any]:
         """A json record, read back by `from_json`."""
-        return {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "targets": {module: list(parts) for module, parts in self.targets.items()},
-        }
+        record = dataclasses.asdict(self)
+        record["targets"] = {module: list(parts) for module, parts in self.targets.items()}
+        record["layers"] = {module: list(layers) for module, layers in self.layers.items()}
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> AdapterSettings:
-        """The settings recorded by `to_json`."""
-        targets = {module: tuple(parts) for module, parts in record["targets"].items()}
-        return cls(record["rank"], record["alpha"], record["dropout"], targets)
+        """The settings recorded by `to_json`, also by versions that knew fewer of them.
+
+        Raises:
+            UserError: a newer version recorded a setting that is not known here.
+        """
+        known = {each.name for each in dataclasses.fields(cls)}
+        if unknown := sorted(set(record) - known):
+            raise UserError(
+                f"lora: setting {unknown[0]!r} in the checkpoint's record is not known, because a newer version wrote "
+                f"it; legal: {', '.join(sorted(known))}; try: that version"
+            )
+        values = dict(record)
+        values["targets"] = {module: tuple(parts) for module, parts in record["targets"].items()}
+        values["layers"] = {module: tuple(layers) for module, layers in record.get("layers", {}).items()}
+        return cls(**values)
 
 
 def resolve_targets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
