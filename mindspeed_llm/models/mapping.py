@@ -51,11 +51,11 @@ def tensor_pairs(shape: ModelShape) -> list[TensorPair]:
     single = [(i, rule) for i, rule in enumerate(rules) if rule not in per_layer]
     ordered: list[tuple[TensorRule, int]] = [(rule, 0) for i, rule in single if i < first_layer_rule]
     ordered += [
-        (rule, layer) for layer in range(shape.num_layers) for rule in per_layer if _is_in_layer(rule, layer, shape)
+        (rule, layer) for layer in range(shape.num_layers) for rule in per_layer if is_in_layer(rule, layer, shape)
     ]
     ordered += [(rule, 0) for i, rule in single if i > first_layer_rule]
     further = range(shape.num_layers, shape.num_layers + shape.mtp_num_layers)
-    ordered += [(rule, layer) for layer in further for rule in per_layer if _is_in_layer(rule, layer, shape)]
+    ordered += [(rule, layer) for layer in further for rule in per_layer if is_in_layer(rule, layer, shape)]
     return [
         _pair(rule, layer, expert, shape)
         for rule, layer in ordered
@@ -63,7 +63,8 @@ def tensor_pairs(shape: ModelShape) -> list[TensorPair]:
     ]
 
 
-def _is_in_layer(rule: TensorRule, layer: int, shape: ModelShape) -> bool:
+def is_in_layer(rule: TensorRule, layer: int, shape: ModelShape) -> bool:
+    """Whether a layer has this rule's tensor; prediction layers count on behind the last one."""
     if rule.layers == "mtp":
         return layer >= shape.num_layers
     return rule.layers == "all" or (rule.layers == "moe") == shape.is_moe_layer(layer)
@@ -71,7 +72,7 @@ def _is_in_layer(rule: TensorRule, layer: int, shape: ModelShape) -> bool:
 
 def exists(rule: TensorRule, shape: ModelShape) -> bool:
     """Whether the shape has this rule's tensor, in some layer at least."""
-    if not any(_is_in_layer(rule, layer, shape) for layer in range(shape.num_layers + shape.mtp_num_layers)):
+    if not any(is_in_layer(rule, layer, shape) for layer in range(shape.num_layers + shape.mtp_num_layers)):
         return False
     if rule.when is None:
         return True
@@ -91,7 +92,7 @@ def _pair(rule: TensorRule, layer: int, expert: int, shape: ModelShape) -> Tenso
     def named(name: str) -> str:
         return name.replace("{i}", str(layer)).replace("{e}", str(expert))
 
-    mcore = named(_of_prediction(rule.mcore, layer - shape.num_layers) if layer >= shape.num_layers else rule.mcore)
+    mcore = named(of_prediction(rule.mcore, layer - shape.num_layers) if layer >= shape.num_layers else rule.mcore)
     layout, dims = layouts.layout_of(mcore), layouts.full_shape(mcore, shape)
     hf_dims: tuple[tuple[int, ...], ...] = (dims,)
     if rule.transform == "parts":
@@ -102,7 +103,7 @@ def _pair(rule: TensorRule, layer: int, expert: int, shape: ModelShape) -> Tenso
     return TensorPair(mcore, tuple(map(named, rule.hf)), rule.transform, layout, dims, hf_dims, copies)
 
 
-def _of_prediction(mcore: str, number: int) -> str:
+def of_prediction(mcore: str, number: int) -> str:
     """The name in a multi-token prediction layer (from 0) of what a rule calls decoder.layers.{i}.x, or mtp...{m}.x."""
     return mcore.replace("decoder.layers.{i}.", "mtp.layers.{m}.transformer_layer.").replace("{m}", str(number))
 
