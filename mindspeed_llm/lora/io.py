@@ -13,7 +13,6 @@ from mindspeed_llm.lora.layers import LoraMixin
 from mindspeed_llm.lora.peft_format import read_peft
 from mindspeed_llm.lora.tensors import AdapterTensors, read_adapters, read_trained_base
 from mindspeed_llm.models.initialize import global_name
-from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.plan.adapters import AdapterSettings
 
 
@@ -43,16 +42,19 @@ def load_adapters(model: nn.Module, directory: Path, kind: str, settings: Adapte
             )
     filled = 0
     for path, module in adapted_modules(model).items():
-        layer = layer_index(global_name(path + ".weight", model.config, model.vp_stage, model.pp_group.rank()))
-        filled += fill_adapter(module, layer, tensors)
+        filled += fill_adapter(module, global_name(path, model.config, model.vp_stage, model.pp_group.rank()), tensors)
     return filled
 
 
 @torch.no_grad()
-def fill_adapter(module: LoraMixin, layer: int, tensors: AdapterTensors) -> int:
-    """Copy this rank's slices of one linear's adapter; returns the number of tensors."""
+def fill_adapter(module: LoraMixin, path: str, tensors: AdapterTensors) -> int:
+    """Copy this rank's slices of one linear's adapter; returns the number of tensors.
+
+    Args:
+        path: of the linear in the whole model.
+    """
     kind = module.kind
-    parts = [tensors[layer, part] for part in module.adapter_parts]
+    parts = [tensors[path, part] for part in module.adapter_parts]
     whole_a = parts[0].a if module.shares_a else torch.cat([p.a for p in parts])
     module.lora_A.copy_(whole_a if kind.column else whole_a.chunk(kind.world, dim=1)[kind.group.rank()])
     for name, part in zip(module.adapter_parts, parts):

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from mindspeed_llm.lora.tensors import AdapterTensors, module_of_part
-from mindspeed_llm.models.layouts import layout_of
+from mindspeed_llm.lora.tensors import AdapterTensors
 from mindspeed_llm.models.packing import pack
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.models.tensor_names import layer_index
-from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_sizes
+from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears, adaptable_modules, module_of
+from mindspeed_llm.plan.adapters import AdapterSettings
 
 
 def merging_transform(
@@ -23,31 +22,36 @@ def merging_transform(
     Args:
         trained: base tensors that were trained beside the adapters and take the place of the base's.
     """
-    by_linear = {(layer, module_of_part(part)) for layer, part in adapters}
-    sizes = linear_sizes(shape)
+    linears, adapted = adaptable_modules(shape), {path for path, _ in adapters}
 
     def transform(name: str, tensor: Tensor) -> Tensor:
-        module = name.rsplit(".", 2)[-2] if name.count(".") > 2 else ""
-        layer, dtype = layer_index(name), tensor.dtype
+        path, dtype = name.removesuffix(".weight"), tensor.dtype
         tensor = trained.get(name, tensor)
-        if not name.endswith(".weight") or (layer, module) not in by_linear:
+        if path == name or path not in adapted:
             return tensor.to(dtype)
-        deltas = []
-        for part in FUSED_PARTS[module]:
-            adapter = adapters.get((layer, part))
-            width, out = sizes[module][part]
-            deltas.append(
-                torch.zeros(out, width)
-                if adapter is None
-                else settings.scaling * (adapter.b.float() @ adapter.a.float())
-            )
-        delta = deltas[0] if len(deltas) == 1 else pack(deltas, layout_of(name).packing, shape)
+        delta = weight_delta(path, linears[module_of(path)], adapters, settings, shape)
         return (tensor.float() + delta).to(dtype)
 
     return transform
 
 
+def weight_delta(
+    path: str, linear: Adaptable, adapters: AdapterTensors, settings: AdapterSettings, shape: ModelShape
+) -> Tensor:
+    """What the adapters of one linear add to its weight: fp32, of the unsharded, unpadded weight's shape."""
+    deltas = []
+    for part, (width, out) in linear.parts.items():
+        adapter = adapters.get((path, part))
+        if adapter is None:
+            deltas.append(torch.zeros(out, width))
+            continue
+        deltas.append(settings.scaling_of(linear.module, part) * (adapter.b.float() @ adapter.a.float()))
+    delta = pack(deltas, linear.packing, shape)
+    # An embedding's rows are what goes in.
+    return delta.t() if linear.module == "word_embeddings" else delta
+
+
 def count_linears(adapters: AdapterTensors, shape: ModelShape) -> tuple[int, int]:
-    """(linears of megatron-core that adapters change, linears that could have one)."""
-    changed = {(layer, module_of_part(part)) for layer, part in adapters}
-    return len(changed), shape.num_layers * len(FUSED_PARTS)
+    """(linears of megatron-core that adapters change, linears of the layers that could have one)."""
+    possible = sum(linear.count for linear in adaptable_linears(shape) if linear.layers is not None)
+    return len({path for path, _ in adapters}), possible

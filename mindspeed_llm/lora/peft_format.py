@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.tensors import AdapterTensors, PartAdapter, check_sizes
-from mindspeed_llm.models.mapping import tensor_pairs
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.adaptable import adaptable_linears
 from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.peft_settings import CONFIG, UNSUPPORTED, read_peft_settings
 
@@ -20,15 +20,14 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def hf_linears(shape: ModelShape) -> dict[tuple[int, str], str]:
-    """(layer, part) -> path of the Hugging Face linear, from the family's table of tensors."""
-    paths = {}
-    for pair in tensor_pairs(shape):
-        for name in pair.hf:
-            match = re.fullmatch(r"(.*\.(\d+)\..*\.([a-z]+_proj))\.weight", name)
-            if match:
-                paths[int(match[2]), match[3]] = match[1]
-    return paths
+def hf_linears(shape: ModelShape) -> dict[tuple[str, str], str]:
+    """(path of megatron-core's linear, part) -> path of Hugging Face's, from the family's table of tensors."""
+    return {
+        (linear.path(layer, expert), part): linear.hf_path(part, layer, expert)
+        for linear in adaptable_linears(shape)
+        for layer, expert in linear.places()
+        for part in linear.parts
+    }
 
 
 def write_peft(
@@ -38,18 +37,13 @@ def write_peft(
 
     Args:
         base: name or path of the base model, for the record.
-
-    Raises:
-        UserError: the family has no separate linear for an adapted part.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = hf_linears(shape)
     tensors, modules = {}, set()
-    for (layer, part), adapter in adapters.items():
-        if (layer, part) not in paths:
-            raise UserError(f"lora: family {shape.family} has no linear {part}; PEFT cannot hold this adapter")
-        tensors[f"{PREFIX}{paths[layer, part]}.lora_A.weight"] = adapter.a.contiguous().clone()
-        tensors[f"{PREFIX}{paths[layer, part]}.lora_B.weight"] = adapter.b.contiguous().clone()
+    for (path, part), adapter in adapters.items():
+        tensors[f"{PREFIX}{paths[path, part]}.lora_A.weight"] = adapter.a.contiguous().clone()
+        tensors[f"{PREFIX}{paths[path, part]}.lora_B.weight"] = adapter.b.contiguous().clone()
         modules.add(part)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     config = {
@@ -72,7 +66,7 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
     Raises:
         UserError: they are not for this model, or the files are incomplete.
     """
-    settings = read_peft_settings(directory)
+    settings = read_peft_settings(directory, shape)
     if (directory / WEIGHTS).is_file():
         tensors = load_file(directory / WEIGHTS)
     elif (directory / "adapter_model.bin").is_file():
@@ -80,7 +74,7 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
     else:
         raise UserError(f"lora: {directory} has no {WEIGHTS}; legal: a directory that PEFT saved; try: copy it again")
     linears = {path: place for place, path in hf_linears(shape).items()}
-    halves: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    halves: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
         if match is None or match[1] not in linears:
@@ -88,7 +82,7 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
         halves.setdefault(linears[match[1]], {})[match[2]] = tensor
     if incomplete := [place for place, found in halves.items() if set(found) != {"A", "B"}]:
         raise UserError(
-            f"lora: {directory} has only one factor of layer {incomplete[0][0]} {incomplete[0][1]}; legal: lora_A "
+            f"lora: {directory} has only one factor of {incomplete[0][0]} {incomplete[0][1]}; legal: lora_A "
             "and lora_B of each; try: copy it again"
         )
     adapters = {place: PartAdapter(found["A"], found["B"]) for place, found in halves.items()}

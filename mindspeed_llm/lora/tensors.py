@@ -1,4 +1,4 @@
-"""Adapter tensors of a whole model, independent of layout: by layer and part, as PEFT names them too."""
+"""Adapter tensors of a whole model, independent of layout: by linear and part, as PEFT names them too."""
 
 from __future__ import annotations
 
@@ -14,42 +14,60 @@ from mindspeed_llm.checkpoint.names import plain_name
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.layouts import layout_of
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_sizes
-
-BLOCKS = {
-    "linear_qkv": "self_attention",
-    "linear_proj": "self_attention",
-    "linear_fc1": "mlp",
-    "linear_fc2": "mlp",
-}
-
+from mindspeed_llm.plan.adaptable import Adaptable, adaptable_modules
+from mindspeed_llm.plan.adapters import AdapterSettings
 
 # What a model's own tensors begin with; optimizer, schedule and random states have other names.
-MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
+# What the factors of all experts of a layer are called, stacked in front (after the layers' axis, if there is one).
+_STACKED_EXPERTS = ".experts.experts."
 
 
 @dataclass
 class PartAdapter:
-    """The adapter of one part of one layer's linear: A [r, in], B [out, r]."""
+    """The adapter of one part of one linear: A [r, in], B [out, r]."""
 
     a: Tensor
     b: Tensor
 
 
-AdapterTensors = dict[tuple[int, str], PartAdapter]
-"""(layer, part such as "q_proj") -> its adapter; parts that share A hold equal copies."""
+AdapterTensors = dict[tuple[str, str], PartAdapter]
+"""(path of the linear in the whole model, part such as "q_proj") -> its adapter; parts that share A hold equal copies.
+
+Paths are megatron-core's with layers and experts counted over the model, such as
+"decoder.layers.3.mlp.experts.local_experts.5.linear_fc1".
+"""
 
 
-def module_of_part(part: str) -> str:
-    """The megatron-core linear that a part belongs to."""
-    return next(module for module, parts in FUSED_PARTS.items() if part in parts)
+@dataclass(frozen=True)
+class Place:
+    """One linear that has an adapter.
+
+    Attributes:
+        parts: those that are adapted, in the order of the rows of A where they do not share it.
+        shares_a: they do.
+    """
+
+    linear: Adaptable
+    layer: int
+    expert: int
+    parts: tuple[str, ...]
+    shares_a: bool
+
+    @property
+    def path(self) -> str:
+        """In the whole model."""
+        return self.linear.path(self.layer, self.expert)
 
 
-def adapted_parts(settings: AdapterSettings) -> Iterator[tuple[str, str]]:
-    """(module, part) pairs that have an adapter."""
-    for module, parts in settings.targets.items():
-        for part in parts or FUSED_PARTS[module]:
-            yield module, part
+def adapted_places(shape: ModelShape, settings: AdapterSettings) -> Iterator[Place]:
+    """Every linear of a model that has an adapter."""
+    linears = adaptable_modules(shape)
+    for module, chosen in settings.targets.items():
+        linear = linears[module]
+        for layer, expert in linear.places():
+            if linear.layers is None or settings.adapts(module, layer):
+                yield Place(linear, layer, expert, chosen or tuple(linear.parts), not chosen)
 
 
 def read_adapters(directory: Path, shape: ModelShape, settings: AdapterSettings) -> AdapterTensors:
@@ -60,22 +78,29 @@ def read_adapters(directory: Path, shape: ModelShape, settings: AdapterSettings)
     """
     whole = _read_model_tensors(directory, shape.num_layers, lambda key: ".lora_" in key)
     adapters: AdapterTensors = {}
-    for layer in range(shape.num_layers):
-        for module, part in adapted_parts(settings):
-            path = f"decoder.layers.{layer}.{BLOCKS[module]}.{module}"
-            try:
-                a, b = whole[f"{path}.lora_A"], whole[f"{path}.lora_B.{part}"]
-            except KeyError as missing:
-                raise UserError(
-                    f"lora: {directory} has no tensor {missing}; the checkpoint is incomplete; try: copy it again"
-                ) from None
-            chosen = settings.targets[module]
-            if chosen:
-                start = chosen.index(part) * settings.rank
-                a = a[start : start + settings.rank]
-            adapters[layer, part] = PartAdapter(a, b)
+    for place in adapted_places(shape, settings):
+        try:
+            adapters |= _parts_of(place, whole, settings, shape)
+        except KeyError as missing:
+            raise UserError(
+                f"lora: {directory} has no tensor {missing}; the checkpoint is incomplete; try: copy it again"
+            ) from None
     check_sizes(adapters, shape, settings, str(directory))
     return adapters
+
+
+def _parts_of(place: Place, whole: dict[str, Tensor], settings: AdapterSettings, shape: ModelShape) -> AdapterTensors:
+    """The adapters of one linear; those of a vocabulary without its padding."""
+    path, module = place.path, place.linear.module
+    stacked, start, found = whole[f"{path}.lora_A"], 0, {}
+    for part in place.parts:
+        rank = settings.rank_of(module, part)
+        a, b = stacked[start : start + rank], whole[f"{path}.lora_B.{part}"]
+        start += 0 if place.shares_a else rank
+        if place.linear.cut == "vocabulary":
+            a, b = (a[:, : shape.vocab_size], b) if module == "word_embeddings" else (a, b[: shape.vocab_size])
+        found[path, part] = PartAdapter(a, b)
+    return found
 
 
 def read_trained_base(directory: Path, shape: ModelShape) -> dict[str, Tensor]:
@@ -92,7 +117,7 @@ def read_trained_base(directory: Path, shape: ModelShape) -> dict[str, Tensor]:
 
 
 def _read_model_tensors(directory: Path, num_layers: int, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The model's tensors (no optimizer state) in a torch_dist checkpoint, each layer's under its own name."""
+    """The model's tensors (no optimizer state) in a torch_dist checkpoint, each layer's and expert's under its name."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -103,11 +128,11 @@ def _read_model_tensors(directory: Path, num_layers: int, wanted: Callable[[str]
         if key.startswith(MODEL_PREFIXES) and isinstance(stored, TensorStorageMetadata) and wanted(key)
     }
     load(state, storage_reader=FileSystemReader(str(directory)), no_dist=True)
-    return _unstack(state, num_layers)
+    return _by_expert(_by_layer(state, num_layers))
 
 
-def _unstack(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """megatron-core stores equal layers as one tensor with a leading layer axis; give each layer its own name."""
+def _by_layer(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """megatron-core may store equal layers as one tensor with a leading layer axis; give each layer its own name."""
     whole = {}
     for key, tensor in state.items():
         if not re.match(r"decoder\.layers\.\D", key):
@@ -118,22 +143,34 @@ def _unstack(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     return whole
 
 
+def _by_expert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts are one tensor with a leading axis; give each its own name."""
+    whole = {}
+    for key, tensor in state.items():
+        if _STACKED_EXPERTS not in key:
+            whole[key] = tensor
+            continue
+        for expert, one in enumerate(tensor):
+            whole[key.replace(_STACKED_EXPERTS, f".experts.local_experts.{expert}.")] = one
+    return whole
+
+
 def check_sizes(adapters: AdapterTensors, shape: ModelShape, settings: AdapterSettings, origin: str) -> None:
     """Refuse adapters that are not for this model.
 
     Raises:
         UserError: names the first one that does not fit.
     """
-    sizes = linear_sizes(shape)
-    expected = {(layer, part) for layer in range(shape.num_layers) for _, part in adapted_parts(settings)}
-    if expected != set(adapters):
-        odd = sorted(expected ^ set(adapters))[0]
-        raise UserError(f"lora: {origin} and its settings disagree on layer {odd[0]} {odd[1]}")
-    for (layer, part), adapter in adapters.items():
-        width, out = sizes[module_of_part(part)][part]
-        for name, tensor, size in (("A", adapter.a, (settings.rank, width)), ("B", adapter.b, (out, settings.rank))):
+    expected = {(place.path, part): place.linear for place in adapted_places(shape, settings) for part in place.parts}
+    if expected.keys() != adapters.keys():
+        path, part = sorted(expected.keys() ^ adapters.keys())[0]
+        raise UserError(f"lora: {origin} and its settings disagree on {path} {part}")
+    for (path, part), adapter in adapters.items():
+        linear = expected[path, part]
+        (width, out), rank = linear.parts[part], settings.rank_of(linear.module, part)
+        for name, tensor, size in (("A", adapter.a, (rank, width)), ("B", adapter.b, (out, rank))):
             if tuple(tensor.shape) != size:
                 raise UserError(
-                    f"lora: {name} of layer {layer} {part} in {origin} is {tuple(tensor.shape)}, "
-                    f"and this model and rank {settings.rank} need {size}"
+                    f"lora: {name} of {path} {part} in {origin} is {tuple(tensor.shape)}, "
+                    f"and this model and rank {rank} need {size}"
                 )
