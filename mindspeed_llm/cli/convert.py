@@ -176,10 +176,10 @@ def _adapters(config: RunConfig, found: Found):
             "directory of a LoRA run, or one with adapter_config.json"
         )
     problems: list[str] = []
-    settings = recorded_adapters(config, source, problems)
+    shape = _base_shape(config, found)
+    settings = recorded_adapters(config, source, shape, problems)
     if problems:
         raise UserError("\n".join(problems))
-    shape = _base_shape(config, found)
     check_base(source, found, shape)
     if source.format == "peft":
         return *read_peft(source.directory, shape), shape, {}

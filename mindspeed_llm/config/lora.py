@@ -17,8 +17,37 @@ class LoraConfig:
         0.0, help="dropout in front of the adapters", check=between(0, 0.99), doors=("pretrain", "posttrain")
     )
     lora_target_modules: list[str] | None = option(
-        help="linear_qkv linear_proj linear_fc1 linear_fc2, or HF names like q_proj v_proj, or all-linear (default)",
+        help="linear_qkv linear_proj linear_fc1 linear_fc2, HF names like q_proj v_proj, MindFormers' wq wv, regular "
+        "expressions for whole paths, all-linear (default), all-router",
         kind="identity",
+    )
+    lora_layers_to_transform: list[int] | None = option(
+        help="layers that get adapters, from 0; all when not given", kind="identity", level="advanced"
+    )
+    lora_rank_pattern: list[str] | None = option(
+        help="NAME=RANK: other ranks than --lora-r, by target (PEFT's rank_pattern)",
+        kind="identity",
+        level="advanced",
+        metavar="NAME=RANK",
+    )
+    lora_alpha_pattern: list[str] | None = option(
+        help="NAME=ALPHA: other values than --lora-alpha, by target (PEFT's alpha_pattern)",
+        kind="identity",
+        level="advanced",
+        metavar="NAME=ALPHA",
+    )
+    use_rslora: bool = option(
+        help="scale adapters by alpha / sqrt(rank) (rank-stabilised LoRA)", kind="identity", level="advanced"
+    )
+    use_dora: bool = option(
+        help="train a magnitude for each output beside the adapter (DoRA)", kind="identity", level="advanced"
+    )
+    loraplus_lr_ratio: float = option(
+        1.0,
+        help="learning rate of B over that of A (LoRA+)",
+        check=above(0),
+        doors=("pretrain", "posttrain"),
+        level="advanced",
     )
     lora_load: str | None = option(help="adapter checkpoint (ours or PEFT's) to go on with or to answer with")
     lora_merge: bool = option(

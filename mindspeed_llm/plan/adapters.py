@@ -6,11 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.adaptable import adaptable_linears
+from mindspeed_llm.plan.targets import ALL_LINEAR, resolve_pattern, resolve_targets
+
+Number = TypeVar("Number", int, float)
 
 # A fused linear of megatron-core -> its parts, named as Hugging Face names the separate linears.
 FUSED_PARTS: dict[str, tuple[str, ...]] = {
@@ -19,7 +23,6 @@ FUSED_PARTS: dict[str, tuple[str, ...]] = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
-ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32.0
 
@@ -99,48 +102,52 @@ class AdapterSettings:
         return cls(**values)
 
 
-def resolve_targets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Targets from mcore names, HF names or `all-linear`.
-
-    Raises:
-        UserError: a name is unknown, or a fused linear is named both as a whole and by part.
-    """
-    targets: dict[str, tuple[str, ...]] = {}
-    part_of = {part: module for module, parts in FUSED_PARTS.items() for part in parts}
-    wholes = set(FUSED_PARTS) if ALL_LINEAR in names else {n for n in names if n in FUSED_PARTS}
-    for name in names:
-        if name not in FUSED_PARTS and name not in part_of and name != ALL_LINEAR:
-            legal = ", ".join([*FUSED_PARTS, *part_of, ALL_LINEAR])
-            raise UserError(f"lora: target {name!r} matches no linear of this model; legal: {legal}")
-        if name in part_of and part_of[name] in wholes:
-            raise UserError(
-                f"lora: target {name!r} is already inside {part_of[name]!r}; name either the fused linear or its parts"
-            )
-    for module, parts in FUSED_PARTS.items():
-        named = tuple(p for p in parts if p in names)
-        if module in wholes:
-            targets[module] = ()
-        elif named:
-            # A linear with a single part has nothing to share: by part and as a whole are the same adapter.
-            targets[module] = named if len(parts) > 1 else ()
-    return targets
-
-
-def adapters_asked_for(config: RunConfig) -> AdapterSettings | None:
+def adapters_asked_for(config: RunConfig, shape: ModelShape) -> AdapterSettings | None:
     """The settings that the options describe, or None when they ask for no adapters.
 
     Raises:
-        UserError: an unknown target.
+        UserError: a target or a pattern means nothing in this model.
     """
     lora = config.lora
     if lora.lora_r is None and lora.lora_target_modules is None:
         return None
+    resolved = resolve_targets(
+        lora.lora_target_modules or [ALL_LINEAR], shape, layers_to_transform=lora.lora_layers_to_transform
+    )
+    ranks = read_pattern(lora.lora_rank_pattern, "--lora-rank-pattern", int)
+    alphas = read_pattern(lora.lora_alpha_pattern, "--lora-alpha-pattern", float)
     return AdapterSettings(
         rank=lora.lora_r or DEFAULT_RANK,
         alpha=lora.lora_alpha if lora.lora_alpha is not None else DEFAULT_ALPHA,
         dropout=lora.lora_dropout,
-        targets=resolve_targets(lora.lora_target_modules or [ALL_LINEAR]),
+        targets=resolved.targets,
+        layers=resolved.layers,
+        ranks=resolve_pattern(ranks, shape, resolved, what="rank"),
+        alphas=resolve_pattern(alphas, shape, resolved, what="alpha"),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        loraplus_lr_ratio=lora.loraplus_lr_ratio,
     )
+
+
+def read_pattern(words: Sequence[str] | None, flag: str, number: type[Number]) -> dict[str, Number]:
+    """NAME=VALUE words.
+
+    Raises:
+        UserError: a word is not of this form, its value not a positive number, or a name stands twice.
+    """
+    values: dict[str, Number] = {}
+    for word in words or ():
+        name, _, text = word.rpartition("=")
+        try:
+            value = number(text)
+        except ValueError:
+            value = number(0)
+        if not name or not 0 < value < math.inf or name in values:
+            why = "the name stands twice" if name in values else f"the value is no positive {number.__name__}"
+            raise UserError(f"{flag}: {word!r} is wrong, because {why}; legal: NAME=VALUE such as q_proj=8")
+        values[name] = value
+    return values
 
 
 def linear_sizes(shape: ModelShape) -> dict[str, dict[str, tuple[int, int]]]:
@@ -155,12 +162,50 @@ def linear_sizes(shape: ModelShape) -> dict[str, dict[str, tuple[int, int]]]:
     }
 
 
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """The adapters of one kind of linear in the whole model.
+
+    Attributes:
+        module: megatron-core's name.
+        parts: those that have an A of their own; empty when all share one.
+        count: how many of it are adapted, over layers and experts.
+        ranks: of each adapted part, once where they are the same.
+        scalings: likewise.
+        parameters: trained, of all of them.
+    """
+
+    module: str
+    parts: tuple[str, ...]
+    count: int
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    parameters: int
+
+
+def adapted_linears(shape: ModelShape, settings: AdapterSettings) -> list[AdaptedLinear]:
+    """What the settings mean for a model, a row for each kind of linear."""
+    rows = []
+    for linear in adaptable_linears(shape):
+        if linear.module not in settings.targets:
+            continue
+        parts = settings.targets[linear.module]
+        chosen = parts or tuple(linear.parts)
+        ranks = [settings.rank_of(linear.module, part) for part in chosen]
+        outs = [linear.parts[part][1] for part in chosen]
+        each = linear.in_features * (sum(ranks) if parts else ranks[0])
+        each += sum(rank * out for rank, out in zip(ranks, outs)) + (sum(outs) if settings.use_dora else 0)
+        layers = len(settings.layers.get(linear.module, linear.layers or (0,)))
+        count = layers * (linear.experts or 1)
+        scalings = [settings.scaling_of(linear.module, part) for part in chosen]
+        rows.append(AdaptedLinear(linear.module, parts, count, _distinct(ranks), _distinct(scalings), count * each))
+    return rows
+
+
+def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(values[:1] if len(set(values)) == 1 else values)
+
+
 def adapter_parameters(shape: ModelShape, settings: AdapterSettings) -> int:
     """Parameters of all adapters of the model."""
-    count = 0
-    for module, parts in settings.targets.items():
-        sizes = linear_sizes(shape)[module]
-        width = next(iter(sizes.values()))[0]
-        chosen = parts or tuple(sizes)
-        count += settings.rank * (width * (len(parts) or 1) + sum(sizes[p][1] for p in chosen))
-    return count * shape.num_layers
+    return sum(row.parameters for row in adapted_linears(shape, settings))

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.plan.adapters import AdapterSettings, resolve_targets
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.adaptable import adaptable_linears
+from mindspeed_llm.plan.adapters import AdapterSettings
+from mindspeed_llm.plan.targets import ALL_LINEAR, resolve_pattern, resolve_targets
 
 CONFIG = "adapter_config.json"
+LAYERS = "layers"  # what Hugging Face calls the list of layers in all families here
 # Settings of PEFT that change the function and are not implemented here, with the value that means "off".
 UNSUPPORTED = {
-    "use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
-    "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "layer_replication": None,
-    "lora_bias": False, "target_parameters": None, "exclude_modules": None,
+    "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layer_replication": None, "lora_bias": False,
+    "target_parameters": None,
 }  # fmt: skip
-READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
+READ = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
 # Settings without influence on what finished adapters compute.
 WITHOUT_EFFECT = (
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "layers_pattern", "loftq_config",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 )  # fmt: skip
 # Other ways of initialising (pissa, olora, corda, loftq, lora_ga) change the base too, which the adapters then need.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 
-def read_peft_settings(directory: Path) -> AdapterSettings:
+def read_peft_settings(directory: Path, shape: ModelShape) -> AdapterSettings:
     """The settings in a PEFT directory.
+
+    Args:
+        shape: of the model that the adapters are for.
 
     Raises:
         UserError: it uses something that is not implemented or not known here, or it is damaged.
@@ -40,15 +50,91 @@ def read_peft_settings(directory: Path) -> AdapterSettings:
     if config.get("peft_type") != "LORA":
         raise UserError(f"lora: {directory} holds {config.get('peft_type')} adapters; legal: LORA")
     _check_features(config, path)
-    targets, rank, alpha = (config.get(name) for name in ("target_modules", "r", "lora_alpha"))
-    if isinstance(targets, str):
-        raise UserError(f"lora: target_modules={targets!r} in {path} is a pattern; legal: a list of names")
-    if not targets:
-        raise UserError(f"lora: target_modules={targets!r} in {path} names no linear; legal: a list of names")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"lora: r={rank!r}, lora_alpha={alpha!r} in {path} is wrong; legal: a positive rank, a number")
-    names = [name.rsplit(".", 1)[-1] for name in targets]
-    return AdapterSettings(rank, float(alpha), float(config.get("lora_dropout") or 0.0), resolve_targets(names))
+    resolved = resolve_targets(
+        _target_words(config, path, shape),
+        shape,
+        layers_to_transform=_layers_to_transform(config, path),
+        exclude=_words(config.get("exclude_modules")),
+    )
+    patterns = {
+        what: resolve_pattern(config.get(f"{what}_pattern") or {}, shape, resolved, what=what, all_used=False)
+        for what in ("rank", "alpha")
+    }
+    return AdapterSettings(
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        targets=resolved.targets,
+        layers=resolved.layers,
+        ranks=patterns["rank"],
+        alphas=patterns["alpha"],
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+    )
+
+
+def _words(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _target_words(config: dict[str, Any], path: Path, shape: ModelShape) -> list[str]:
+    targets = config.get("target_modules")
+    if not targets:
+        raise UserError(f"lora: target_modules={targets!r} in {path} names no linear; legal: names or an expression")
+    if targets == ALL_LINEAR:
+        # Hugging Face's linears, each with an A of its own.
+        everything = resolve_targets([ALL_LINEAR], shape).targets
+        return [part for linear in adaptable_linears(shape) if linear.module in everything for part in linear.parts]
+    return _words(targets)
+
+
+def _layers_to_transform(config: dict[str, Any], path: Path) -> list[int] | None:
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return None
+    if _words(pattern) not in ([], [LAYERS]):
+        raise UserError(f"lora: layers_pattern={pattern!r} in {path} is not supported; legal: {LAYERS!r}")
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+def peft_record(settings: AdapterSettings, shape: ModelShape, base: str | None) -> dict[str, Any]:
+    """What adapter_config.json says about adapters of a model.
+
+    Args:
+        base: name or path of the base model.
+    """
+    targets, ranks, alphas = [], {}, {}
+    linears = [linear for linear in adaptable_linears(shape) if linear.module in settings.targets]
+    names = [part for linear in linears for part in settings.targets[linear.module] or linear.parts]
+    for linear in linears:
+        for part in settings.targets[linear.module] or tuple(linear.parts):
+            if linear.module in settings.layers:
+                targets += [linear.hf_path(part, layer) for layer in settings.layers[linear.module]]
+            else:
+                targets.append(part)
+            place = re.escape(linear.hf[part]).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+")
+            key = part if names.count(part) == 1 else place
+            rank, alpha = settings.rank_of(linear.module, part), settings.alpha_of(linear.module, part)
+            ranks |= {key: rank} if rank != settings.rank else {}
+            alphas |= {key: alpha} if alpha != settings.alpha else {}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": sorted(set(targets)),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "inference_mode": True,
+        **UNSUPPORTED,
+    }
 
 
 def _check_features(config: dict[str, Any], path: Path) -> None:

@@ -117,26 +117,25 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     sources = _try(problems, lambda: find_sources(config, problems), None)
     if sources is None:
         # Without its checkpoint nothing more can be said about the model, only about what was asked of it.
-        _try(problems, lambda: adapters_asked_for(config), None)
         raise UserError("\n".join([*problems, *combination_problems(config)]))
     weights, adapter_source, resume = sources
     changed, overridden = continue_run(config, resume.record) if resume is not None else ([], [])
     problems += changed + combination_problems(config)
     _try(problems, lambda: parse_data_path(config.data.data_path or ()), None)
     shape, hf_files = _try(problems, lambda: stored_shape_of(config, weights, problems, tokenizer_size), (None, None))
-    adapters = _try(problems, lambda: _adapters(config, adapter_source, problems), None)
     if shape is None:
         raise UserError("\n".join(problems))
-    if adapters is not None and (shape.multi_latent_attention or shape.mtp_num_layers):
-        problems.append(
-            "lora: adapters for latent attention and multi-token prediction are not implemented; legal: models with "
-            "query groups; try: --trainable REGEX without adapters"
-        )
     shape, stored_shape = _try(problems, lambda: without_predictions(config, shape, weights, resume), (shape, shape))
     if adapter_source is not None and weights is not None:
         _try(problems, lambda: check_base(adapter_source, weights, stored_shape), None)
     if config.model.truncate_layers is not None:
         shape = _try(problems, lambda: truncated_shape(shape, config.model.truncate_layers), shape)
+    adapters = _try(problems, lambda: _adapters(config, adapter_source, shape, problems), None)
+    if adapters is not None and (shape.multi_latent_attention or shape.mtp_num_layers):
+        problems.append(
+            "lora: adapters for latent attention and multi-token prediction are not implemented; legal: models with "
+            "query groups; try: --trainable REGEX without adapters"
+        )
     layout = _try(problems, lambda: _layout(config, shape), None)
     if layout is None:
         raise UserError("\n".join(problems))
@@ -158,8 +157,12 @@ def _try(problems, action, otherwise):
         return otherwise
 
 
-def _adapters(config: RunConfig, source: Found | None, problems: list[str]) -> AdapterSettings | None:
-    return adapters_asked_for(config) if source is None else recorded_adapters(config, source, problems)
+def _adapters(
+    config: RunConfig, source: Found | None, shape: ModelShape, problems: list[str]
+) -> AdapterSettings | None:
+    if source is None:
+        return adapters_asked_for(config, shape)
+    return recorded_adapters(config, source, shape, problems)
 
 
 def _passed_over(*loaded: Found | None) -> list[str]:
