@@ -6,8 +6,9 @@ With W frozen, s = alpha / r, t-way tensor parallelism and sequence parallelism 
     row      y = RS(x W^T) + s RS(x A^T) B^T      W, A cut by columns, B replicated
 
 AG / RS are all-gather / reduce-scatter along the sequence; without SP the column form has no forward collective and
-the row form all-reduces. Only r-wide tensors move for the adapter, and the gathered output gradient of a row linear
-serves both branches. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
+the row form all-reduces. The backward pass of each form is the other form's: dx = RS(dy W) + s RS(dy B) A for column,
+dx = AG(dy) W + s AG(dy B) A for row. Only r-wide tensors move for the adapter; how they move, and beside which
+products, is lora/fusion. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
-from mindspeed_llm.ops.parallel_matmul import all_gather_matmul, matmul_reduce_scatter
+from mindspeed_llm.lora.fusion import products
+from mindspeed_llm.lora.fusion.cost import Pass, Rates, Schedule, choose
 
 
 class FrozenWeight(Protocol):
@@ -36,13 +39,16 @@ def dense(weight: Tensor | FrozenWeight) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearKind:
-    """Which of the four forms a linear has.
+    """Which of the four forms a linear has, and how it is computed.
 
     Attributes:
         column: cut by rows of W (ColumnParallelLinear); otherwise by columns.
         group: tensor-parallel group.
         world: its size.
-        chunks: of the sequence, in which what is sent and what is multiplied overlap under SP (ops.parallel_matmul).
+        chunks: of the sequence, in which what is sent and what is multiplied overlap; None where `rates` choose.
+        rates: of this machine (lora.fusion.calibrate); without them and without chunks, one chunk.
+        fused: base and adapter are one function; otherwise one after the other, each with its own collectives.
+        combine: multiply by W + s B A, formed in the weight's type, instead of by each (`--lora-fusion-combine`).
     """
 
     column: bool
@@ -50,21 +56,20 @@ class LinearKind:
     group: Any
     world: int
     scaling: float
-    chunks: int = 1
+    chunks: int | None = None
+    rates: Rates | None = None
+    fused: bool = True
+    combine: bool = False
 
-
-def all_gather(x: Tensor, kind: LinearKind) -> Tensor:
-    """[s/t, ...] -> [s, ...]."""
-    out = x.new_empty((x.shape[0] * kind.world, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=kind.group)
-    return out
-
-
-def reduce_scatter(x: Tensor, kind: LinearKind) -> Tensor:
-    """Partial sums [s, ...] -> this rank's rows [s/t, ...] of the sum."""
-    out = x.new_empty((x.shape[0] // kind.world, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=kind.group)
-    return out
+    def schedule(self, form: str, x: Tensor, narrow: Tensor, weight: Tensor) -> Schedule:
+        """Of one pass: y = x W^T with the collective of `form` (lora.fusion.cost.FORMS)."""
+        if self.chunks is not None:
+            return Schedule(self.chunks)
+        if self.rates is None:
+            return Schedule()
+        rows = x.shape[:-1].numel() * (self.world if form == "gather" else 1)
+        rank, itemsize = narrow.shape[-1], x.element_size()
+        return choose(Pass(form, rows, x.shape[-1], weight.shape[0], rank, self.world, itemsize), self.rates)
 
 
 def all_reduce(x: Tensor, kind: LinearKind) -> Tensor:
@@ -88,9 +93,49 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def outer_sum(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b summed over all rows: [..., m], [..., n] -> [m, n]."""
-    return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
+def outer_sum(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * a^T b summed over all rows: [..., m], [..., n] -> [m, n]."""
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return torch.addmm(a.new_empty(()).expand(a.shape[1], b.shape[1]), a.t(), b, beta=0, alpha=scale)
+
+
+def base_matrix(weight: Tensor | FrozenWeight, lora_a: Tensor, lora_b: Tensor, kind: LinearKind) -> Tensor:
+    """W, or W + s B A in the type of W where they are combined."""
+    matrix = dense(weight)
+    return torch.addmm(matrix, lora_b, lora_a, alpha=kind.scaling) if kind.combine else matrix
+
+
+def multiply_and_send(
+    x: Tensor,
+    narrow: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: LinearKind,
+    *,
+    gathers: bool,
+    reduces: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """x W^T + bias (None without a weight) and the adapter's narrow tensor, each through the collective of this pass.
+
+    Args:
+        gathers: under SP what arrives is this rank's share of the sequence.
+        reduces: the products are shares of a sum over ranks; under SP each rank keeps its rows of it.
+    """
+    group = kind.group
+    if kind.world == 1 or not (reduces or (gathers and kind.sequence_parallel)):
+        with record_function("lora: base product"):
+            return None if weight is None else product(x, weight, bias), narrow
+    form = "gather" if gathers else "scatter" if kind.sequence_parallel else "reduce"
+    if weight is None:
+        alone = {"gather": products.gather_narrow, "scatter": products.scatter_narrow, "reduce": products.reduce_narrow}
+        return None, alone[form](narrow, group)
+    run = {
+        "gather": products.gathered_product,
+        "scatter": products.scattered_product,
+        "reduce": products.reduced_product,
+    }
+    y, narrow = run[form](x, narrow, weight, group, kind.schedule(form, x, narrow, weight))
+    return y if bias is None else y.add_(bias), narrow
 
 
 class FrozenLinearWithAdapter(torch.autograd.Function):
@@ -104,27 +149,17 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped, weight, bias, lora_a, lora_b, kind: LinearKind):
         """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
-        parallel, frozen, weight = kind.world > 1, weight, dense(weight)
         source = x if dropped is None else dropped
-        narrow = product(source, lora_a)
-        cut = parallel and kind.sequence_parallel
-        if kind.column and cut:
-            y, _ = all_gather_matmul(x, weight, kind.group, kind.chunks)
-            y = y if bias is None else y.add_(bias)
-            narrow = all_gather(narrow, kind)
-        elif kind.column:
-            y = product(x, weight, bias)
-        elif cut:
-            y = matmul_reduce_scatter(x, weight, kind.group, kind.chunks)
-            narrow = reduce_scatter(narrow, kind)
-        else:
-            y = product(x, weight)
-            if parallel:
-                y, narrow = all_reduce(y, kind), all_reduce(narrow, kind)
-        add_product(y, narrow, lora_b.t(), kind.scaling)
+        with record_function("lora: adapter down"):
+            narrow = product(source, lora_a)
+        matrix = base_matrix(weight, lora_a, lora_b, kind)
+        y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, gathers=kind.column, reduces=not kind.column)
+        if not kind.combine:
+            with record_function("lora: adapter up"):
+                add_product(y, narrow, lora_b.t(), kind.scaling)
         ctx.kind, ctx.has_dropout = kind, dropped is not None
         # A tensor goes the way of saved tensors, so that hooks on them see it; an object is held as it is.
-        ctx.frozen = None if isinstance(frozen, Tensor) else frozen
+        ctx.frozen = None if isinstance(weight, Tensor) else weight
         ctx.save_for_backward(source, narrow, weight if ctx.frozen is None else None, lora_a, lora_b)
         return y
 
@@ -132,30 +167,20 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     def backward(ctx, dy):
         """Gradients of x, dropped, A, B; those of replicated factors under SP are this rank's share of the sum."""
         kind, (source, narrow, weight, lora_a, lora_b) = ctx.kind, ctx.saved_tensors
-        parallel = kind.world > 1
         wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        if wants_x:
-            weight = dense(weight if ctx.frozen is None else ctx.frozen)
-        grad_b = outer_sum(dy, narrow) * kind.scaling
-        cut = parallel and kind.sequence_parallel
-        grad_x = grad_dropped = None
-        if not kind.column and cut and wants_x:
-            grad_x, dy = all_gather_matmul(dy, weight.t(), kind.group, kind.chunks)
-        elif not kind.column and cut:
-            dy = all_gather(dy, kind)
-        grad_narrow = product(dy, lora_b.t()) * kind.scaling
-        if kind.column and parallel:
-            reduce = reduce_scatter if kind.sequence_parallel else all_reduce
-            grad_narrow = reduce(grad_narrow, kind)
-        grad_a = outer_sum(grad_narrow, source)
-        if wants_x and kind.column and cut:
-            grad_x = matmul_reduce_scatter(dy, weight.t(), kind.group, kind.chunks)
-        elif wants_x and grad_x is None:
-            grad_x = product(dy, weight.t())
-            if kind.column and parallel:
-                grad_x = all_reduce(grad_x, kind)
-        if wants_x and not ctx.has_dropout:
-            add_product(grad_x, grad_narrow, lora_a)
-        if wants_dropped:
-            grad_dropped = product(grad_narrow, lora_a.t())
+        weight = weight if ctx.frozen is None else ctx.frozen
+        matrix = base_matrix(weight, lora_a, lora_b, kind).t() if wants_x else None
+        with record_function("lora: adapter backward"):
+            grad_b = outer_sum(dy, narrow, kind.scaling)
+            grad_narrow = product(dy, lora_b.t()).mul_(kind.scaling)
+        grad_x, grad_narrow = multiply_and_send(
+            dy, grad_narrow, matrix, None, kind, gathers=not kind.column, reduces=kind.column
+        )
+        grad_dropped = None
+        with record_function("lora: adapter backward"):
+            grad_a = outer_sum(grad_narrow, source)
+            if wants_x and not ctx.has_dropout and not kind.combine:
+                add_product(grad_x, grad_narrow, lora_a)
+            if wants_dropped:
+                grad_dropped = product(grad_narrow, lora_a.t())
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None
