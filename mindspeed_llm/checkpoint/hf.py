@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mindspeed_llm.checkpoint.hf_nf4 import BESIDE, STATE, parse_state, quantized_weights, read_matrix
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.source import (
     TIED,
@@ -27,7 +28,9 @@ from mindspeed_llm.models.families.llama import HF_LAYER
 from mindspeed_llm.models.family import get_family
 from mindspeed_llm.models.hf_config import prediction_field, read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import absent_rules
+from mindspeed_llm.models.packing import unpack
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.ops.nf4_matrix import Nf4Matrix
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -52,13 +55,19 @@ class HfFiles:
         self._safe: dict[Path, safe_open] = {}
         self._bins: dict[Path, dict[str, Tensor]] = {}
         self._where = self._locate()
+        states = quantized_weights(self._where, str(directory))
+        self._nf4 = {weight: parse_state(self._stored(key), weight, str(directory)) for weight, key in states.items()}
+        """What is in NF4; everywhere but in `nf4` it looks like the dense weights that it stands for."""
 
     def names(self) -> tuple[str, ...]:
         """All tensor names in the files."""
-        return tuple(self._where)
+        beside = {weight + end for weight in self._nf4 for end in BESIDE}
+        return tuple(name for name in self._where if name not in beside and STATE not in name)
 
     def dims(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
+        if name in self._nf4:
+            return self._nf4[name].dims
         file = self._where[name]
         if file.suffix == ".safetensors":
             return tuple(self._open_safe(file).get_slice(name).get_shape())
@@ -70,6 +79,8 @@ class HfFiles:
         Raises:
             UserError: it is not a floating-point type that weights can have.
         """
+        if name in self._nf4:
+            return self._nf4[name].dtype
         file = self._where[name]
         if file.suffix != ".safetensors":
             return self._open_bin(file)[name].dtype
@@ -83,9 +94,31 @@ class HfFiles:
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) along dimension 0 or 1 of a tensor."""
+        if name in self._nf4:
+            matrix, dtype = self.nf4(name), self.dtype(name)
+            return matrix.cut(0, start, stop).dense(dtype) if dim == 0 else matrix.dense(dtype)[:, start:stop]
         file = self._where[name]
         tensor = self._open_safe(file).get_slice(name) if file.suffix == ".safetensors" else self._open_bin(file)[name]
         return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
+
+    @property
+    def any_nf4(self) -> bool:
+        """Whether some weight is in NF4."""
+        return bool(self._nf4)
+
+    def nf4(self, name: str) -> Nf4Matrix | None:
+        """A weight that is stored in NF4, None for others.
+
+        Raises:
+            UserError: it is no matrix whose rows are whole blocks, or other tables were used.
+        """
+        if name not in self._nf4:
+            return None
+        return read_matrix(self._stored, name, self._nf4[name], str(self.directory))
+
+    def _stored(self, name: str) -> Tensor:
+        file = self._where[name]
+        return self._open_safe(file).get_tensor(name) if file.suffix == ".safetensors" else self._open_bin(file)[name]
 
     def _open_safe(self, file: Path) -> safe_open:
         if file not in self._safe:
@@ -174,6 +207,19 @@ class HfSource(TensorSource):
         first, last, groups = packed_range(pair, self.shape, part, start, stop)
         block = self.files.read(pair.hf[0], dim, first, last)
         return unpack_groups(block, self.shape, groups, part) if groups else block
+
+    def read_nf4(self, name: str, part: int, start: int, stop: int, device: torch.device | None = None) -> Nf4Matrix:
+        pair = self.pairs[name]
+        matrix = self.files.nf4(pair.hf[part if pair.transform == "parts" else 0])
+        if matrix is None:
+            return super().read_nf4(name, part, start, stop, device)
+        if pair.transform == "concatenated":
+            offset = sum(part_sizes(pair, self.shape)[:part])
+            matrix = matrix.cut(0, offset, offset + part_sizes(pair, self.shape)[part])
+        elif pair.transform == "copy" and pair.layout.packing != "whole":
+            numbers = torch.arange(matrix.shape[0])
+            matrix = matrix.rows(unpack(numbers, pair.layout.packing, self.shape)[part])
+        return matrix.cut(pair.layout.tp_dim or 0, start, stop)
 
     def _check(self) -> None:
         family = get_family(self.shape.family)

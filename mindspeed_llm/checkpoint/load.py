@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
-from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_names
+from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_names, part_sizes
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts, tensor_names
+from mindspeed_llm.models import layouts, packing, tensor_names
+from mindspeed_llm.models.nf4_weight import Nf4Weight, nf4_weights
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.ops.nf4_matrix import Nf4Matrix, join
 from mindspeed_llm.parallel.layer_map import LayerMap, layer_map
 
 
@@ -125,6 +127,9 @@ def load_into(
         check_dims(local, (*stacked, *dims), targets[local].shape, "the model")
     with torch.no_grad():
         for local, names in wanted.items():
+            if isinstance(targets[local], Nf4Weight):
+                fill_nf4(targets[local], names, source, placement)
+                continue
             slices = targets[local] if tensor_names.is_stacked_experts(local) else (targets[local],)
             for target, name in zip(slices, names):
                 rank, size = placement.cut(name)
@@ -179,6 +184,9 @@ class _FirstLayers(TensorSource):
     def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
         return self._inner.read_part(name, part, start, stop)
 
+    def read_nf4(self, name: str, part: int, start: int, stop: int, device: torch.device | None = None) -> Nf4Matrix:
+        return self._inner.read_nf4(name, part, start, stop, device)
+
 
 def truncated(source: TensorSource, num_layers: int) -> TensorSource:
     """The source without its later layers.
@@ -226,8 +234,24 @@ def truncated_shape(shape: ModelShape, num_layers: int) -> ModelShape:
     return dataclasses.replace(shape, num_layers=num_layers, window_layers=windows)
 
 
-def _targets(model: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = model.state_dict(keep_vars=True) if isinstance(model, torch.nn.Module) else model
+def fill_nf4(target: Nf4Weight, names: Sequence[str], source: TensorSource, placement: Placement) -> None:
+    """Quantise this rank's slices of the tensors that a weight in NF4 stands for, one after the other."""
+    for index, name in enumerate(names):
+        pair, (rank, size) = source.pairs[name], placement.cut(name)
+        sizes = part_sizes(pair, source.shape)
+        if pair.layout.tp_dim is None:
+            rank, size = 0, 1
+        ranges = [layouts.shard_range(length, rank, size) for length in sizes]
+        parts = [source.read_nf4(name, i, *bounds, target.device) for i, bounds in enumerate(ranges)]
+        numbers = torch.arange(sum(part.shape[0] for part in parts), device=parts[0].codes.device)
+        order = packing.pack(numbers.split([part.shape[0] for part in parts]), pair.layout.packing, source.shape, size)
+        target.fill(join(parts, order if len(parts) > 1 else None), index)
+
+
+def _targets(model: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor | Nf4Weight]:
+    tensors = model
+    if isinstance(model, torch.nn.Module):
+        tensors = model.state_dict(keep_vars=True) | nf4_weights(model)
     return {name: tensor for name, tensor in tensors.items() if not is_extra_state(name)}
 
 

@@ -12,6 +12,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts, packing
 from mindspeed_llm.models.mapping import TensorPair, tensor_pairs
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.ops.nf4_matrix import Nf4Matrix, quantize_matrix
 
 COMPARE_BYTES = 64 * 2**20
 """How much of a tied pair of embeddings is compared at a time."""
@@ -50,6 +51,19 @@ class TensorSource(ABC):
             part: 0 for tensors of one part; 0, 1, 2 for q, k, v; 0, 1 for gate, up.
             start, stop: rows of that part (columns for row-parallel tensors); for q, k, v whole query groups.
         """
+
+    def read_nf4(self, name: str, part: int, start: int, stop: int, device: torch.device | None = None) -> Nf4Matrix:
+        """As `read_part` of a matrix, in NF4: a part of what the whole logical part is quantised to.
+
+        Args:
+            device: where it is quantised; the result is there, or on the CPU if it was stored in NF4.
+
+        Raises:
+            UserError: blocks of 64 numbers do not fit into its rows, or are cut.
+        """
+        dim = self.pairs[name].layout.tp_dim or 0
+        whole = self.read_part(name, part, 0, part_sizes(self.pairs[name], self.shape)[part])
+        return quantize_matrix(whole.to(device or whole.device), dim, start, stop)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, unsharded and unpadded."""

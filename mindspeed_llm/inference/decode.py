@@ -183,7 +183,7 @@ class DecodeLayer:
 def applied(linear: nn.Module) -> Linear:
     """x [b, in] -> [b, out] with the bias added, by the shortest way that gives the linear's result."""
     plain = type(linear) in (ColumnParallelLinear, RowParallelLinear)
-    if plain and linear.tp_group.size() == 1:
+    if plain and linear.tp_group.size() == 1 and isinstance(linear.weight, Tensor):
         weight, bias = linear.weight, linear.bias
         return lambda x: F.linear(x, weight, bias)
 

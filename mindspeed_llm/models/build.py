@@ -50,6 +50,7 @@ class BuildOptions:
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
         gradient_accumulation_fusion: linears add weight gradients to `main_grad` inside the product.
         communication_chunks: chunks in which linears overlap sending with multiplying, see `ModelConfig`.
+        quantized_linears: linears of the layers hold NF4, filled by loading, see `ModelConfig`.
         experts: how routed experts are computed and balanced.
         variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
         seed: of the initial weights.
@@ -80,6 +81,7 @@ class BuildOptions:
     loss_chunk_size: int | None = None
     gradient_accumulation_fusion: bool = False
     communication_chunks: int | None = None
+    quantized_linears: bool = False
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     variable_seq_lengths: bool = False
     seed: int = 1234
@@ -149,6 +151,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         loss_chunk_size=options.loss_chunk_size,
         accumulate_weight_gradients=options.gradient_accumulation_fusion,
         communication_chunks=options.communication_chunks,
+        quantized_linears=options.quantized_linears,
         hidden_dropout=options.hidden_dropout,
         attention_dropout=attention_dropout,
         params_dtype=options.params_dtype,

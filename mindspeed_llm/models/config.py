@@ -28,6 +28,7 @@ class ModelConfig(TransformerConfig):
         loss_chunk_size: labelled tokens whose logits exist at once in the loss; None chooses by memory.
         ulysses_size: context-parallel ranks that exchange heads; the others form a ring.
         ring_window: ranks of an inner ring of that ring.
+        quantized_linears: linears of the layers hold their weights in NF4 (`models.nf4_weight`).
     """
 
     shape: ModelShape | None = None
@@ -39,6 +40,7 @@ class ModelConfig(TransformerConfig):
     communication_chunks: int | None = None
     ulysses_size: int = 1
     ring_window: int = 1
+    quantized_linears: bool = False
 
     def __post_init__(self):
         # megatron-core asks for Transformer Engine's kernels here; ours come in by patches of what would call them.

@@ -113,6 +113,13 @@ def prediction_field(config: Mapping[str, Any]) -> tuple[str, int] | None:
     return None
 
 
+def is_nf4(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that linears are stored in bitsandbytes' NF4."""
+    said = config.get("quantization_config") or {}
+    four_bits = said.get("load_in_4bit", said.get("_load_in_4bit")) is True
+    return said.get("quant_method") == "bitsandbytes" and four_bits and said.get("bnb_4bit_quant_type") == "nf4"
+
+
 def _recognise(config: Mapping[str, Any]) -> tuple[Family, Variant]:
     if "model_type" not in config:
         raise UserError("config: config.json has no 'model_type', so the family is unknown; try: add it")
@@ -243,10 +250,12 @@ def _refuse_unknown(
         raise UserError(f"config: --ignore-config-field {never[0]} names a field that is read; try: edit config.json")
     stated = {name for name, value in config.items() if value is not None}
     for name in sorted(stated - known - set(ignore_fields)):
+        if name == "quantization_config" and is_nf4(config):
+            continue
         if name == "quantization_config":
             raise UserError(
-                "config: 'quantization_config' in config.json says that the weights are quantised; legal: weights in "
-                "float32, float16 or bfloat16"
+                "config: 'quantization_config' in config.json says that the weights are quantised in a way that is not "
+                "read; legal: weights in float32, float16 or bfloat16, or bitsandbytes' 4-bit nf4"
             )
         raise UserError(
             f"config: '{name}={_shortened(config[name])}' in config.json is not known to family {family.name}; "

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from mindspeed_llm.models.attention import CausalSelfAttention
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.linear import ColumnParallelLinear
+from mindspeed_llm.models.linear import ColumnParallelLinear, linear
+from mindspeed_llm.models.nf4_weight import Nf4Weight
 from mindspeed_llm.models.norm import RMSNorm, new_parameter
 from mindspeed_llm.ops.rotary import apply_interleaved_rotary, apply_rotary
 
@@ -40,10 +40,11 @@ class ReplicatedLinear(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int):
         super().__init__()
-        self.weight = new_parameter((out_features, in_features), config)
+        weight = new_parameter((out_features, in_features), config)
+        self.weight = Nf4Weight.like(weight) if config.quantized_linears else weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight), None
+        return linear(x, self.weight), None
 
 
 class LatentAttention(CausalSelfAttention):

@@ -5,7 +5,8 @@ The forms are those of megatron-core (t ranks, SP sequence parallelism):
     column   y = AG(x) W^T            dx = RS(dy W) with SP, all-reduce(dy W) without     dW = dy^T AG(x)
     row      y = RS(x W^T) with SP    dx = AG(dy) W                                       dW = AG(dy)^T x
 
-A linear takes megatron-core's own path unless one of the two is asked for.
+A linear takes megatron-core's own path unless one of the two is asked for, or its weight is held in NF4: such a weight
+is made dense for each product, once forward and once backward, and has no gradient.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from mindspeed_llm.models.nf4_weight import Nf4Weight
 from mindspeed_llm.ops.matmul_accumulate import matmul_accumulate
 from mindspeed_llm.ops.parallel_matmul import all_gather_matmul, matmul_reduce_scatter, product
 
@@ -48,9 +51,12 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + bias in one of the forms; what SP gathers is gathered again for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, how: Product) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | Nf4Weight, bias: Tensor | None, how: Product) -> Tensor:
         ctx.how, ctx.parameter, ctx.has_bias = how, weight, bias is not None
-        ctx.save_for_backward(x, weight)
+        if isinstance(weight, Nf4Weight):
+            weight = weight.materialize()
+        else:
+            ctx.save_for_backward(x, weight)
         if how.gathers:
             y, _ = all_gather_matmul(x, weight, how.group, how.chunks)
         elif how.scatters:
@@ -61,7 +67,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        if isinstance(ctx.parameter, Nf4Weight):
+            weight = ctx.parameter.materialize()
+        else:
+            x, weight = ctx.saved_tensors
         how, wants_weight = ctx.how, ctx.needs_input_grad[1]
         work = None
         if how.gathers and wants_weight:
@@ -98,8 +107,25 @@ def _weight_gradient(parameter: Tensor, grad: Tensor, x: Tensor, accumulates: bo
     return torch.empty_like(parameter)
 
 
+def linear(x: Tensor, weight: Tensor | Nf4Weight) -> Tensor:
+    """x W^T, [..., in] -> [..., out], with a weight that no rank shares."""
+    if isinstance(weight, Nf4Weight):
+        return _Linear.apply(x, weight, None, Product(None))
+    return F.linear(x, weight)
+
+
+def _hold_in_nf4(module: nn.Module) -> None:
+    """Put an empty weight in NF4 in the place of the dense one, which nothing has touched yet."""
+    if module.config.quantized_linears:
+        dense = module.weight
+        del module.weight
+        module.weight = Nf4Weight.like(dense)
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether megatron-core's own path gives all that is asked for."""
+    if isinstance(linear.weight, Nf4Weight):
+        return False
     config = linear.config
     chunked = config.communication_chunks is not None and linear.sequence_parallel and linear.tp_group.size() > 1
     return not chunked and not (config.accumulate_weight_gradients and linear.weight.requires_grad)
@@ -107,6 +133,10 @@ def _is_plain(linear: nn.Module) -> bool:
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     """megatron-core's, see the top of the file."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        _hold_in_nf4(self)
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -128,6 +158,10 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
     """megatron-core's, see the top of the file; its input is already cut along the channels."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        _hold_in_nf4(self)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in of this rank] -> [s, b, out] (a rank's share of s under SP), and the bias if the caller adds it."""

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+class FrozenWeights(Protocol):
+    """Weights [g, n, k] without gradients that are kept in another form, for instance quantised."""
+
+    shape: torch.Size
+
+    def expert(self, index: int) -> Tensor:
+        """The matrix [n, k] of one group; made anew by every call."""
+
+
+def grouped_matmul(x: Tensor, weight: Tensor | FrozenWeights, group_sizes: Tensor) -> Tensor:
     """Rows [t, k], grouped by weight, times weights [g, n, k] transposed -> [t, n].
 
     Args:
+        weight: weights kept in another form are made one at a time, forward and again backward.
         group_sizes: [g] whole numbers on the CPU, summing to t; groups may be empty.
     """
+    if not isinstance(weight, Tensor):
+        return _FrozenByGroup.apply(x, weight, group_sizes.tolist())
     return implementation("grouped_matmul")(x, weight, group_sizes)
 
 
@@ -44,6 +58,28 @@ class _ByGroup(torch.autograd.Function):
                 torch.mm(grad[rows].t(), x[rows], out=grad_weight[index])
             start += size
         return grad_x, grad_weight, None
+
+
+class _FrozenByGroup(torch.autograd.Function):
+    """A product per group, whose matrix exists for that long."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: FrozenWeights, sizes: list[int]) -> Tensor:
+        ctx.weight, ctx.sizes = weight, sizes
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for index, (rows, result) in enumerate(zip(x.split(sizes), out.split(sizes))):
+            if len(rows):
+                torch.mm(rows, weight.expert(index).t(), out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.contiguous()
+        out = grad.new_empty(grad.shape[0], ctx.weight.shape[2])
+        for index, (rows, result) in enumerate(zip(grad.split(ctx.sizes), out.split(ctx.sizes))):
+            if len(rows):
+                torch.mm(rows, ctx.weight.expert(index), out=result)
+        return out, None, None
 
 
 @register("grouped_matmul", "torch")

@@ -40,6 +40,8 @@ NF4 = (
 BLOCK_SIZE = 64
 # Scales that share a scale of their own.
 SCALE_BLOCK_SIZE = 256
+# Blocks that are taken out of NF4 at once on a CPU: their numbers in fp32 (256 KiB) stay in its cache.
+PIECE_BLOCKS = 1024
 # A block of zeros has no scale to divide by.
 SMALLEST_SCALE = 1e-38
 
@@ -95,15 +97,16 @@ def quantize_nf4(x: Tensor, block_size: int = BLOCK_SIZE, double: bool = True) -
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size {block_size} is wrong; legal: even numbers from 2")
     packed, scales = implementation("quantize_nf4")(x.detach(), block_size)
-    return Quantized(packed, _quantized_scales(scales) if double else scales, x.shape, x.dtype, block_size)
+    return Quantized(packed, quantize_scales(scales) if double else scales, x.shape, x.dtype, block_size)
 
 
 def dequantize_nf4(quantized: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor again, of its own dtype unless another is asked for; products are in fp32 and rounded once."""
     scales = quantized.scales.values() if isinstance(quantized.scales, Scales) else quantized.scales
-    count = quantized.shape.numel()
-    values = implementation("dequantize_nf4")(quantized.packed, scales, count, quantized.block_size)
-    return values.to(dtype or quantized.dtype).view(quantized.shape)
+    values = implementation("dequantize_nf4")(
+        quantized.packed, scales, quantized.shape.numel(), quantized.block_size, dtype or quantized.dtype
+    )
+    return values.view(quantized.shape)
 
 
 @functools.cache
@@ -117,7 +120,8 @@ def dynamic_codes() -> Tensor:
     return torch.cat(values).sort().values
 
 
-def _quantized_scales(scales: Tensor) -> Scales:
+def quantize_scales(scales: Tensor) -> Scales:
+    """Block scales, fp32 [blocks], in 8 bits."""
     mean = scales.mean()
     codes, own = _nearest(scales - mean, dynamic_codes().to(scales.device), SCALE_BLOCK_SIZE)
     return Scales(codes, own, mean)
@@ -151,11 +155,27 @@ def torch_quantize_nf4(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @register("dequantize_nf4", "torch")
-def torch_dequantize_nf4(packed: Tensor, scales: Tensor, count: int, block_size: int) -> Tensor:
-    """fp32 [count]: both numbers of a byte are looked up at once, in a table of 256 pairs."""
-    values = torch.tensor(NF4, device=packed.device)
-    pairs = torch.cartesian_prod(values, values)
-    return _by_blocks(pairs[packed.long()].view(-1)[:count], scales, block_size)
+def torch_dequantize_nf4(packed: Tensor, scales: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """[count] of dtype: both numbers of a byte are looked up at once, in a table of 256 pairs, a piece at a time."""
+    pairs = _pairs(packed.device)
+    blocks = scales.numel()
+    out = torch.empty(blocks * block_size, dtype=dtype, device=packed.device)
+    packed = torch.nn.functional.pad(packed, (0, out.numel() // 2 - packed.numel()))
+    step = PIECE_BLOCKS if packed.device.type == "cpu" else max(blocks, 1)
+    for start in range(0, blocks, step):
+        stop = min(start + step, blocks)
+        bytes_of_piece = packed[start * block_size // 2 : stop * block_size // 2]
+        values = pairs.index_select(0, bytes_of_piece.int()).view(torch.float32).view(-1, block_size)
+        torch.mul(values, scales[start:stop, None], out=values)
+        out[start * block_size : stop * block_size].copy_(values.view(-1))
+    return out[:count]
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs(device: torch.device) -> Tensor:
+    """The two fp32 values that each byte stands for, as one number of 64 bits: [256]."""
+    values = torch.tensor(NF4, device=device)
+    return torch.cartesian_prod(values, values).view(torch.int64).view(-1)
 
 
 @register("quantize_nf4", REFERENCE, priority=-1)
@@ -175,8 +195,8 @@ def quantize_reference(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @register("dequantize_nf4", REFERENCE, priority=-1)
-def dequantize_reference(packed: Tensor, scales: Tensor, count: int, block_size: int) -> Tensor:
-    """The formula, number by number."""
+def dequantize_reference(packed: Tensor, scales: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """The formula, number by number; products are in fp32 and rounded once."""
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[:count].long()
     table = torch.tensor(NF4, device=packed.device)
-    return table[codes] * scales[torch.arange(count, device=packed.device) // block_size]
+    return (table[codes] * scales[torch.arange(count, device=packed.device) // block_size]).to(dtype)

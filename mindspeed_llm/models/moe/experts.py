@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -18,15 +17,19 @@ from torch import Tensor, nn
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import linear
 from mindspeed_llm.models.mlp import activation_function, gate_of
 from mindspeed_llm.models.moe.sharding import expert_sharded_state
+from mindspeed_llm.models.nf4_weight import Nf4Weight
 from mindspeed_llm.ops.activation import gated_activation
 from mindspeed_llm.ops.grouped_matmul import grouped_matmul
 
 
-def expert_weight(config: ModelConfig, *size: int) -> nn.Parameter:
+def expert_weight(config: ModelConfig, *size: int) -> nn.Parameter | Nf4Weight:
     """An uninitialised weight of routed experts, marked as reduced over the expert data-parallel group alone."""
     device = "cpu" if config.use_cpu_initialization else accelerator.current().current_device()
+    if config.quantized_linears:
+        return Nf4Weight(size, config.params_dtype, torch.device(device))
     weight = nn.Parameter(torch.empty(*size, dtype=config.params_dtype, device=device))
     # megatron marks experts so only with expert parallelism, but with expert tensor parallel size 1 and tensor
     # parallelism their replicas are other ranks than those of dense layers without it as well.
@@ -74,7 +77,7 @@ class ExpertLinear(nn.Module):
         self.weight = expert_weight(config, out_features, in_features)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight), None
+        return linear(x, self.weight), None
 
 
 class Expert(nn.Module):

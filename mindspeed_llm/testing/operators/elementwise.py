@@ -15,7 +15,7 @@ from mindspeed_llm.testing.operators import Case, Draw
 # Operator -> every implementation that may be registered for it.
 IMPLEMENTATIONS = {
     "rms_norm": ("reference", "two-pass", "torch", "liger", "npu_rms_norm"),
-    "add_rms_norm": ("reference", "two-pass", "composed", "liger"),
+    "add_rms_norm": ("reference", "two-pass", "composed", "liger", "npu_add_rms_norm"),
     "layer_norm": ("reference", "torch"),
     "swiglu": ("reference", "torch", "liger", "npu_swiglu"),
     "gated_activation": ("reference", "torch", "liger"),
@@ -291,6 +291,7 @@ def nf4_cases() -> list[Case]:
                     d(-(-c // 64)).detach().float(),
                     c,
                     64,
+                    torch.bfloat16 if c == 230 else torch.float32,
                 ),
             )
         )
