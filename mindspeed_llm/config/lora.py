@@ -53,3 +53,15 @@ class LoraConfig:
     lora_merge: bool = option(
         help="merge the adapters into the weights on loading", doors=("inference",), level="advanced"
     )
+    qlora: bool = option(
+        help="hold the frozen linears of the layers in 4 bits (NF4 with scales in 8 bits)",
+        kind="identity",
+        doors=("pretrain", "posttrain", "inference"),
+    )
+    qlora_merge_base: str = option(
+        "dequantized",
+        help="what adapters of a base in 4 bits are merged into: that base, which they were trained on, or the original",
+        choices=("dequantized", "original"),
+        doors=("pretrain", "posttrain", "convert", "inference"),
+        level="advanced",
+    )

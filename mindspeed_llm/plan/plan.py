@@ -20,6 +20,7 @@ from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import continue_run, unknown_changes
 from mindspeed_llm.plan.experts import adapted_experts, expert_problems
+from mindspeed_llm.plan.quantization import quantization_rules, quantized_base
 from mindspeed_llm.plan.recorded_adapters import recorded_adapters
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
 from mindspeed_llm.plan.weights import find_sources, stored_shape_of, without_predictions
@@ -38,6 +39,7 @@ class Plan:
         base: for an adapter checkpoint in --load, the base model it was trained on.
         resume: continue iteration, optimizer and data position of `weights` (or of the adapters).
         hf_files: directory with config.json and tokenizer files that checkpoints carry along; None for flags alone.
+        quantized: the frozen base of the adapters is in NF4.
         tokenizer: directory or file, None when no tokenizer is known.
         layout: sizes of all kinds of parallelism and which layers live where.
         rules: every divisibility rule with its legal values, for `--dry-run`.
@@ -57,6 +59,7 @@ class Plan:
     global_batch_size: int
     seq_length: int
     padded_vocab_size: int
+    quantized: bool = False
     rules: list[Rule] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -84,6 +87,11 @@ class Plan:
     def sequence_parallel(self) -> bool:
         """Whether activations are split along the sequence; without tensor parallelism there is nothing to split."""
         return self.config.parallel.sequence_parallel and self.tensor_parallel_size > 1
+
+    @property
+    def holds_nf4(self) -> bool:
+        """Whether the model's linears hold NF4; merged ones cannot."""
+        return self.quantized and not self.config.lora.lora_merge
 
     @property
     def num_micro_batches(self) -> int:
@@ -141,6 +149,9 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     plan.notes += overridden
+    plan.quantized = quantized_base(config, weights, adapter_source, adapters is not None, problems)
+    if plan.holds_nf4:
+        plan.rules += quantization_rules(shape, layout)
     problems += expert_problems(config, shape, layout)
     problems += adapted_experts(shape, adapters)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]

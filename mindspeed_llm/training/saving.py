@@ -99,7 +99,7 @@ class Saver(LoopHook):
         self.root = Path(plan.config.checkpoint.save)
         self.last: Path | None = None
         self.health: Callable[[], dict[str, Any]] | None = None
-        self.base = base_record(plan.weights, plan.stored_shape, plan.adapters is not None) if is_leader() else None
+        self.base = base_record_of(plan) if is_leader() else None
         self.started_from = started_from(plan)
         self.num_bytes = checkpoint_bytes(plan, model)
         refuse_together(self._room_problem)
@@ -257,6 +257,11 @@ def refuse_together(problem: Callable[[], str | None]) -> None:
     dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
         raise UserError(found[0])
+
+
+def base_record_of(plan: Plan) -> dict[str, Any] | None:
+    """What a checkpoint says about the weights that the run started from."""
+    return base_record(plan.weights, plan.stored_shape, plan.adapters is not None, plan.quantized)
 
 
 def layout_record(plan: Plan) -> dict[str, int]:

@@ -165,6 +165,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         loss_chunk_size=c.operators.loss_chunk_size,
         gradient_accumulation_fusion=c.operators.gradient_accumulation_fusion,
         communication_chunks=communication_chunks(c.operators),
+        quantized_linears=plan.holds_nf4,
         experts=expert_options(plan),
         variable_seq_lengths=plan.pipeline_parallel_size > 1,
         seed=c.data.seed,
@@ -249,10 +250,13 @@ def load_weights(plan: Plan, chunks: list[torch.nn.Module]) -> None:
     """Fill this rank's parameters from `plan.weights`, strictly, and say how much was loaded."""
     from mindspeed_llm.checkpoint.detect import open_source
     from mindspeed_llm.checkpoint.load import load_into, part_of
+    from mindspeed_llm.checkpoint.quantized import DequantizedSource
 
     source = open_source(plan.weights, plan.stored_shape)
     if plan.shape != plan.stored_shape:
         source = part_of(source, plan.shape)
+    if plan.quantized and not plan.holds_nf4 and plan.config.lora.qlora_merge_base == "dequantized":
+        source = DequantizedSource(source)
     for number, chunk in enumerate(chunks):
         load_into(chunk, source, placement(plan, number), quiet=not is_leader())
 
