@@ -59,7 +59,10 @@ def fill_adapter(module: LoraMixin, path: str, tensors: AdapterTensors) -> int:
     module.lora_A.copy_(whole_a if kind.column else whole_a.chunk(kind.world, dim=1)[kind.group.rank()])
     for name, part in zip(module.adapter_parts, parts):
         module.lora_B[name].copy_(part.b.chunk(kind.world)[kind.group.rank()] if kind.column else part.b)
-    return 1 + len(parts)
+        if module.uses_dora:
+            whole = part.magnitude
+            module.lora_magnitude[name].copy_(whole.chunk(kind.world)[kind.group.rank()] if kind.column else whole)
+    return 1 + len(parts) * (2 if module.uses_dora else 1)
 
 
 @torch.no_grad()
@@ -71,8 +74,9 @@ def merge_adapters(model: nn.Module) -> int:
     """
     modules = adapted_modules(model)
     for module in modules.values():
-        module.weight.copy_((module.weight.float() + module.delta()).to(module.weight.dtype))
-        del module.lora_A, module.lora_B
+        module.weight.copy_(module.merged_weight().to(module.weight.dtype))
+        for name in [name for name, _ in module.named_children() if name.startswith("lora_")] + ["lora_A"]:
+            delattr(module, name)
         # LoraColumnParallelLinear(LoraMixin, ColumnParallelLinear): the last base is what it was.
         module.__class__ = type(module).__bases__[-1]
     return len(modules)

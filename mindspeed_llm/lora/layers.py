@@ -2,68 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind
+from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind, dense
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
-from mindspeed_llm.plan.adapters import FUSED_PARTS, AdapterSettings, linear_sizes
+from mindspeed_llm.plan.adaptable import Adaptable
+from mindspeed_llm.plan.adapters import AdapterSettings
 
 
 class LoraMixin:
-    """The adapter of one linear: `lora_A` [k r, in] and, for each adapted part, `lora_B.<part>` [out of part, r].
+    """The adapter of one linear: `lora_A` [sum of ranks, in] and, for each adapted part, `lora_B.<part>` [out, r].
 
-    k is 1 when the parts share A (upstream's fused targets), else the number of adapted parts. Parts are cut over
-    tensor-parallel ranks each by itself, so a checkpoint of them does not know how megatron-core interleaves q, k, v.
+    Where the parts share A (upstream's fused targets) it is [r, in]. Parts are cut over tensor-parallel ranks each by
+    itself, so a checkpoint of them does not know how megatron-core interleaves q, k, v. With DoRA there is
+    `lora_magnitude.<part>` [out] too, cut like the rows of B: the output row i is scaled by
+    magnitude_i / norm of (W + s B A)_i, the norm being taken over the whole input.
     """
 
-    def add_adapter(self, module_name: str, settings: AdapterSettings) -> None:
-        """Register A and B (uninitialised); the base parameters are frozen by the caller."""
-        parts = settings.targets[module_name]
-        self.adapter_parts: tuple[str, ...] = parts or FUSED_PARTS[module_name]
-        self.shares_a = not parts
-        self.module_name, self.rank = module_name, settings.rank
-        self.dropout = settings.dropout
+    def add_adapter(self, linear: Adaptable, settings: AdapterSettings) -> None:
+        """Register A, B and magnitudes (uninitialised); the base parameters are frozen by the caller."""
+        chosen, name = settings.targets[linear.module], linear.module
+        self.adapter_parts: tuple[str, ...] = chosen or tuple(linear.parts)
+        self.shares_a, self.dropout = not chosen, settings.dropout
+        self.ranks = {part: settings.rank_of(name, part) for part in self.adapter_parts}
+        scalings = {part: settings.scaling_of(name, part) for part in self.adapter_parts}
+        common = scalings[self.adapter_parts[0]] if len(set(scalings.values())) == 1 else 1.0
+        # What B of a part is multiplied by where the parts are not scaled alike.
+        self.relative_scalings = {part: scaling / common for part, scaling in scalings.items()}
         column = isinstance(self, ColumnParallelLinear)
         world = self.tp_group.size()
-        chunks = self.config.communication_chunks or 1
-        self.kind = LinearKind(column, self.config.sequence_parallel, self.tp_group, world, settings.scaling, chunks)
+        chunks = self.config.communication_chunks
+        self.kind = LinearKind(column, self.config.sequence_parallel, self.tp_group, world, common, chunks)
+        self.part_rows = {part: out // (world if column else 1) for part, (_, out) in linear.parts.items()}
+        # Of q, k and v every group of queries has its rows together.
+        self.row_groups = self.config.shape.num_query_groups // world if linear.packing == "qkv" else 1
+        self.register_factors(settings.use_dora)
+
+    def register_factors(self, use_dora: bool) -> None:
+        """The parameters, marked with how they are cut and whose gradients are shares of a sum."""
         like = dict(dtype=self.weight.dtype, device=self.weight.device)
-        sizes = linear_sizes(self.config.shape)[module_name]
-        self.part_rows = {part: out // (world if column else 1) for part, (_, out) in sizes.items()}
-        rows = self.rank if self.shares_a else self.rank * len(self.adapter_parts)
+        rows = self.ranks[self.adapter_parts[0]] if self.shares_a else sum(self.ranks.values())
         self.lora_A = nn.Parameter(torch.empty(rows, self.weight.shape[1], **like))
         self.lora_B = nn.ParameterDict(
-            {part: nn.Parameter(torch.empty(self.part_rows[part], self.rank, **like)) for part in self.adapter_parts}
+            {part: nn.Parameter(torch.empty(self.part_rows[part], rank, **like)) for part, rank in self.ranks.items()}
         )
-        for parameter in self.lora_B.values() if column else [self.lora_A]:
+        by_row = [*self.lora_B.values()]
+        if use_dora:
+            self.lora_magnitude = nn.ParameterDict(
+                {part: nn.Parameter(torch.empty(self.part_rows[part], **like)) for part in self.adapter_parts}
+            )
+            by_row += self.lora_magnitude.values()
+        column = self.kind.column
+        for parameter in by_row if column else [self.lora_A]:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0 if column else 1, 1)
-        for parameter in [self.lora_A] if column else self.lora_B.values():
+        for parameter in [self.lora_A] if column else by_row:
             # Consumed with a shard of the sequence: its gradient is a share of the sum over tensor-parallel ranks.
             parameter.sequence_parallel = self.kind.sequence_parallel
 
-    def stacked_b(self) -> Tensor:
-        """B over all output rows of the linear, in megatron-core's row order: [out, k r], zero where nothing adapts."""
-        if len(self.part_rows) == 1:
-            return self.lora_B[self.adapter_parts[0]]
-        groups = self.config.shape.num_query_groups // self.kind.world if self.module_name == "linear_qkv" else 1
-        blocks = []
-        width = self.lora_A.shape[0]
+    @property
+    def uses_dora(self) -> bool:
+        """Whether magnitudes are trained."""
+        return hasattr(self, "lora_magnitude")
+
+    def stacked_rows(self, blocks: Mapping[str, Tensor], fill: Callable[[int], Tensor]) -> Tensor:
+        """Rows of the parts in megatron-core's order.
+
+        Args:
+            blocks: part -> its rows [rows of part, ...].
+            fill: (rows) -> the rows of a part that is not there.
+        """
+        groups, stacked = self.row_groups, []
         for part, rows in self.part_rows.items():
-            if part not in self.adapter_parts:
-                blocks.append(self.weight.new_zeros(groups, rows // groups, width))
-                continue
-            block = self.lora_B[part].view(groups, rows // groups, self.rank)
+            block = blocks[part] if part in blocks else fill(rows)
+            stacked.append(block.view(groups, rows // groups, *block.shape[1:]))
+        return torch.cat(stacked, dim=1).flatten(0, 1)
+
+    def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """The inverse of `stacked_rows`: part -> its rows."""
+        counts = [count // self.row_groups for count in self.part_rows.values()]
+        blocks = rows.view(self.row_groups, -1, *rows.shape[1:]).split(counts, dim=1)
+        return {part: block.flatten(0, 1) for part, block in zip(self.part_rows, blocks)}
+
+    def stacked_b(self) -> Tensor:
+        """B over all output rows of the linear, in megatron-core's row order: [out, rows of A], zero where not adapted.
+
+        Parts that are scaled differently are scaled here, the common scaling being `kind.scaling`.
+        """
+        width, before, blocks = self.lora_A.shape[0], 0, {}
+        for part in self.adapter_parts:
+            block, rank = self.lora_B[part], self.ranks[part]
+            if self.relative_scalings[part] != 1.0:
+                block = block * self.relative_scalings[part]
             if not self.shares_a:
-                before = self.adapter_parts.index(part) * self.rank
-                block = nn.functional.pad(block, (before, width - before - self.rank))
-            blocks.append(block)
-        return torch.cat(blocks, dim=1).view(-1, width)
+                block = nn.functional.pad(block, (before, width - before - rank))
+                before += rank
+            blocks[part] = block
+        if len(self.part_rows) == 1:
+            return blocks[self.adapter_parts[0]]
+        return self.stacked_rows(blocks, lambda rows: self.lora_A.new_zeros(rows, width))
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """Norms of the rows of W + s B A over the whole input, fp32 [out], without making that matrix.
+
+        ||w + b A||^2 = ||w||^2 + 2 (w A^T) b^T + b (A A^T) b^T for a row w of W and b of s B.
+        """
+        weight, b = dense(self.weight), self.stacked_b().float() * self.kind.scaling
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        squares += 2 * ((weight @ self.lora_A.t()).float() * b).sum(1)
+        a = self.lora_A.float()
+        squares += ((b @ (a @ a.t())) * b).sum(1)
+        if not self.kind.column and self.kind.world > 1:
+            dist.all_reduce(squares, group=self.kind.group)
+        # A row of zeros has magnitude zero, and what it is divided by does not matter.
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def gains(self) -> Tensor:
+        """What each output is multiplied by: magnitude / norm [out], 1 where not adapted.
+
+        The norm gets no gradient, as in section 4.3 of the paper.
+        """
+        magnitudes = self.stacked_rows(dict(self.lora_magnitude), lambda rows: self.lora_A.new_ones(rows))
+        norms = self.row_norms()
+        if len(self.adapter_parts) < len(self.part_rows):
+            adapted = {part: norms.new_ones(self.part_rows[part]) for part in self.adapter_parts}
+            norms = torch.where(self.stacked_rows(adapted, norms.new_zeros).bool(), norms, 1.0)
+        return (magnitudes / norms).to(magnitudes.dtype)
 
     def dropped_input(self, x: Tensor) -> Tensor | None:
         """x after dropout, None when there is none.
@@ -81,10 +152,14 @@ class LoraMixin:
         """As the base linear: (output, bias that the caller adds)."""
         if self.weight.requires_grad:
             return self.forward_with_trained_base(x)
-        bias = None if self.skip_bias_add or not self.kind.column else self.bias
+        own_bias = None if self.skip_bias_add or not self.kind.column else self.bias
+        bias = None if self.uses_dora else own_bias
         out = FrozenLinearWithAdapter.apply(
             x, self.dropped_input(x), self.weight, bias, self.lora_A, self.stacked_b(), self.kind
         )
+        if self.uses_dora:
+            out = out * self.gains()
+            out = out if own_bias is None else out + own_bias
         return out, self.bias if self.skip_bias_add else None
 
     def forward_with_trained_base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -104,14 +179,17 @@ class LoraMixin:
             narrow = tensor_parallel.reduce_from_tensor_model_parallel_region(source @ self.lora_A.t(), **group)
         return out + narrow @ self.stacked_b().t() * self.kind.scaling, bias
 
-    def delta(self) -> Tensor:
-        """The matrix that the adapter adds to this rank's weight, fp32 [out, in]."""
-        return self.kind.scaling * (self.stacked_b().float() @ self.lora_A.float())
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """This rank's weight with the adapter in it, fp32 [out, in]."""
+        merged = dense(self.weight).float() + self.kind.scaling * (self.stacked_b().float() @ self.lora_A.float())
+        return merged * self.gains().float()[:, None] if self.uses_dora else merged
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Sequence = (), metadata: Any = None):
-        """megatron-core's shards of weight, bias, A and B."""
+        """megatron-core's shards of weight, bias, A, B and magnitudes."""
         if self.kind.column:
-            axes = {"weight": 0, "bias": 0, **{f"lora_B.{part}": 0 for part in self.adapter_parts}}
+            names = [name for name, _ in self.named_parameters() if name.startswith(("lora_B.", "lora_magnitude."))]
+            axes = {"weight": 0, "bias": 0, **dict.fromkeys(names, 0)}
         else:
             axes = {"weight": 1, "lora_A": 1}
         return make_sharded_tensors_for_checkpoint(

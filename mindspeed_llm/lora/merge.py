@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.lora.tensors import AdapterTensors
-from mindspeed_llm.models.packing import pack
+from mindspeed_llm.models.packing import pack, unpack
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears, adaptable_modules, module_of
 from mindspeed_llm.plan.adapters import AdapterSettings
@@ -30,7 +30,10 @@ def merging_transform(
         if path == name or path not in adapted:
             return tensor.to(dtype)
         delta = weight_delta(path, linears[module_of(path)], adapters, settings, shape)
-        return (tensor.float() + delta).to(dtype)
+        merged = tensor.float() + delta
+        if settings.use_dora:
+            merged = with_magnitudes(merged, path, linears[module_of(path)], adapters, shape)
+        return merged.to(dtype)
 
     return transform
 
@@ -49,6 +52,18 @@ def weight_delta(
     delta = pack(deltas, linear.packing, shape)
     # An embedding's rows are what goes in.
     return delta.t() if linear.module == "word_embeddings" else delta
+
+
+def with_magnitudes(
+    merged: Tensor, path: str, linear: Adaptable, adapters: AdapterTensors, shape: ModelShape
+) -> Tensor:
+    """The rows of weight and adapter together, each scaled to its magnitude where the part has adapters (DoRA)."""
+    parts = list(unpack(merged, linear.packing, shape))
+    for number, part in enumerate(linear.parts):
+        if (path, part) in adapters:
+            norms = torch.linalg.vector_norm(parts[number], dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            parts[number] = parts[number] * (adapters[path, part].magnitude.float() / norms)[:, None]
+    return pack(parts, linear.packing, shape)
 
 
 def count_linears(adapters: AdapterTensors, shape: ModelShape) -> tuple[int, int]:

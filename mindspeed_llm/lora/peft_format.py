@@ -14,10 +14,12 @@ from mindspeed_llm.lora.tensors import AdapterTensors, PartAdapter, check_sizes
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adaptable import adaptable_linears
 from mindspeed_llm.plan.adapters import AdapterSettings
-from mindspeed_llm.plan.peft_settings import CONFIG, UNSUPPORTED, read_peft_settings
+from mindspeed_llm.plan.peft_settings import CONFIG, peft_record, read_peft_settings
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# (path of the linear, which factor); older versions wrote the name of the adapter too.
+FACTOR = r"(.*)\.lora_(?:([AB])(?:\.default)?\.weight|(magnitude_vector)(?:\.default)?(?:\.weight)?)"
 
 
 def hf_linears(shape: ModelShape) -> dict[tuple[str, str], str]:
@@ -40,23 +42,14 @@ def write_peft(
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = hf_linears(shape)
-    tensors, modules = {}, set()
+    tensors = {}
     for (path, part), adapter in adapters.items():
         tensors[f"{PREFIX}{paths[path, part]}.lora_A.weight"] = adapter.a.contiguous().clone()
         tensors[f"{PREFIX}{paths[path, part]}.lora_B.weight"] = adapter.b.contiguous().clone()
-        modules.add(part)
+        if adapter.magnitude is not None:
+            tensors[f"{PREFIX}{paths[path, part]}.lora_magnitude_vector"] = adapter.magnitude.contiguous().clone()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": sorted(modules),
-        "inference_mode": True,
-        **UNSUPPORTED,
-    }
+    config = peft_record(settings, shape, base)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -76,15 +69,17 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
     linears = {path: place for place, path in hf_linears(shape).items()}
     halves: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
+        match = re.fullmatch(re.escape(PREFIX) + FACTOR, name)
         if match is None or match[1] not in linears:
             raise UserError(f"lora: {name} in {directory} is no adapter of a linear of this model")
-        halves.setdefault(linears[match[1]], {})[match[2]] = tensor
-    if incomplete := [place for place, found in halves.items() if set(found) != {"A", "B"}]:
+        halves.setdefault(linears[match[1]], {})[match[2] or match[3]] = tensor
+    if incomplete := [place for place, found in halves.items() if not {"A", "B"} <= set(found)]:
         raise UserError(
             f"lora: {directory} has only one factor of {incomplete[0][0]} {incomplete[0][1]}; legal: lora_A "
             "and lora_B of each; try: copy it again"
         )
-    adapters = {place: PartAdapter(found["A"], found["B"]) for place, found in halves.items()}
+    adapters = {
+        place: PartAdapter(found["A"], found["B"], found.get("magnitude_vector")) for place, found in halves.items()
+    }
     check_sizes(adapters, shape, settings, str(directory))
     return adapters, settings

@@ -25,10 +25,11 @@ _STACKED_EXPERTS = ".experts.experts."
 
 @dataclass
 class PartAdapter:
-    """The adapter of one part of one linear: A [r, in], B [out, r]."""
+    """The adapter of one part of one linear: A [r, in], B [out, r] and, for DoRA, magnitudes [out]."""
 
     a: Tensor
     b: Tensor
+    magnitude: Tensor | None = None
 
 
 AdapterTensors = dict[tuple[str, str], PartAdapter]
@@ -99,7 +100,8 @@ def _parts_of(place: Place, whole: dict[str, Tensor], settings: AdapterSettings,
         start += 0 if place.shares_a else rank
         if place.linear.cut == "vocabulary":
             a, b = (a[:, : shape.vocab_size], b) if module == "word_embeddings" else (a, b[: shape.vocab_size])
-        found[path, part] = PartAdapter(a, b)
+        magnitude = whole[f"{path}.lora_magnitude.{part}"] if settings.use_dora else None
+        found[path, part] = PartAdapter(a, b, magnitude)
     return found
 
 
@@ -168,9 +170,13 @@ def check_sizes(adapters: AdapterTensors, shape: ModelShape, settings: AdapterSe
     for (path, part), adapter in adapters.items():
         linear = expected[path, part]
         (width, out), rank = linear.parts[part], settings.rank_of(linear.module, part)
-        for name, tensor, size in (("A", adapter.a, (rank, width)), ("B", adapter.b, (out, rank))):
-            if tuple(tensor.shape) != size:
+        sizes = [("A", adapter.a, (rank, width)), ("B", adapter.b, (out, rank))]
+        if settings.use_dora or adapter.magnitude is not None:
+            size = (out,) if settings.use_dora else None
+            sizes.append(("magnitude", adapter.magnitude, size))
+        for name, tensor, size in sizes:
+            if (None if tensor is None else tuple(tensor.shape)) != size:
                 raise UserError(
-                    f"lora: {name} of {path} {part} in {origin} is {tuple(tensor.shape)}, "
+                    f"lora: {name} of {path} {part} in {origin} is {None if tensor is None else tuple(tensor.shape)}, "
                     f"and this model and rank {rank} need {size}"
                 )

@@ -16,13 +16,6 @@ from mindspeed_llm.plan.targets import ALL_LINEAR, resolve_pattern, resolve_targ
 
 Number = TypeVar("Number", int, float)
 
-# A fused linear of megatron-core -> its parts, named as Hugging Face names the separate linears.
-FUSED_PARTS: dict[str, tuple[str, ...]] = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",),
-}
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32.0
 
@@ -148,18 +141,6 @@ def read_pattern(words: Sequence[str] | None, flag: str, number: type[Number]) -
             raise UserError(f"{flag}: {word!r} is wrong, because {why}; legal: NAME=VALUE such as q_proj=8")
         values[name] = value
     return values
-
-
-def linear_sizes(shape: ModelShape) -> dict[str, dict[str, tuple[int, int]]]:
-    """module -> part -> (in, out) of the whole linear before it is split over tensor-parallel ranks."""
-    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
-    q, kv = shape.num_attention_heads * d, shape.num_query_groups * d
-    return {
-        "linear_qkv": {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv)},
-        "linear_proj": {"o_proj": (q, h)},
-        "linear_fc1": {"gate_proj": (h, f), "up_proj": (h, f)},
-        "linear_fc2": {"down_proj": (f, h)},
-    }
 
 
 @dataclass(frozen=True)
