@@ -61,15 +61,19 @@ class LinearKind:
     fused: bool = True
     combine: bool = False
 
-    def schedule(self, form: str, x: Tensor, narrow: Tensor, weight: Tensor) -> Schedule:
-        """Of one pass: y = x W^T with the collective of `form` (lora.fusion.cost.FORMS)."""
+    def form(self, backward: bool) -> str | None:
+        """The collective of a pass (lora.fusion.cost.FORMS); None where nothing is sent for it."""
+        if self.world == 1:
+            return None
+        if self.column == backward:
+            return "scatter" if self.sequence_parallel else "reduce"
+        return "gather" if self.sequence_parallel else None
+
+    def schedule(self, size: Pass) -> Schedule:
+        """Of a pass of this linear."""
         if self.chunks is not None:
             return Schedule(self.chunks)
-        if self.rates is None:
-            return Schedule()
-        rows = x.shape[:-1].numel() * (self.world if form == "gather" else 1)
-        rank, itemsize = narrow.shape[-1], x.element_size()
-        return choose(Pass(form, rows, x.shape[-1], weight.shape[0], rank, self.world, itemsize), self.rates)
+        return Schedule() if self.rates is None else choose(size, self.rates)
 
 
 def all_reduce(x: Tensor, kind: LinearKind) -> Tensor:
@@ -105,36 +109,28 @@ def base_matrix(weight: Tensor | FrozenWeight, lora_a: Tensor, lora_b: Tensor, k
     return torch.addmm(matrix, lora_b, lora_a, alpha=kind.scaling) if kind.combine else matrix
 
 
-def multiply_and_send(
-    x: Tensor,
-    narrow: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kind: LinearKind,
-    *,
-    gathers: bool,
-    reduces: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """x W^T + bias (None without a weight) and the adapter's narrow tensor, each through the collective of this pass.
+# Form of a pass -> what multiplies and sends, and what only sends the adapter's narrow tensor.
+PRODUCTS = {
+    "gather": products.gathered_product,
+    "scatter": products.scattered_product,
+    "reduce": products.reduced_product,
+}
+NARROW = {"gather": products.gather_narrow, "scatter": products.scatter_narrow, "reduce": products.reduce_narrow}
 
-    Args:
-        gathers: under SP what arrives is this rank's share of the sequence.
-        reduces: the products are shares of a sum over ranks; under SP each rank keeps its rows of it.
-    """
-    group = kind.group
-    if kind.world == 1 or not (reduces or (gathers and kind.sequence_parallel)):
+
+def multiply_and_send(
+    x: Tensor, narrow: Tensor, weight: Tensor | None, bias: Tensor | None, kind: LinearKind, *, backward: bool
+) -> tuple[Tensor | None, Tensor]:
+    """x W^T + bias (None without a weight) and the adapter's narrow tensor, each through the collective of the pass."""
+    form = kind.form(backward)
+    if form is None:
         with record_function("lora: base product"):
             return None if weight is None else product(x, weight, bias), narrow
-    form = "gather" if gathers else "scatter" if kind.sequence_parallel else "reduce"
     if weight is None:
-        alone = {"gather": products.gather_narrow, "scatter": products.scatter_narrow, "reduce": products.reduce_narrow}
-        return None, alone[form](narrow, group)
-    run = {
-        "gather": products.gathered_product,
-        "scatter": products.scattered_product,
-        "reduce": products.reduced_product,
-    }
-    y, narrow = run[form](x, narrow, weight, group, kind.schedule(form, x, narrow, weight))
+        return None, NARROW[form](narrow, kind.group)
+    rows = x.shape[:-1].numel() * (kind.world if form == "gather" else 1)
+    size = Pass(form, rows, x.shape[-1], weight.shape[0], narrow.shape[-1], kind.world, x.element_size())
+    y, narrow = PRODUCTS[form](x, narrow, weight, kind.group, kind.schedule(size))
     return y if bias is None else y.add_(bias), narrow
 
 
@@ -153,7 +149,7 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         with record_function("lora: adapter down"):
             narrow = product(source, lora_a)
         matrix = base_matrix(weight, lora_a, lora_b, kind)
-        y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, gathers=kind.column, reduces=not kind.column)
+        y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, backward=False)
         if not kind.combine:
             with record_function("lora: adapter up"):
                 add_product(y, narrow, lora_b.t(), kind.scaling)
@@ -173,9 +169,7 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         with record_function("lora: adapter backward"):
             grad_b = outer_sum(dy, narrow, kind.scaling)
             grad_narrow = product(dy, lora_b.t()).mul_(kind.scaling)
-        grad_x, grad_narrow = multiply_and_send(
-            dy, grad_narrow, matrix, None, kind, gathers=not kind.column, reduces=kind.column
-        )
+        grad_x, grad_narrow = multiply_and_send(dy, grad_narrow, matrix, None, kind, backward=True)
         grad_dropped = None
         with record_function("lora: adapter backward"):
             grad_a = outer_sum(grad_narrow, source)
