@@ -183,6 +183,7 @@ def check_layout(plan: Plan) -> None:
 
 
 def _weights(plan: Plan) -> Any:
+    from mindspeed_llm.lora.fusion.configure import configure_fusion
     from mindspeed_llm.lora.inject import inject_adapters
     from mindspeed_llm.lora.io import load_adapters, merge_adapters
     from mindspeed_llm.models.build import build_model
@@ -196,6 +197,8 @@ def _weights(plan: Plan) -> Any:
     if plan.adapters is not None and plan.adapter_source is not None:
         inject_adapters(model, plan.adapters, seed=plan.config.data.seed)
         load_adapters(model, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
-        if plan.config.lora.lora_merge:
+        lora = plan.config.lora
+        configure_fusion([model], fused=lora.lora_fusion, combine=lora.lora_fusion_combine, chunks=1)
+        if lora.lora_merge:
             merge_adapters(model)
     return model.eval()

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from mindspeed_llm.config.schema import above, at_least, between, option, section
 
+CHUNK_NUMBERS = (1, 2, 4, 8)
+
+
+def _is_chunk_number(value: int) -> str | None:
+    return None if value in CHUNK_NUMBERS else f"legal: {', '.join(map(str, CHUNK_NUMBERS))}"
+
 
 @section
 class LoraConfig:
@@ -48,6 +54,24 @@ class LoraConfig:
         check=above(0),
         doors=("pretrain", "posttrain"),
         level="advanced",
+    )
+    lora_fusion: bool = option(
+        True,
+        help="compute base and adapter as one, their communication beside their products; without, one after the other",
+        doors=("pretrain", "posttrain", "inference"),
+        level="advanced",
+    )
+    lora_fusion_chunks: int | None = option(
+        help="into how many parts the fused linears cut a sequence to overlap sending and multiplying; default: as "
+        "many as times measured at start make fastest (--coc-parallel-num with --use-ascend-coc)",
+        check=_is_chunk_number,
+        doors=("pretrain", "posttrain"),
+        level="expert",
+    )
+    lora_fusion_combine: bool = option(
+        help="multiply by weight + adapter, formed in the weight's type, which rounds small adapters away in bf16",
+        doors=("pretrain", "posttrain", "inference"),
+        level="expert",
     )
     lora_load: str | None = option(help="adapter checkpoint (ours or PEFT's) to go on with or to answer with")
     lora_merge: bool = option(

@@ -150,8 +150,8 @@ class LoraMixin:
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
         """As the base linear: (output, bias that the caller adds)."""
-        if self.weight.requires_grad:
-            return self.forward_with_trained_base(x)
+        if self.weight.requires_grad or not self.kind.fused:
+            return self.forward_one_after_the_other(x)
         own_bias = None if self.skip_bias_add or not self.kind.column else self.bias
         bias = None if self.uses_dora else own_bias
         out = FrozenLinearWithAdapter.apply(
@@ -162,8 +162,8 @@ class LoraMixin:
             out = out if own_bias is None else out + own_bias
         return out, self.bias if self.skip_bias_add else None
 
-    def forward_with_trained_base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Base and adapter one after the other, for a base that is trained too (`--trainable`)."""
+    def forward_one_after_the_other(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Base and adapter each with its own collectives: for a base that is trained too, and `--no-lora-fusion`."""
         out, bias = super().forward(x)
         dropped = self.dropped_input(x)
         source = x if dropped is None else dropped
@@ -177,7 +177,13 @@ class LoraMixin:
             narrow = tensor_parallel.reduce_scatter_to_sequence_parallel_region(source @ self.lora_A.t(), **group)
         else:
             narrow = tensor_parallel.reduce_from_tensor_model_parallel_region(source @ self.lora_A.t(), **group)
-        return out + narrow @ self.stacked_b().t() * self.kind.scaling, bias
+        out = out + narrow @ self.stacked_b().t() * self.kind.scaling
+        if self.uses_dora:
+            gains = self.gains()
+            own_bias = None if self.skip_bias_add else self.bias
+            # The magnitude belongs to the products alone, and the bias is among them here.
+            out = out * gains if own_bias is None else out * gains + own_bias * (1 - gains)
+        return out, bias
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

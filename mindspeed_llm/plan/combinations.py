@@ -102,6 +102,15 @@ def _adapter_problems(config: RunConfig) -> list[str]:
             "--freeze, --trainable-layers and --frozen-layers have no meaning with LoRA: the base is frozen already; "
             "--trainable REGEX trains parameters beside the adapters",
         ),
+        (
+            not lora.lora_fusion and (lora.lora_fusion_combine or lora.lora_fusion_chunks is not None),
+            "--lora-fusion-combine and --lora-fusion-chunks have no meaning with --no-lora-fusion",
+        ),
+        (
+            lora.lora_fusion_combine and (lora.lora_dropout > 0 or partial),
+            "--lora-fusion-combine does not go with --lora-dropout or --trainable: weight and adapter must multiply "
+            "the same input, and the weight must be frozen",
+        ),
     )
 
 
@@ -140,4 +149,14 @@ def _device_problems(config: RunConfig) -> list[str]:
         return []
     return [
         f"--{n.replace('_', '-')} needs an Ascend NPU, and the device is {device}; leave the flag out" for n in given
+    ]
+
+
+def _chip_problems(config: RunConfig) -> list[str]:
+    npu = accelerator.get("npu")
+    if not config.operators.use_ascend_mc2 or not npu.is_available() or npu.ranks_of_fused_communication():
+        return []
+    return [
+        f"--use-ascend-mc2 needs a chip of generation A2 or A3, and this is {npu.model()}; --use-ascend-coc overlaps on "
+        "every device"
     ]

@@ -225,7 +225,20 @@ def build(plan: Plan) -> TrainingModel:
 
             for chunk in chunks:
                 load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
-    return TrainingModel(chunks, wrap(plan, chunks), trained)
+        choose_fusion(plan, chunks)
+    return TrainingModel(chunks, wrap(plan, chunks), trained, swap_activations(plan, chunks))
+
+
+def choose_fusion(plan: Plan, chunks: list[torch.nn.Module]) -> None:
+    """How adapted linears are computed; says what was measured for it, if anything was."""
+    from mindspeed_llm.lora.fusion.configure import configure_fusion, describe
+
+    lora, t = plan.config.lora, plan.config.training
+    number = lora.lora_fusion_chunks or communication_chunks(plan.config.operators)
+    rates = configure_fusion(chunks, fused=lora.lora_fusion, combine=lora.lora_fusion_combine, chunks=number)
+    if rates is not None and is_leader():
+        rows = t.micro_batch_size * plan.config.data.seq_length // plan.layout.cp
+        print(*describe(rates, chunks, rows), sep="\n", flush=True)
 
 
 def placement(plan: Plan, chunk: int) -> Placement:
