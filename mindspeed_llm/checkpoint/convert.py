@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +23,23 @@ from mindspeed_llm.checkpoint.convert_request import (
 from mindspeed_llm.checkpoint.detect import Found, detect, open_source
 from mindspeed_llm.checkpoint.expert_files import ExpertLayout
 from mindspeed_llm.checkpoint.hf import HfSource
+from mindspeed_llm.checkpoint.hf_nf4 import quantization_config, stored_dims, stored_tensors
 from mindspeed_llm.checkpoint.hf_writer import SHARD_BYTES, HfWriter, PlannedTensor
 from mindspeed_llm.checkpoint.load import fewer_predictions, part_of
 from mindspeed_llm.checkpoint.megatron import MegatronSource
 from mindspeed_llm.checkpoint.megatron_writer import MegatronLayout, MegatronWriter
+from mindspeed_llm.checkpoint.names import EMBEDDING
+from mindspeed_llm.checkpoint.quantized import DequantizedSource
 from mindspeed_llm.checkpoint.source import TensorSource
 from mindspeed_llm.checkpoint.train_record import HF_FILES, write_record
 from mindspeed_llm.checkpoint.train_save import copy_hf_files
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import prediction_field, read_hf_config
 from mindspeed_llm.models.layouts import VOCAB_MULTIPLE, padded_vocab_size
-from mindspeed_llm.models.mapping import to_hf
+from mindspeed_llm.models.mapping import TensorPair, to_hf
+from mindspeed_llm.models.nf4_weight import is_quantized
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.ops.nf4_matrix import quantize_matrix
 from mindspeed_llm.parallel.layer_map import layer_map
 
 Transform = Callable[[str, Tensor], Tensor]
@@ -61,6 +68,9 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
     mtp_num_layers: int | None = None,
+    dequantized: bool = False,
+    quantize: bool = False,
+    notes: Mapping[str, str] | None = None,
     replace: bool = False,
     quiet: bool = False,
 ) -> Path:
@@ -86,6 +96,9 @@ def convert(
         shard_bytes: size of the safetensors files.
         ignore_fields: fields of config.json to disregard.
         mtp_num_layers: leave out the multi-token prediction layers behind the first so many; None keeps all.
+        dequantized: read the linears of the layers as NF4 rounds them, as a QLoRA run does.
+        quantize: for "hf", write the linears of the layers in NF4, as bitsandbytes does.
+        notes: recorded beside the written tensors.
         replace: for "hf", put the result in place of the model that `save_dir` holds, once it is complete.
         quiet: print nothing.
 
@@ -103,6 +116,8 @@ def convert(
     config_files = config_files_of(found, Path(save_dir), save_type, hf_cfg_dir)
     shape = agreed_shape(found, config_files, ignore_fields)
     source = _open(found, shape, mtp_num_layers)
+    if dequantized:
+        source = DequantizedSource(source)
     shape = source.shape
     asked = dtype_of(dtype)
     dtypes = {
@@ -112,40 +127,80 @@ def convert(
     if save_type == "hf":
         split = bool(vpp or layer_list or noop_layers or embedding_as_layer or loss_as_layer)
         check_no_layout(source, (tp, pp), split)
-        return _convert_to_hf(
-            source, dtypes, Path(save_dir), config_files, dtype_of(dtype), transform, shard_bytes, replace, say
-        )
+        target = _HfTarget(Path(save_dir), config_files, dtype_of(dtype), shard_bytes, replace, quantize, notes)
+        return _convert_to_hf(source, dtypes, target, transform, say)
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
     layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
     layout = MegatronLayout(layers, tp, padded, transformer_impl, experts or ExpertLayout())
-    return _convert_to_megatron(source, dtypes, Path(save_dir), config_files, layout, found, transform, say)
+    return _convert_to_megatron(source, dtypes, Path(save_dir), config_files, layout, found, transform, notes, say)
 
 
-def _convert_to_hf(
-    source: TensorSource,
-    dtypes: Dtypes,
-    save_dir: Path,
-    config_files: Path,
-    dtype: torch.dtype | None,
-    transform: Transform | None,
-    shard_bytes: int,
-    replace: bool,
-    say: Say,
-) -> Path:
-    beside = (save_dir / "config.json").is_file() and not replace
-    target = save_dir / RESULT_INSIDE_ORIGINAL if beside else save_dir
-    plan = [
-        PlannedTensor(name, dims, dtypes[pair.mcore]) for pair in source.pairs.values() for name, dims in pair.stored()
-    ]
+@dataclass(frozen=True)
+class _HfTarget:
+    """A Hugging Face directory to write; see `convert`."""
+
+    save_dir: Path
+    config_files: Path
+    dtype: torch.dtype | None
+    shard_bytes: int
+    replace: bool
+    quantize: bool
+    notes: Mapping[str, str] | None
+
+    @property
+    def directory(self) -> Path:
+        """Where the files go."""
+        beside = (self.save_dir / "config.json").is_file() and not self.replace
+        return self.save_dir / RESULT_INSIDE_ORIGINAL if beside else self.save_dir
+
+    def planned(self, pair: TensorPair, dtype: torch.dtype) -> Iterator[PlannedTensor]:
+        """What a tensor is written as."""
+        for name, dims in pair.stored():
+            if self.quantize and is_quantized(pair.mcore):
+                for stored, (size, stored_dtype) in stored_dims(name, dims).items():
+                    yield PlannedTensor(stored, size, stored_dtype)
+            else:
+                yield PlannedTensor(name, dims, dtype)
+
+    def pieces(self, pair: TensorPair, tensor: Tensor, shape: ModelShape, dtype: torch.dtype) -> Iterator:
+        """(name, tensor) in the same order."""
+        for name, piece in to_hf(pair, tensor, shape):
+            if self.quantize and is_quantized(pair.mcore):
+                yield from stored_tensors(name, quantize_matrix(piece.to(dtype)), dtype)
+            else:
+                yield name, piece
+
+    def config_changes(self, source: TensorSource, dtypes: Dtypes) -> dict[str, Any]:
+        """What config.json must say otherwise for the tensors that are written."""
+        stated = prediction_field(read_hf_config(self.config_files))
+        shape, changes = source.shape, {}
+        if stated and stated[1] != shape.mtp_num_layers:
+            changes[stated[0]] = shape.mtp_num_layers
+        if not self.quantize:
+            return changes | {"quantization_config": None}
+        skipped = {
+            hf.removesuffix(".weight").rsplit(".", 1)[-1]
+            for name, pair in source.pairs.items()
+            for hf, dims in zip(pair.hf, pair.hf_dims)
+            if len(dims) == 2 and not is_quantized(name) and name != EMBEDDING
+        }
+        return changes | {"quantization_config": quantization_config({"lm_head", *skipped}, dtypes[EMBEDDING])}
+
+
+def _convert_to_hf(source: TensorSource, dtypes: Dtypes, to: _HfTarget, transform: Transform | None, say: Say) -> Path:
+    target = to.directory
+    if to.quantize and isinstance(source, HfSource) and source.files.any_nf4:
+        raise UserError(f"convert: --qlora-nf4: {source.origin} is in NF4 already; legal: unquantised weights")
+    plan = [piece for name, pair in source.pairs.items() for piece in to.planned(pair, dtypes[name])]
     needed = sum(tensor.num_bytes for tensor in plan)
     announce(source, dtypes, needed, target, transform is not None, say)
-    writer = HfWriter(target, plan, shard_bytes, replace)
+    writer = HfWriter(target, plan, to.shard_bytes, to.replace, to.notes)
     try:
         for name in progress(source.names()):
             tensor = _transformed(source, name, transform)
-            for hf_name, piece in to_hf(source.pairs[name], tensor, source.shape):
+            for hf_name, piece in to.pieces(source.pairs[name], tensor, source.shape, dtypes[name]):
                 writer.write(hf_name, piece)
-        writer.finish(config_files, dtype, _config_changes(config_files, source.shape))
+        writer.finish(to.config_files, to.dtype, to.config_changes(source, dtypes))
     except BaseException:
         writer.discard()
         raise
@@ -163,6 +218,7 @@ def _convert_to_megatron(
     layout: MegatronLayout,
     found: Found,
     transform: Transform | None,
+    notes: Mapping[str, str] | None,
     say: Say,
 ) -> Path:
     check_megatron_target(save_dir, found)
@@ -185,7 +241,7 @@ def _convert_to_megatron(
         MegatronSource(aside, source.shape)
         if config_files is not None:
             copy_hf_files(config_files, aside / HF_FILES)
-        write_record(aside, _record(source, layout, dtypes, iteration))
+        write_record(aside, _record(source, layout, dtypes, iteration) | dict(notes or {}))
         final = directory.complete(aside, iteration)
     say(summary(source, dtypes))
     kinds, sizes = "tensor-parallel x pipeline", f"{layout.tp} x {layout.layers.pp}"
@@ -216,12 +272,6 @@ def _open(found: Found, shape: ModelShape, mtp_num_layers: int | None) -> Tensor
     fewer = fewer_predictions(shape, mtp_num_layers, str(found.path))
     # a Hugging Face directory may lack the layers that its config.json counts
     return open_source(found, fewer) if found.format == "hf" else part_of(open_source(found, shape), fewer)
-
-
-def _config_changes(config_files: Path, shape: ModelShape) -> dict[str, int]:
-    """What config.json must say otherwise for the tensors that are written."""
-    stated = prediction_field(read_hf_config(config_files))
-    return {stated[0]: shape.mtp_num_layers} if stated and stated[1] != shape.mtp_num_layers else {}
 
 
 def _transformed(source: TensorSource, name: str, transform: Transform | None) -> Tensor:

@@ -23,7 +23,13 @@ SHARD_BYTES = 5_000_000_000
 
 _INSIDE = ".incomplete"
 _LAST = ("config.json",)
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,19 @@ class HfWriter:
         plan: all tensors, in the order in which they will be written.
         shard_bytes: data per file, exceeded only by a tensor that is larger on its own.
         replace: a model that is there stays until the new one is complete, and is removed then.
+        notes: written into the head of every file (safetensors' metadata).
 
     Raises:
         UserError: the directory holds weights already.
     """
 
     def __init__(
-        self, directory: Path, plan: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES, replace: bool = False
+        self,
+        directory: Path,
+        plan: Sequence[PlannedTensor],
+        shard_bytes: int = SHARD_BYTES,
+        replace: bool = False,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
         held = any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
         if held and not replace:
@@ -66,7 +78,7 @@ class HfWriter:
         self._aside = directory.with_name(directory.name + ASIDE) if self._as_a_whole else directory / _INSIDE
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
-        self._shards = _shards(plan, shard_bytes)
+        self._shards, self._notes = _shards(plan, shard_bytes), dict(notes or {})
         self._next = [(shard, tensor) for shard, tensors in enumerate(self._shards) for tensor in tensors]
         self._next.reverse()
         self._open_shard, self._file = -1, None
@@ -81,7 +93,7 @@ class HfWriter:
         assert name == planned.name and tuple(tensor.shape) == planned.dims, (name, planned)
         if shard != self._open_shard:
             self._close_file()
-            self._file = _start_file(self._aside / self._file_name(shard), self._shards[shard])
+            self._file = _start_file(self._aside / self._file_name(shard), self._shards[shard], self._notes)
             self._open_shard = shard
         data = tensor.to(planned.dtype).contiguous().view(-1).view(torch.uint8).numpy()
         self._file.write(memoryview(data))
@@ -94,7 +106,8 @@ class HfWriter:
         Args:
             config_files: directory to take config.json, tokenizer, generation config and chat template from.
             dtype: recorded in config.json when the weights were cast on purpose; None leaves it as it is.
-            changes: other fields of config.json that the written tensors make wrong, with their new values.
+            changes: other fields of config.json that the written tensors make wrong, with their new values; None takes
+                a field away.
         """
         from mindspeed_llm.checkpoint.train_save import copy_hf_files
 
@@ -155,9 +168,9 @@ def _shards(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[Planne
     return shards
 
 
-def _start_file(path: Path, tensors: Sequence[PlannedTensor]) -> BinaryIO:
+def _start_file(path: Path, tensors: Sequence[PlannedTensor], notes: Mapping[str, str]) -> BinaryIO:
     """A file with the safetensors header: length (8 bytes, little endian), json padded to 8 bytes; data follows."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **notes}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {
@@ -181,4 +194,5 @@ def _record_dtype(path: Path, dtype: torch.dtype) -> None:
 
 def _change_config(path: Path, changes: Mapping[str, Any]) -> None:
     config = json.loads(path.read_text(encoding="utf-8")) | changes
+    config = {name: value for name, value in config.items() if name not in changes or value is not None}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

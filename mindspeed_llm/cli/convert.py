@@ -51,7 +51,8 @@ def run(parsed: Parsed) -> None:
         **layout,
         dtype=c.params_dtype,
         hf_cfg_dir=c.hf_cfg_dir,
-        transform=_merge(config, found) if config.lora.lora_load else None,
+        **_merge(config, found),
+        quantize=c.qlora_nf4,
         ignore_fields=config.model.ignore_config_field or (),
         mtp_num_layers=config.model.mtp_num_layers,
     )
@@ -62,6 +63,13 @@ def _problems(config: RunConfig) -> list[str]:
     problems = [f"{flag} is missing" for flag, v in (("--load-dir", c.load_dir), ("--save-dir", c.save_dir)) if not v]
     if c.save_lora_to_hf and not lora.lora_load:
         problems.append("--save-lora-to-hf needs --lora-load with the adapters to export")
+    if not lora.lora_load and "qlora_merge_base" in config.given:
+        problems.append("--qlora-merge-base has no meaning without --lora-load")
+    if c.qlora_nf4 and (c.save_model_type != "hf" or c.save_lora_to_hf):
+        problems.append(
+            "--qlora-nf4 has a meaning with --save-model-type hf only: NF4 is stored as bitsandbytes does, in Hugging "
+            "Face directories, which load into every layout"
+        )
     if not lora.lora_load and any(n in config.given for n in ("lora_r", "lora_alpha", "lora_target_modules")):
         problems.append("--lora-r, --lora-alpha and --lora-target-modules have no meaning without --lora-load")
     return problems
@@ -157,6 +165,23 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
             )
 
 
+def _adapter_source(config: RunConfig) -> Found:
+    """What --lora-load names.
+
+    Raises:
+        UserError: it holds no adapters.
+    """
+    from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
+
+    source = find_source(config.lora.lora_load)
+    if source is None or source.format not in ADAPTER_FORMATS:
+        raise UserError(
+            f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT; legal: a --save "
+            "directory of a LoRA run, or one with adapter_config.json"
+        )
+    return source
+
+
 def _adapters(config: RunConfig, found: Found):
     """--lora-load, checked against its base and the options repeating it.
 
@@ -167,14 +192,8 @@ def _adapters(config: RunConfig, found: Found):
     from mindspeed_llm.lora.tensors import read_adapters, read_trained_base
     from mindspeed_llm.plan.base import check_base
     from mindspeed_llm.plan.recorded_adapters import recorded_adapters
-    from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
 
-    source = find_source(config.lora.lora_load)
-    if source is None or source.format not in ADAPTER_FORMATS:
-        raise UserError(
-            f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT; legal: a --save "
-            "directory of a LoRA run, or one with adapter_config.json"
-        )
+    source = _adapter_source(config)
     problems: list[str] = []
     shape = _base_shape(config, found)
     settings = recorded_adapters(config, source, shape, problems)
@@ -187,16 +206,27 @@ def _adapters(config: RunConfig, found: Found):
     return tensors, settings, shape, read_trained_base(source.directory, shape)
 
 
-def _merge(config: RunConfig, found: Found):
+def _merge(config: RunConfig, found: Found) -> dict[str, Any]:
+    """What `convert` takes to merge --lora-load; nothing without it."""
     from mindspeed_llm.lora.merge import count_linears, merging_transform
+    from mindspeed_llm.plan.quantization import merge_base
 
+    if not config.lora.lora_load:
+        return {}
     tensors, settings, shape, trained = _adapters(config, found)
+    base = merge_base(config, _adapter_source(config), found)
     changed, linears = count_linears(tensors, shape)
     print(
         f"merging adapters into {changed} of {linears} linears (rank {settings.rank}, alpha {settings.alpha:g}) in fp32"
         + (f", and {len(trained)} tensors trained beside them" if trained else "")
     )
-    return merging_transform(tensors, settings, shape, trained)
+    if base is not None:
+        print(f"the base that they were trained on is in NF4; merging into the {base} one (--qlora-merge-base)")
+    return {
+        "transform": merging_transform(tensors, settings, shape, trained),
+        "dequantized": base == "dequantized",
+        "notes": {"merge_base": base} if base is not None else None,
+    }
 
 
 def _export_adapters(config: RunConfig, found: Found) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mindspeed_llm.checkpoint.detect import Found
 from mindspeed_llm.config.run import RunConfig
+from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import is_nf4, read_hf_config
 from mindspeed_llm.models.layouts import TensorLayout
 from mindspeed_llm.models.mapping import TensorPair, tensor_pairs
@@ -14,11 +15,6 @@ from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.ops.nf4 import BLOCK_SIZE
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.rules import Rule, divisors
-
-# Of a number in NF4 with double quantisation: its code, its share of its block's scale, of a group's scale and mean.
-BYTES = 1 / 2 + 1 / BLOCK_SIZE + 8 / (256 * BLOCK_SIZE)
-# First block of each row.
-BYTES_OF_ROW = 4
 
 
 def quantized_base(
@@ -55,6 +51,27 @@ def recorded_quantization(adapter_source: Found | None) -> bool | None:
     if adapter_source is None or adapter_source.format != "adapter":
         return None
     return bool((adapter_source.record.get("base") or {}).get("quantized"))
+
+
+def merge_base(config: RunConfig, adapter_source: Found, weights: Found) -> str | None:
+    """What adapters are merged into, "dequantized" or "original"; None where their base was never quantised.
+
+    Raises:
+        UserError: there is no original, or no such choice.
+    """
+    if not recorded_quantization(adapter_source):
+        if "qlora_merge_base" in config.given:
+            raise UserError(
+                f"--qlora-merge-base: {config.lora.qlora_merge_base} has no meaning, because {adapter_source.path} "
+                "records no base in NF4; try: leave it out"
+            )
+        return None
+    if config.lora.qlora_merge_base == "original" and stored_in_nf4(weights):
+        raise UserError(
+            f"--qlora-merge-base: original is wrong, because {weights.path} is in NF4 itself; legal: dequantized; try: "
+            "the directory that it was quantised from"
+        )
+    return config.lora.qlora_merge_base
 
 
 def stored_in_nf4(weights: Found) -> bool:
