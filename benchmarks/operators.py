@@ -1,102 +1,54 @@
 #!/usr/bin/env python3
-"""Time of every implementation of the elementwise, norm, loss and optimizer operators beside its reference.
+"""Time of every implementation of every operator beside its reference, torch's own functions and the machine's limit.
 
-    python benchmarks/operators.py [--shapes llama3-8b qwen3-30b-a3b small] [--rounds 5] [--operators rms_norm ...]
+    python benchmarks/operators.py [--shapes llama3-8b qwen3-30b-a3b] [--dtypes fp32 bf16] [--tokens N] [--ranks N]
+                                   [--rounds N] [--only rms_norm ...] [--json FILE]
 
-Shapes are those of the named models for 8192 tokens; `small` is what a CPU does in seconds and the default there, and
-fits into caches that the copy does not. Each row is forward and backward together. Bytes are what a perfect kernel
-moves (docs/operators.md), `of copy` their rate over that of copying a large tensor here, measured first.
-Implementations take turns; medians of the rounds. Prints one JSON line per row and then a table.
+Every row is a layer of the named model for `--tokens` tokens (8192; 2048 on a CPU), its vocabulary and experts divided
+among `--ranks` ranks (1; 8 on a CPU). The forward pass and forward and backward together are timed apart. All sides of
+a row take turns, and one of them is the limit: a copy of as many bytes as a perfect kernel reads and writes, into
+memory that is there already, or a matrix product whose rate bounds the row's own. Shares of the limit and ratios are
+medians over the rounds, of figures of the same round. The operators that need several ranks are not measured.
+
+Prints a JSON line per row, then a table (`*` is what is chosen on this device), then what is slower than the reference
+or torch although it is chosen. Implementations are those of the package, Liger-Kernel's and others' where installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
-from measure import interleaved
+from measure import interleaved, median_ratio
+from operator_rows import SHAPES, Draws, Row
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.ops import registry
-from mindspeed_llm.ops.activation import Gate
-from mindspeed_llm.ops.adamw import Rates
-from mindspeed_llm.ops.rotary import rotary_table
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIMIT = "limit"
+PRODUCT_SIZE = {"cpu": 768, "cuda": 8192, "npu": 8192}
+# A chosen implementation that takes this many times as long as another is reported.
+TOLERANCE = 1.05
 
 
-class Shapes(NamedTuple):
-    """Sizes of one model: tokens, hidden, MLP (of one expert), query heads, groups, head, vocabulary."""
-
-    tokens: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    head: int
-    vocabulary: int
-
-
-SHAPES = {
-    "llama3-8b": Shapes(8192, 4096, 14336, 32, 8, 128, 128256),
-    "qwen3-30b-a3b": Shapes(8192, 2048, 768, 32, 4, 128, 151936),
-    "small": Shapes(512, 256, 512, 4, 2, 64, 4000),
-}
-COPY_BYTES = {"cuda": 2**30, "npu": 2**30, "cpu": 2**27}
-
-
-class Row(NamedTuple):
-    """One operator at one shape: its inputs, and the bytes of a perfect forward and backward; None if compute-bound."""
-
-    operator: str
-    inputs: tuple[Any, ...]
-    bytes: float | None
-
-
-def rows(shapes: Shapes, device: torch.device) -> list[Row]:
-    """Every operator on bf16 activations of these shapes."""
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, dtype=torch.bfloat16).requires_grad_()
-
-    s, h, f, n, g, d, v = shapes
-    table = rotary_table(torch.arange(s)[None], 1e4 ** (-torch.arange(d // 2) / (d // 2)), 1.0, torch.bfloat16)
-    table = table.to(device)
-    qkv = (n + 2 * g) * d
-    labels = torch.randint(0, v, (s,), device=device)
-    master = [torch.randn(h, f, device=device) for _ in range(4)]
-    lists = [[t] for t in (*master[:2], master[2].zero_(), master[3].zero_())]
-    steps = [torch.zeros((), device=device)]
-    square = min(s, 2048)
-    return [
-        Row("rms_norm", (draw(s, 1, h), draw(h), 1e-5), 10.0 * s * h),
-        Row("add_rms_norm", (draw(s, 1, h), draw(s, 1, h), draw(h), 1e-5), 16.0 * s * h),
-        Row("layer_norm", (draw(s, 1, h), draw(h), draw(h), 1e-5), 10.0 * s * h),
-        Row("swiglu", (draw(s, 1, 2 * f),), 16.0 * s * f),
-        Row("gated_activation", (draw(s, 1, 2 * f), Gate("gelu_tanh")), 16.0 * s * f),
-        Row("rotary", (draw(s, 1, n, d), table), 8.0 * s * n * d),
-        Row("neighbour_rotary", (draw(s, 1, n, d), table), 8.0 * s * n * d),
-        Row("split_qkv_rotary", (draw(s, 1, qkv), g, d, table), 8.0 * s * qkv),
-        Row("scaled_masked_softmax", (draw(1, n, square, square), None, 0.1, True), 10.0 * n * square * square),
-        Row("linear_cross_entropy_sum", (draw(s, h), draw(v, h), labels, v), None),
-        Row("vocab_parallel_cross_entropy", (draw(s // 4, v), labels[: s // 4], None), 8.0 * (s // 4) * v),
-        Row("adamw", (*lists, steps, Rates(1e-4, 0.9, 0.95, 1e-8, 0.1)), 28.0 * h * f),
-        Row("quantize_nf4", (draw(h, f).detach(), 64), 2.5 * h * f),
-    ]
-
-
-def runner(function: Callable[..., Any], inputs: tuple[Any, ...], wait: Callable[[], Any]) -> Callable[[], None]:
-    """One forward and backward pass, until the device is done."""
-    leaves = [i for i in inputs if isinstance(i, torch.Tensor) and i.requires_grad]
+def runner(function: Callable[..., Any], row: Row, backward: bool, wait: Callable[[], Any]) -> Callable[[], None]:
+    """One pass, until the device is done."""
+    leaves = [i for i in row.inputs if isinstance(i, torch.Tensor) and i.requires_grad] if backward else []
     directions: list[torch.Tensor] = []
 
     def run() -> None:
-        outputs = function(*inputs)
+        outputs = function(*row.inputs)
         if leaves:
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = [o for o in outputs if o.requires_grad]
             if not directions:
                 directions.extend(torch.randn_like(o) for o in outputs)
             torch.autograd.grad(outputs, leaves, directions)
@@ -105,71 +57,133 @@ def runner(function: Callable[..., Any], inputs: tuple[Any, ...], wait: Callable
     return run
 
 
-def copy_rate(device: torch.device, wait: Callable[[], Any]) -> float:
-    """Bytes per second that a copy reads and writes."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: (target.copy_(source), wait())}, 7)["copy"]
-    return 2.0 * source.numel() / statistics.median(seconds)
+def limit(row: Row, part: int, dtype: torch.dtype, wait: Callable[[], Any]) -> tuple[Callable[[], None], float]:
+    """What is run as the limit, and how many times as long the row takes at its best."""
+    device = next(i for i in _tensors(row.inputs)).device
+    if row.moved is not None:
+        source = torch.ones(max(1, int(row.moved[part] / 2)), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda: (target.copy_(source), wait()), 1.0
+    size = PRODUCT_SIZE[device.type]
+    a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    return lambda: (torch.mm(a, b, out=out), wait()), row.flop[part] / (2.0 * size**3)
 
 
-def measure(name: str, row: Row, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One record for each implementation that runs here."""
+def _tensors(inputs: Any) -> list[torch.Tensor]:
+    if isinstance(inputs, torch.Tensor):
+        return [inputs]
+    return [t for i in inputs for t in _tensors(i)] if isinstance(inputs, (tuple, list)) else []
+
+
+def sides_of(row: Row, device_type: str) -> dict[str, Callable[..., Any]]:
+    """Name -> function: the implementations that run here, then torch's."""
+    usable = [e for e in registry.implementations(row.operator) if e.missing(device_type) is None]
+    sides = {e.name: e.function for e in usable if row.reference or e.name != registry.REFERENCE}
+    return sides | row.peers
+
+
+def measure(row: Row, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """One record for each side: ms, share of the limit and times the chosen one's, forward and both."""
     device = accelerator.current()
-    usable = [e for e in registry.implementations(row.operator) if e.missing(device.device_type) is None]
-    sides = {e.name: runner(e.function, row.inputs, device.synchronize) for e in usable}
-    registry.reset()
+    functions = sides_of(row, device.device_type)
     chosen = registry.chosen()[row.operator]
-    records = []
-    for side, seconds in interleaved(sides, rounds).items():
-        middle = statistics.median(seconds)
-        share = None if row.bytes is None else round(row.bytes / middle / bandwidth, 3)
-        records.append(
-            {
-                "shapes": name,
-                "operator": row.operator,
-                "implementation": side,
-                "chosen": side == chosen,
-                "ms": round(1e3 * middle, 4),
-                "of_copy": share,
+    records = [{"operator": row.operator, "side": name, "chosen": name == chosen} for name in functions]
+    differentiated = any(t.requires_grad for t in _tensors(row.inputs))
+    for part, key in enumerate(("forward", "both")[: 1 + differentiated]):
+        at_best, times = limit(row, part, dtype, device.synchronize)
+        runs = {name: runner(f, row, part == 1, device.synchronize) for name, f in functions.items()}
+        seconds = interleaved({LIMIT: at_best} | runs, rounds)
+        amount, unit = (row.moved, "GB_per_s") if row.moved else (row.flop, "GFLOP_per_s")
+        best = statistics.median(seconds[LIMIT]) * times
+        for record in records:
+            own = seconds[record["side"]]
+            record[f"{key}_ms"] = round(1e3 * statistics.median(own), 4)
+            record[f"{key}_of_limit"] = round(times * median_ratio(seconds[LIMIT], own), 4)
+            record[f"{key}_of_chosen"] = round(median_ratio(own, seconds[chosen]), 3)
+            record[f"{key}_limit"] = {
+                "of": "copy" if row.moved else "product",
+                unit: round(amount[part] / best / 1e9, 2),
             }
-        )
     return records
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    """The records as an aligned table, the chosen implementation marked."""
-    header = ("shapes", "operator", "implementation", "ms", "of copy")
+    """The records as an aligned table."""
+    header = (
+        "shapes",
+        "dtype",
+        "operator",
+        "side",
+        "fwd ms",
+        "of limit",
+        "x chosen",
+        "both ms",
+        "of limit",
+        "x chosen",
+    )
     lines = [header]
     for r in records:
-        share = "-" if r["of_copy"] is None else f"{100 * r['of_copy']:.0f} %"
-        name = r["implementation"] + (" *" if r["chosen"] else "")
-        lines.append((r["shapes"], r["operator"], name, f"{r['ms']:.3f}", share))
+        figures: list[str] = []
+        for key in ("forward", "both"):
+            if f"{key}_ms" in r:
+                figures += [
+                    f"{r[f'{key}_ms']:.2f}",
+                    f"{100 * r[f'{key}_of_limit']:.0f} %",
+                    f"{r[f'{key}_of_chosen']:.2f}",
+                ]
+            else:
+                figures += ["", "", ""]
+        lines.append((r["shapes"], r["dtype"], r["operator"], r["side"] + " *" * r["chosen"], *figures))
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
-        print("  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))))
+        print("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip())
+
+
+def behind(records: list[dict[str, Any]]) -> list[str]:
+    """A line for each side that is faster than what is chosen."""
+    return [
+        f"{r['shapes']} {r['dtype']} {r['operator']} {key}: {r['side']} takes {r[f'{key}_of_chosen']} of its time"
+        for r in records
+        for key in ("forward", "both")
+        if r.get(f"{key}_of_chosen", 1.0) * TOLERANCE < 1.0
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    on_cpu = accelerator.current().device_type == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama3-8b", "qwen3-30b-a3b"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, default=2048 if on_cpu else 8192)
+    parser.add_argument("--ranks", type=int, default=8 if on_cpu else 1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", metavar="OPERATOR")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and records there, too")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES))
-    parser.add_argument("--operators", nargs="+")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = arguments()
     device = accelerator.current()
-    on_cpu = device.device_type == "cpu"
-    bandwidth = copy_rate(torch.device(device.device_type), device.synchronize)
     machine = {"device": device.model(), "torch": torch.__version__, "python": platform.python_version()}
-    print(json.dumps(machine | {"copy_GB_per_s": round(bandwidth / 1e9, 1)}))
+    machine |= {"threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
+    machine |= {name: getattr(options, name) for name in ("tokens", "ranks", "rounds")}
+    print(json.dumps(machine))
     records = []
-    for name in options.shapes or (["small"] if on_cpu else ["llama3-8b", "qwen3-30b-a3b"]):
-        for row in rows(SHAPES[name], torch.device(device.device_type)):
-            if not options.operators or row.operator in options.operators:
-                found = measure(name, row, options.rounds, bandwidth)
-                records += found
-                for record in found:
-                    print(json.dumps(record), flush=True)
+    for name in options.shapes:
+        for kind in options.dtypes:
+            draws = Draws(SHAPES[name], options.tokens, options.ranks, DTYPES[kind], torch.device(device.device_type))
+            for operator, make in draws.rows().items():
+                if options.only and operator not in options.only:
+                    continue
+                for record in measure(make(), DTYPES[kind], options.rounds):
+                    records.append({"shapes": name, "dtype": kind} | record)
+                    print(json.dumps(records[-1]), flush=True)
     show(records)
+    print(*behind(records), sep="\n")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "records": records}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ Sources: arXiv 2002.05202; arXiv 1606.08415 for gelu and its approximations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks, scratch
 from mindspeed_llm.ops.swiglu import swiglu
 
 # Sigmoid approximation of gelu: x sigmoid(1.702 x).
@@ -43,27 +44,36 @@ class Gate:
             raise ValueError(f"limit {self.limit} is wrong, because the gate is cut there; legal: above 0")
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+def _quick_gelu(x: Tensor, out: Tensor) -> Tensor:
+    return torch.mul(x, QUICK_GELU_SLOPE, out=out).sigmoid_().mul_(x)
 
 
-def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+def _quick_gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * x)
-    return grad * sigmoid * (1 + QUICK_GELU_SLOPE * x * (1 - sigmoid))
+    return torch.mul(grad * sigmoid, 1 + QUICK_GELU_SLOPE * x * (1 - sigmoid), out=out)
 
 
 _aten = torch.ops.aten
 
-# Name -> (function, its derivative from (gradient, argument)).
-FUNCTIONS = {
-    "silu": (F.silu, _aten.silu_backward),
-    "gelu": (F.gelu, _aten.gelu_backward),
+# Name -> (function, its derivative from (gradient, argument)), each with where to write.
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "silu": (
+        lambda x, out: _aten.silu.out(x, out=out),
+        lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out),
+    ),
+    "gelu": (
+        lambda x, out: _aten.gelu.out(x, out=out),
+        lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, grad_input=out),
+    ),
     "gelu_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+        lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
+        lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out),
     ),
     "quick_gelu": (_quick_gelu, _quick_gelu_backward),
-    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    "relu": (
+        lambda x, out: torch.clamp(x, min=0, out=out),
+        lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
+    ),
 }
 
 
@@ -92,8 +102,13 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, gate: Gate) -> Tensor:
         ctx.gate = gate
         ctx.save_for_backward(gate_up)
-        argument, factor = _Gated.cut(gate_up, gate)
-        return FUNCTIONS[gate.function][0](argument).mul_(factor)
+        function, _ = FUNCTIONS[gate.function]
+        rows = gate_up.reshape(-1, gate_up.shape[-1])
+        out = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=rows.dtype, device=rows.device)
+        for block in row_blocks(*out.shape, out):
+            argument, factor = _Gated.cut(rows[block], gate)
+            function(argument, out[block]).mul_(factor)
+        return out.view(*gate_up.shape[:-1], out.shape[1])
 
     @staticmethod
     def cut(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
@@ -106,18 +121,29 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,), gate = ctx.saved_tensors, ctx.gate
+        rows = gate_up.reshape(-1, gate_up.shape[-1])
+        grads = grad.reshape(rows.shape[0], rows.shape[1] // 2)
+        result = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        blocks = list(row_blocks(*grads.shape, grads))
+        products = scratch(blocks, grads.shape[1], grads)
+        for block in blocks:
+            given = grads[block]
+            _Gated.gradient(rows[block], given, gate, result.view(rows.shape)[block], products[: given.shape[0]])
+        return result, None
+
+    @staticmethod
+    def gradient(gate_up: Tensor, grad: Tensor, gate: Gate, out: Tensor, product: Tensor) -> None:
+        """Write the gradient of some rows to `out`; `product` is room for as many numbers as `grad` has."""
         function, derivative = FUNCTIONS[gate.function]
         argument, factor = _Gated.cut(gate_up, gate)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = _parts(grad_gate_up, gate.interleaved)
-        torch.mul(function(argument), grad, out=grad_up)
-        grad_gate.copy_(derivative(grad * factor, argument))
+        grad_gate, grad_up = _parts(out, gate.interleaved)
+        function(argument, grad_up).mul_(grad)
+        derivative(torch.mul(grad, factor, out=product), argument, grad_gate)
         if gate.limit is not None:
             # As torch.clamp has it: a value at the limit still has a gradient.
             own_gate, own_up = _parts(gate_up, gate.interleaved)
             grad_gate.masked_fill_(own_gate > gate.limit, 0)
             grad_up.masked_fill_(own_up.abs() > gate.limit, 0)
-        return grad_gate_up, None
 
 
 _SQRT_HALF, _TANH_SCALE = 0.5**0.5, (2 / torch.pi) ** 0.5

@@ -18,16 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks, scratch
 
 IGNORE_INDEX = -100
 
 # Bytes of logits held at once, in the activations' dtype: 2048 tokens of a vocabulary of 32000 in bf16. A head of one
 # chunk adds up no weight gradients, and larger products are faster.
 CHUNK_BYTES = 128 * 2**20
-
-# Rows are widened to fp32 in blocks of about this many bytes, which a CPU core's cache holds; on other devices, whose
-# cost is the launch, all rows of a chunk at once.
-CPU_BLOCK_BYTES = 2 * 2**20
 
 
 def linear_cross_entropy_sum(
@@ -165,57 +162,65 @@ class _Problem:
         """Sum of the losses of this rank's logits [c, v_local], which become gradients where those are needed."""
         if self.group is None:
             return _softmax_loss_(logits, target, needs_gradient, factor)
-        log_sum, loss = self._log_sum_and_loss(logits, target)
+        inside = ((target >= 0) & (target < logits.shape[1])).nonzero().squeeze(-1)
+        log_sum, at_target = _shared_log_sum(logits, inside, target[inside], self.group)
         if needs_gradient:
             _to_gradient_(logits, log_sum, target, factor)
-        return loss
-
-    def _log_sum_and_loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """log(sum exp) over all ranks' slices of the vocabulary, [c, 1], and the sum of the losses."""
-        wide = _wide(logits.dtype)
-        inside = (target >= 0) & (target < logits.shape[1])
-        at_target = torch.zeros(target.shape, dtype=wide, device=logits.device)
-        at_target[inside] = logits[inside, target[inside]].to(wide)
-        log_sum = torch.full((logits.shape[0], 1), float("-inf"), dtype=wide, device=logits.device)
-        if logits.shape[1]:
-            for block in _row_blocks(logits):
-                torch.logsumexp(logits[block].to(wide), dim=-1, keepdim=True, out=log_sum[block])
-        maximum = log_sum.clone()
-        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
-        parts = torch.stack(((log_sum - maximum).exp().squeeze(-1), at_target))
-        dist.all_reduce(parts, group=self.group)
-        log_sum, at_target = parts[0].log()[:, None] + maximum, parts[1]
-        return log_sum, (log_sum.squeeze(-1) - at_target).sum()
+        return (log_sum.squeeze(-1) - at_target).sum()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    rows, width = logits.shape
-    step = max(1, rows)
-    if logits.device.type == "cpu":
-        step = max(1, CPU_BLOCK_BYTES // (4 * width))
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _shared_log_sum(logits: Tensor, rows: Tensor, columns: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """log(sum exp) over all ranks' slices of the vocabulary, [c, 1], and the logits of the targets, [c].
+
+    Args:
+        logits: this rank's [c, v_local]; the targets that it has stand at (rows, columns).
+    """
+    wide = _wide(logits.dtype)
+    at_target = torch.zeros(logits.shape[0], dtype=wide, device=logits.device)
+    at_target[rows] = logits[rows, columns].to(wide)
+    log_sum = torch.full((logits.shape[0], 1), float("-inf"), dtype=wide, device=logits.device)
+    if logits.shape[1]:
+        for block in row_blocks(*logits.shape, logits, wide):
+            torch.logsumexp(logits[block].to(wide), dim=-1, keepdim=True, out=log_sum[block])
+    maximum = log_sum.clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+    parts = torch.stack(((log_sum - maximum).exp().squeeze(-1), at_target))
+    dist.all_reduce(parts, group=group)
+    return parts[0].log()[:, None] + maximum, parts[1]
+
+
+def _softmax_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of some rows after others of logits [c, v]: which, their probabilities, wide, and log(sum exp) [rows, 1].
+
+    The next block takes the memory of the probabilities.
+    """
+    wide = _wide(logits.dtype)
+    blocks = list(row_blocks(*logits.shape, logits, wide))
+    widened = scratch(blocks, logits.shape[1], logits, wide)
+    for block in blocks:
+        own = logits[block]
+        probabilities = widened[: own.shape[0]]
+        torch.softmax(own if own.dtype == wide else probabilities.copy_(own), dim=-1, out=probabilities)
+        # The largest probability is 1 / sum(exp(x - max)), and never too small for a logarithm.
+        largest = probabilities.amax(-1, keepdim=True)
+        yield block, probabilities, own.amax(-1, keepdim=True).to(wide) - largest.log_()
 
 
 def _softmax_loss_(logits: Tensor, target: Tensor, needs_gradient: bool, factor: Tensor | None) -> Tensor:
-    """Sum of the losses of one rank that holds the whole vocabulary, the gradient replacing the logits.
-
-    With nothing to wait for between maximum, sum and gradient, each block of rows is widened and exponentiated once.
-    """
+    """Sum of the losses of one rank that holds the whole vocabulary, the gradient replacing the logits."""
     losses = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
-    for block in _row_blocks(logits):
-        wide, own = logits[block].to(losses.dtype, copy=True), target[block, None]
-        shifted = wide.sub_(wide.amax(-1, keepdim=True))
-        at_target = shifted.gather(1, own)
-        total = shifted.exp_().sum(-1, keepdim=True)
-        losses[block] = (total.log() - at_target).squeeze(-1)
+    one = torch.ones_like(losses[:1]) if factor is None else factor
+    for block, gradient, log_sum in _softmax_blocks(logits):
+        own = target[block, None]
+        losses[block] = (log_sum - logits[block].gather(1, own)).squeeze(-1)
         if needs_gradient:
-            one = torch.ones_like(total) if factor is None else factor.expand_as(total)
-            wide.mul_(one / total).scatter_add_(1, own, -one)
-            logits[block] = wide
+            if factor is not None:
+                gradient.mul_(factor)
+            logits[block] = gradient.scatter_add_(1, own, -one.expand_as(log_sum))
     return losses.sum()
 
 
@@ -224,7 +229,7 @@ def _to_gradient_(logits: Tensor, log_sum: Tensor, target: Tensor, factor: Tenso
     width = logits.shape[1]
     if width == 0:
         return
-    for block in _row_blocks(logits):
+    for block in row_blocks(*logits.shape, logits, log_sum.dtype):
         gradient = logits[block].to(log_sum.dtype).sub_(log_sum[block]).exp_()
         inside = ((target[block] >= 0) & (target[block] < width)).nonzero().squeeze(-1)
         gradient[inside, target[block][inside]] -= 1
@@ -244,30 +249,36 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         several = group is not None and group.size() > 1
         width = logits.shape[1]
-        wide = logits.to(_wide(logits.dtype), copy=True)
         kept = targets != IGNORE_INDEX
         own = targets - (group.rank() * width if several else 0)
         inside = ((own >= 0) & (own < width) & kept).nonzero().squeeze(-1)
-        maximum = wide.amax(-1, keepdim=True)
+        columns = own[inside]
+        probabilities = torch.empty_like(logits)
         if several:
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-        wide.sub_(maximum)
-        at_target = wide.new_zeros(wide.shape[0])
-        at_target[inside] = wide[inside, own[inside]]
-        total = wide.exp_().sum(-1)
-        if several:
-            sums = torch.stack((total, at_target))
-            dist.all_reduce(sums, group=group)
-            total, at_target = sums.unbind(0)
-        ctx.save_for_backward(wide.div_(total[:, None]).to(logits.dtype), inside, own[inside], kept)
-        return (total.log() - at_target).masked_fill_(~kept, 0.0)
+            log_sum, at_target = _shared_log_sum(logits, inside, columns, group)
+            for block in row_blocks(*logits.shape, logits, log_sum.dtype):
+                probabilities[block] = logits[block].to(log_sum.dtype).sub_(log_sum[block]).exp_()
+        else:
+            log_sum = logits.new_empty(logits.shape[0], 1, dtype=_wide(logits.dtype))
+            for block, exact, own_log_sum in _softmax_blocks(logits):
+                probabilities[block], log_sum[block] = exact, own_log_sum
+            at_target = torch.zeros_like(log_sum[:, 0]).index_put_((inside,), logits[inside, columns].to(log_sum.dtype))
+        ctx.save_for_backward(probabilities, inside, columns, kept)
+        return (log_sum.squeeze(-1) - at_target).masked_fill_(~kept, 0.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         probabilities, rows, columns, kept = ctx.saved_tensors
-        gradient = probabilities.to(grad.dtype, copy=True)
-        gradient[rows, columns] -= 1
-        return gradient.mul_((grad * kept)[:, None]).to(probabilities.dtype), None, None
+        factor = (grad * kept)[:, None]
+        gradient = torch.empty_like(probabilities)
+        blocks = list(row_blocks(*gradient.shape, gradient, grad.dtype))
+        widened = scratch(blocks, gradient.shape[1], gradient, grad.dtype)
+        for block in blocks:
+            own = widened[: block.stop - block.start].copy_(probabilities[block])
+            gradient[block] = own.mul_(factor[block])
+        at_target = (probabilities[rows, columns].to(grad.dtype) - 1) * factor[rows, 0]
+        gradient[rows, columns] = at_target.to(gradient.dtype)
+        return gradient, None, None
 
 
 @register("vocab_parallel_cross_entropy", REFERENCE, priority=-1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks, scratch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -74,28 +75,72 @@ def two_pass_add_rms_norm(
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x and its 1 / rms [..., 1]."""
-    wide = x.to(_wide(x.dtype))
-    inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    unit = wide * inverse_rms
-    if plain_weight(x, weight, offset):
-        return unit.to(x.dtype).mul_(weight), inverse_rms
-    return unit.mul_(_factor(weight, offset, unit.dtype)).to(x.dtype), inverse_rms
+    """RMSNorm of x and its 1 / rms, wide, [rows, 1]."""
+    rows, wide = _rows(x), _wide(x.dtype)
+    out, inverse_rms = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=wide)
+    smallest = torch.full((), eps, dtype=wide, device=x.device)
+    factor = weight if plain_weight(x, weight, offset) else _factor(weight, offset, wide)
+    blocks = list(row_blocks(*rows.shape, x, wide))
+    widened = None if x.dtype == wide else scratch(blocks, rows.shape[1], x, wide)
+    for block in blocks:
+        own, result = rows[block], out[block]
+        unit = result if widened is None else widened[: own.shape[0]].copy_(own)
+        scale = inverse_rms[block]
+        torch.linalg.vector_norm(own if widened is None else unit, dim=-1, keepdim=True, out=scale)
+        torch.addcmul(smallest, scale, scale, value=1 / rows.shape[1], out=scale).rsqrt_()
+        torch.mul(own if widened is None else unit, scale, out=unit)
+        if factor.dtype == x.dtype:
+            result.copy_(unit).mul_(factor)
+        else:
+            result.copy_(unit.mul_(factor))
+    return out.view(x.shape), inverse_rms
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, offset: float, needs_x: bool, needs_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inverse_rms: Tensor,
+    offset: float,
+    needs_x: bool,
+    needs_weight: bool,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x (not yet rounded) and weight."""
-    # With u = x * r: dL/dx = r * (g*w - u * mean(g*w*u)), dL/dw = sum over rows of g*u.
-    unit = x.to(inverse_rms.dtype) * inverse_rms
-    grad = grad.to(inverse_rms.dtype)
-    grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if needs_weight else None
-    if not needs_x:
-        return None, grad_weight
-    grad_unit = grad * _factor(weight, offset, grad.dtype)
-    projection = (grad_unit * unit).mean(-1, keepdim=True)
-    return grad_unit.addcmul_(unit, projection, value=-1).mul_(inverse_rms), grad_weight
+    """Gradients of x, with `beside` added before it is rounded to x's dtype, and of weight."""
+    # With r = 1 / rms: dL/dx = r (g w - x r^2 mean(g w x)), dL/dw = sum over rows of r g x.
+    wide = inverse_rms.dtype
+    rows, grads, factor = _rows(x), _rows(grad), _factor(weight, offset, wide)
+    grad_x = torch.empty_like(rows) if needs_x else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    blocks = list(row_blocks(*rows.shape, x, wide))
+    product = scratch(blocks, rows.shape[1], x, wide)
+    widened = None if x.dtype == wide else (torch.empty_like(product), torch.empty_like(product))
+    for block in blocks:
+        own, given, r = rows[block], grads[block], inverse_rms[block]
+        count = own.shape[0]
+        result = None if grad_x is None else grad_x[block]
+        if widened is not None:
+            own, given = (held[:count].copy_(narrow) for held, narrow in zip(widened, (own, given)))
+        both = torch.mul(given, own, out=product[:count])
+        if grad_weight is not None:
+            grad_weight.addmv_(both.t(), r.squeeze(-1))
+        if result is None:
+            continue
+        projection = (both @ factor).unsqueeze(-1).mul_(r).mul_(r).mul_(-1 / rows.shape[1])
+        total = both if widened is not None else result
+        torch.mul(given, factor, out=total).addcmul_(own, projection).mul_(r)
+        if beside is not None:
+            total.add_(beside.reshape(rows.shape)[block])
+        if widened is not None:
+            result.copy_(total)
+    return None if grad_x is None else grad_x.view(x.shape), None if grad_weight is None else grad_weight.to(
+        weight.dtype
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., h] -> [rows, h], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -109,8 +154,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
-        grad_x, grad_weight = _gradients(grad, x, weight, inverse_rms, ctx.offset, *ctx.needs_input_grad[:2])
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None, None
+        return *_gradients(grad, x, weight, inverse_rms, ctx.offset, *ctx.needs_input_grad[:2]), None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -127,13 +171,11 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor, grad_total: Tensor):
         total, weight, inverse_rms = ctx.saved_tensors
         needs_sum = any(ctx.needs_input_grad[:2])
-        grad_sum, grad_weight = _gradients(
-            grad, total, weight, inverse_rms, ctx.offset, needs_sum, ctx.needs_input_grad[2]
-        )
+        needs = needs_sum, ctx.needs_input_grad[2]
+        grad_sum, grad_weight = _gradients(grad, total, weight, inverse_rms, ctx.offset, *needs, beside=grad_total)
         if not needs_sum:
             return None, None, grad_weight, None, None
-        grad_sum = grad_sum.add_(grad_total)
-        return grad_sum.to(ctx.dtypes[0]), grad_sum.to(ctx.dtypes[1]), grad_weight, None, None
+        return *(grad_sum.to(dtype) for dtype in ctx.dtypes), grad_weight, None, None
 
 
 @register("layer_norm", "torch")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks
 
 
 def rotary_table(position_ids: Tensor, inv_freq: Tensor, attention_factor: float, dtype: torch.dtype) -> Tensor:
@@ -79,23 +80,25 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, table: Tensor, out: Tensor, backwards: bool = False, interleaved: bool = False) -> Tensor:
     """Write the rotation of x [s, b, ..., d] into `out` (not x itself); backwards turns the other way."""
-    cos, sin = table.unbind(0)
-    half = cos.shape[-1]
-    cos, sin = (part.view(*part.shape[:2], *(1,) * (x.dim() - 3), half) for part in (cos, sin))
+    half = table.shape[-1]
+    table = table.view(*table.shape[:3], *(1,) * (x.dim() - 3), half)
     sign = -1 if backwards else 1
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
     )
-    x1, x2, out1, out2 = x[..., first], x[..., second], out[..., first], out[..., second]
-    if table.dtype == x.dtype:
-        torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
-        torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
-    else:
-        wide1, wide2 = x1.to(table.dtype), x2.to(table.dtype)
-        out1.copy_((wide1 * cos).addcmul_(wide2, sin, value=-sign))
-        out2.copy_((wide2 * cos).addcmul_(wide1, sin, value=sign))
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
+    for block in row_blocks(x.shape[0], x[:1].numel(), x, table.dtype):
+        own, result = x[block], out[block]
+        cos, sin = table[:, block]
+        x1, x2, out1, out2 = own[..., first], own[..., second], result[..., first], result[..., second]
+        if table.dtype == x.dtype:
+            torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
+            torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
+        else:
+            wide1, wide2 = x1.to(table.dtype), x2.to(table.dtype)
+            out1.copy_((wide1 * cos).addcmul_(wide2, sin, value=-sign))
+            out2.copy_((wide2 * cos).addcmul_(wide1, sin, value=sign))
+        if 2 * half < x.shape[-1]:
+            result[..., 2 * half :] = own[..., 2 * half :]
     return out
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks, scratch
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -24,18 +24,32 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        gates, ups = _halves(gate_up)
+        out = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+        for block in row_blocks(*gates.shape, gates):
+            torch.ops.aten.silu.out(gates[block], out=out[block]).mul_(ups[block])
+        return out.view(*gate_up.shape[:-1], out.shape[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        gates, ups = _halves(gate_up)
+        grads = grad.reshape(gates.shape)
+        grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        grad_gates, grad_ups = _halves(grad_gate_up)
+        blocks = list(row_blocks(*gates.shape, gates))
+        products = scratch(blocks, gates.shape[1], gates)
+        for block in blocks:
+            gate, given = gates[block], grads[block]
+            torch.ops.aten.silu.out(gate, out=grad_ups[block]).mul_(given)
+            product = torch.mul(given, ups[block], out=products[: gate.shape[0]])
+            torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=grad_gates[block])
         return grad_gate_up
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 2f] -> two views [rows, f]."""
+    return x.reshape(-1, x.shape[-1]).chunk(2, dim=-1)
 
 
 @register("swiglu", REFERENCE, priority=-1)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from mindspeed_llm.ops import registry
+
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
@@ -114,12 +116,42 @@ def test_runs_with_faults_are_compared_with_undisturbed_ones(script):
     assert result["faults"] == 2 and result["wrong"] == {} and result["most_iterations_lost"] <= 1
 
 
-def test_every_implementation_of_an_operator_is_measured(monkeypatch, capsys):
+@pytest.fixture
+def operator_records(monkeypatch, capsys):
+    """Machine and records of benchmarks/operators.py at toy size."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", ["operators", "--rounds", "1", "--operators", "rms_norm", "swiglu", "adamw"])
-    runpy.run_path(str(BENCHMARKS / "operators.py"), run_name="__main__")
-    machine, *records = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
-    assert machine["copy_GB_per_s"] > 0 and all(r["ms"] > 0 and r["of_copy"] > 0 for r in records)
-    measured = {(r["operator"], r["implementation"]) for r in records}
-    assert measured >= {("rms_norm", "two-pass"), ("rms_norm", "reference"), ("adamw", "torch-fused")}
-    assert sum(r["chosen"] for r in records) == 3
+
+    def run(*words):
+        sizes = ["--shapes", "toy", "--tokens", "32", "--rounds", "1"]
+        monkeypatch.setattr(sys, "argv", ["operators", *sizes, *words])
+        runpy.run_path(str(BENCHMARKS / "operators.py"), run_name="__main__")
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+def test_every_operator_of_one_rank_is_measured_beside_its_reference(operator_records):
+    machine, *records = operator_records("--dtypes", "fp32")
+    of_several_ranks = {"all_gather_matmul", "matmul_reduce_scatter"}
+    assert {r["operator"] for r in records} == set(registry.operators()) - of_several_ranks
+    assert {r["operator"] for r in records} == {r["operator"] for r in records if r["side"] == registry.REFERENCE}
+    assert all(r["forward_ms"] > 0 and r["forward_of_limit"] > 0 for r in records)
+    assert machine["threads"] == torch.get_num_threads()
+
+
+def test_torch_and_the_limit_stand_beside_what_is_chosen(operator_records):
+    _, *records = operator_records("--dtypes", "bf16", "--only", "rms_norm", "attention")
+    assert {(r["operator"], r["side"]) for r in records} >= {("rms_norm", "F.rms_norm"), ("attention", "SDPA")}
+    assert sorted(r["operator"] for r in records if r["chosen"]) == ["attention", "rms_norm"]
+    assert all(r["both_of_chosen"] == 1.0 for r in records if r["chosen"])
+    assert {(r["operator"], r["both_limit"]["of"]) for r in records} == {("rms_norm", "copy"), ("attention", "product")}
+
+
+def test_a_faster_side_than_the_chosen_one_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import operators as benchmark
+
+    record = {"shapes": "toy", "dtype": "fp32", "operator": "rms_norm", "side": "torch"}
+    assert benchmark.behind([record | {"forward_of_chosen": 0.98, "both_of_chosen": 1.4}]) == []
+    [line] = benchmark.behind([record | {"forward_of_chosen": 0.8, "both_of_chosen": 1.4}])
+    assert "rms_norm forward: torch takes 0.8" in line

@@ -6,7 +6,7 @@ import pkgutil
 import pytest
 import torch
 
-from mindspeed_llm.ops import registry
+from mindspeed_llm.ops import registry, row_blocks
 from mindspeed_llm.testing import operators
 
 torch.set_num_threads(1)
@@ -19,6 +19,12 @@ RUNS = [(case, entry) for case in CASES for entry in operators.runnable(case.ope
 
 @pytest.mark.parametrize("case, entry", RUNS, ids=[f"{case} ({entry.name})" for case, entry in RUNS])
 def test_an_implementation_equals_the_reference(case, entry):
+    operators.check(case, entry.function)
+
+
+@pytest.mark.parametrize("case, entry", RUNS, ids=[f"{case} ({entry.name})" for case, entry in RUNS])
+def test_rows_taken_in_small_blocks_give_the_same(case, entry, monkeypatch):
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 128)
     operators.check(case, entry.function)
 
 
