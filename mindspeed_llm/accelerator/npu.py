@@ -23,6 +23,8 @@ from mindspeed_llm.config.hccl_groups import OTHER_GROUPS, short_name
 
 # Generation of a chip, by what its name starts with (the first that fits), as `torch.npu.get_device_name` spells it.
 GENERATIONS = (("Ascend910B", "A2"), ("Ascend910_93", "A3"), ("Ascend910_95", "A5"), ("Ascend950", "A5"))
+# Numbers of ranks whose communication one kernel joins with a matrix product; later generations have no such kernel.
+FUSED_COMMUNICATION = {"A2": (2, 4, 8), "A3": (2, 4, 8, 16)}
 
 
 @functools.cache
@@ -113,6 +115,10 @@ class NPU:
         """The chip and its generation, e.g. "Ascend910B2 (A2)"."""
         chip = torch.npu.get_device_name()
         return f"{chip} ({generation_of(chip) or 'of an unknown generation'})"
+
+    def ranks_of_fused_communication(self) -> tuple[int, ...]:
+        """Sizes of groups that the kernels of `--use-ascend-mc2` take on this chip; () where it has none."""
+        return FUSED_COMMUNICATION.get(generation_of(torch.npu.get_device_name()), ())
 
     def set_group_buffers(self, megabytes: Mapping[str, int]) -> None:
         """Sizes of HCCL's buffers by short name of a group (`config.hccl_groups`), for groups made from now on."""

@@ -28,6 +28,8 @@ OPERATORS = (
     "npu.attention",
     "npu.attention_part",
     "npu.grouped_matmul",
+    "npu.moe_gating",
+    "npu.moe_permute",
     "npu.norm",
     "npu.parallel_matmul",
     "npu.rotary",

@@ -12,6 +12,7 @@ Legend: t tokens, e experts, k experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,16 @@ def moe_gating(logits: Tensor, gating: Gating, bias: Tensor | None = None) -> tu
 @register("moe_gating", "torch")
 def saved_by_choice(logits: Tensor, gating: Gating, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Saves scores, weights and choice, and no intermediate of the steps between."""
-    return _Gating.apply(logits, gating, bias)
+    return gating_by(_scores_and_choice, logits, gating, bias)
+
+
+# (logits, gating, bias) -> scores of all experts [t, e], the chosen experts [t, k]
+Choice = Callable[[Tensor, Gating, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def gating_by(choose: Choice, logits: Tensor, gating: Gating, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `moe_gating`, with scores and choice by `choose`, which is not differentiated."""
+    return _Gating.apply(logits, gating, bias, choose)
 
 
 class _Gating(torch.autograd.Function):
@@ -79,9 +89,8 @@ class _Gating(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, gating: Gating, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = _scores(logits, gating)
-        experts = best_experts(scores if bias is None else scores + bias, gating)
+    def forward(ctx, logits: Tensor, gating: Gating, bias: Tensor | None, choose: Choice) -> tuple[Tensor, Tensor]:
+        scores, experts = choose(logits, gating, bias)
         picked = scores.gather(1, experts)
         total = None
         if gating.softmax_later:
@@ -98,7 +107,7 @@ class _Gating(torch.autograd.Function):
         return weights if gating.scaling_factor is None else weights * gating.scaling_factor, experts
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         gating, (scores, weights, total, experts) = ctx.gating, ctx.saved_tensors
         if gating.scaling_factor is not None:
             grad = grad * gating.scaling_factor
@@ -108,16 +117,21 @@ class _Gating(torch.autograd.Function):
             grad = (grad - (grad * weights).sum(-1, keepdim=True)) / total
         grad_scores = grad.new_zeros(grad.shape[0], ctx.num_experts).scatter_(1, experts, grad)
         if scores is None:
-            return grad_scores, None, None
+            return grad_scores, None, None, None
         if gating.score_function == "softmax":
-            return scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True)), None, None
-        return grad_scores * scores * (1 - scores), None, None
+            return scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True)), None, None, None
+        return grad_scores * scores * (1 - scores), None, None, None
 
 
 def _scores(logits: Tensor, gating: Gating) -> Tensor:
     if gating.softmax_later:
         return logits
     return torch.softmax(logits, dim=-1) if gating.score_function == "softmax" else torch.sigmoid(logits)
+
+
+def _scores_and_choice(logits: Tensor, gating: Gating, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = _scores(logits, gating)
+    return scores, best_experts(scores if bias is None else scores + bias, gating)
 
 
 def best_experts(scores: Tensor, gating: Gating) -> Tensor:

@@ -10,18 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.ops.npu.kernels import DEVICES, REQUIRES
 from mindspeed_llm.ops.parallel_matmul import chunked_all_gather_matmul, chunked_matmul_reduce_scatter
 from mindspeed_llm.ops.registry import register
 
 # Limits of the kernels.
 TYPES = (torch.float16, torch.bfloat16)
-RANKS = (2, 4, 8, 16)
 INNER_SIZES = range(256, 65535)
 
 
 def _fits(x: Tensor, group: dist.ProcessGroup) -> bool:
-    return x.dtype in TYPES and group.size() in RANKS and x.shape[-1] in INNER_SIZES and x.numel() > 0
+    ranks = accelerator.get("npu").ranks_of_fused_communication()
+    return x.dtype in TYPES and group.size() in ranks and x.shape[-1] in INNER_SIZES and x.numel() > 0
 
 
 def _communicator(group: dist.ProcessGroup, device: torch.device) -> str:

@@ -22,9 +22,9 @@ IMPLEMENTATIONS = {
     "attention_merge": ("reference", "torch", "npu_ring_attention_update"),
     "grouped_matmul": ("reference", "torch", "grouped_mm", "npu_grouped_matmul"),
     "matmul_accumulate": ("reference", "torch", "addmm_out_dtype"),
-    "moe_gating": ("reference", "torch"),
-    "moe_permute": ("reference", "torch"),
-    "moe_unpermute": ("reference", "torch"),
+    "moe_gating": ("reference", "torch", "npu_moe_gating_top_k"),
+    "moe_permute": ("reference", "torch", "npu_moe_token_unpermute"),
+    "moe_unpermute": ("reference", "torch", "npu_moe_token_unpermute"),
     "all_gather_matmul": ("reference", "chunked", "npu_all_gather_base_mm"),
     "matmul_reduce_scatter": ("reference", "chunked", "npu_mm_reduce_scatter_base"),
 }

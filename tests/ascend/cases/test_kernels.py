@@ -130,7 +130,14 @@ def test_permute_by_routing_map():
 def test_gating_by_groups():
     scores = torch.randn(6, 8)
     weights, experts, normalised = npu.npu_moe_gating_top_k(
-        scores.npu(), 2, k_group=1, group_count=2, group_select_mode=1, norm_type=1, routed_scaling_factor=2.5
+        scores.npu(),
+        2,
+        k_group=1,
+        group_count=2,
+        group_select_mode=1,
+        norm_type=1,
+        routed_scaling_factor=2.5,
+        out_flag=True,
     )
     exact = scores.sigmoid()
     best = exact.view(6, 2, 4).topk(2, -1)[0].sum(-1).argmax(-1)

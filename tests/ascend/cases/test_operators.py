@@ -5,6 +5,8 @@ import torch
 from simulator.kernels.registry import CALLS
 
 from mindspeed_llm.ops import registry
+from mindspeed_llm.ops.adamw import Rates, adamw_
+from mindspeed_llm.ops.adamw import reference as adamw_reference
 from mindspeed_llm.ops.attention import attention
 from mindspeed_llm.ops.attention import reference as attention_reference
 from mindspeed_llm.ops.attention_masked import masked_attention, masked_scores
@@ -18,7 +20,10 @@ from mindspeed_llm.ops.attention_part import (
 )
 from mindspeed_llm.ops.grouped_matmul import grouped_matmul
 from mindspeed_llm.ops.grouped_matmul import reference as grouped_reference
-from mindspeed_llm.ops.norm import rms_norm, rms_norm_reference
+from mindspeed_llm.ops.moe_gating import Gating, moe_gating
+from mindspeed_llm.ops.moe_gating import reference as gating_reference
+from mindspeed_llm.ops.moe_permute import moe_permute, moe_unpermute, unpermute_reference
+from mindspeed_llm.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from mindspeed_llm.ops.rotary import (
     apply_rotary,
     apply_rotary_reference,
@@ -66,12 +71,16 @@ def test_the_best_implementations_are_torch_npus():
     chosen = registry.chosen()
     own = {name: value for name, value in chosen.items() if value.startswith("npu_")}
     assert own == {
+        "add_rms_norm": "npu_add_rms_norm",
         "attention": "npu_fusion_attention",
         "attention_merge": "npu_ring_attention_update",
         "attention_part": "npu_fusion_attention",
         "attention_part_backward": "npu_fusion_attention_grad",
         "grouped_matmul": "npu_grouped_matmul",
         "masked_attention": "npu_fusion_attention",
+        "moe_gating": "npu_moe_gating_top_k",
+        "moe_permute": "npu_moe_token_unpermute",
+        "moe_unpermute": "npu_moe_token_unpermute",
         "packed_attention": "npu_fusion_attention",
         "rms_norm": "npu_rms_norm",
         "rotary": "npu_rotary_mul",
@@ -85,6 +94,18 @@ def test_the_best_implementations_are_torch_npus():
 def test_rms_norm(shape, dtype):
     inputs = tensors(shape, shape[-1:], dtype=dtype)
     compare(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 2, 24), (1, 8), (0, 8)])
+def test_norm_of_a_sum(shape, dtype):
+    inputs = tensors(shape, shape, shape[-1:], dtype=dtype)
+    compare(
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-5),
+        lambda x, r, w: add_rms_norm_reference(x, r, w, 1e-5),
+        inputs,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -252,6 +273,117 @@ def test_grouped_matmul(sizes, dtype):
     )
 
 
+GATINGS = {
+    "softmax of the chosen": (Gating(2), False, "npu_moe_gating_top_k_softmax_v2"),
+    "softmax before": (Gating(3, pre_softmax=True, scaling_factor=1.5), False, "npu_moe_gating_top_k"),
+    "softmax before, normalised": (Gating(2, pre_softmax=True, normalized=True), False, "npu_moe_gating_top_k"),
+    "groups by their best": (
+        Gating(2, pre_softmax=True, num_groups=3, chosen_groups=1, summed=1), False, "npu_moe_gating_top_k"
+    ),
+    "groups by their two best, with a bias": (
+        Gating(4, "sigmoid", normalized=True, scaling_factor=2.5, num_groups=3, chosen_groups=2, summed=2), True,
+        "npu_moe_gating_top_k",
+    ),
+    "sigmoid as it is": (Gating(2, "sigmoid"), True, "npu_moe_gating_top_k"),
+    # What the kernels do not take:
+    "softmax of the chosen, with a bias": (Gating(2), True, None),
+    "groups of two": (Gating(2, "sigmoid", num_groups=6, chosen_groups=2, summed=2), False, None),
+    "groups by their three best": (Gating(2, "sigmoid", num_groups=3, chosen_groups=2, summed=3), False, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATINGS)
+def test_choice_of_experts(name):
+    gating, with_bias, kernel = GATINGS[name]
+    bias = torch.linspace(-0.5, 0.5, 12) if with_bias else None
+    (logits,) = tensors((9, 12))
+
+    def table(chosen):
+        weights, experts = chosen
+        return torch.zeros(9, 12, dtype=weights.dtype, device=weights.device).scatter(1, experts, weights)
+
+    on_device, on_host = logits.npu().requires_grad_(), logits.double().requires_grad_()
+    CALLS.clear()
+    ours = table(moe_gating(on_device, gating, None if bias is None else bias.npu()))
+    assert set(CALLS) == ({kernel} if kernel else set())
+    exact = table(gating_reference(on_host, gating, bias))
+    close(ours.detach(), exact.detach())
+    (grad,) = tensors((9, 12), seed=1)
+    ours.backward(grad.npu())
+    exact.backward(grad.double())
+    close(on_device.grad, on_host.grad)
+
+
+def test_choice_of_experts_among_no_tokens():
+    weights, experts = moe_gating(torch.zeros(0, 8).npu(), Gating(2))
+    assert weights.shape == experts.shape == (0, 2)
+
+
+ROUTES = {
+    "equally many": [[0, 3], [1, 2], [0, 1], [2, 3]],
+    "none for one, three for another": [[], [1], [0, 2, 3], [2]],
+    "one expert": [[1], [1], [1], [1]],
+    "nothing": [[], [], [], []],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ROUTES)
+def test_tokens_to_experts_and_back(name, dtype):
+    routing = torch.zeros(4, 4, dtype=torch.bool)
+    for token, experts in enumerate(ROUTES[name]):
+        routing[token, experts] = True
+    rows, _, sources = moe_permute(torch.zeros(4, 6).npu(), routing.npu())
+    kernel = {"_npu_moe_token_unpermute_with_routing_map"} if name != "nothing" and dtype != torch.float64 else set()
+    tokens, experts_gave, grad = tensors((4, 6), rows.shape, (4, 6), dtype=dtype)
+    cases = (
+        (lambda x, at: moe_permute(x, at)[0], lambda x, at: x[sources.cpu()], tokens, routing),
+        (
+            lambda x, at: moe_unpermute(x, at, 4),
+            lambda x, at: unpermute_reference(x, at, 4, None),
+            experts_gave,
+            sources,
+        ),
+    )
+    for ours, reference, given, where in cases:
+        CALLS.clear()
+        on_device, on_host = given.npu().requires_grad_(), given.double().requires_grad_()
+        found, exact = ours(on_device, where.npu()), reference(on_host, where.cpu())
+        grad = torch.linspace(-1, 1, exact.numel(), dtype=torch.float64).view(exact.shape).to(dtype)
+        found.backward(grad.npu())
+        exact.backward(grad.double())
+        close(found.detach(), exact.detach(), TOLERANCE[dtype])
+        close(on_device.grad, on_host.grad, TOLERANCE[dtype])
+        assert set(CALLS) == kernel
+
+
+def test_weighted_rows_are_summed_by_torch():
+    rows, weights = tensors((5, 6), (5,))
+    sources = torch.tensor([0, 2, 2, 3, 0])
+    compare(
+        lambda x, w: moe_unpermute(x, sources.npu(), 4, w),
+        lambda x, w: unpermute_reference(x, sources, 4, w),
+        [rows.double(), weights.double()],
+        torch.float64,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_steps_as_its_reference(dtype):
+    rates = Rates(1e-2, 0.9, 0.95, 1e-8, 0.1)
+    weights, *gradients = tensors((7, 5), (7, 5), (7, 5), (7, 5), dtype=dtype)
+    ours, exact = [], []
+    for state, convert in ((ours, lambda x: x.npu()), (exact, lambda x: x.double())):
+        zeros = [convert(torch.zeros(7, 5, dtype=dtype)) for _ in range(2)]
+        state += [convert(weights.clone()), *zeros, convert(torch.zeros(()))]
+        for gradient in gradients:
+            step = adamw_ if state is ours else adamw_reference
+            step([state[0]], [convert(gradient)], [state[1]], [state[2]], [state[3]], rates)
+    assert registry.chosen()["adamw"] == "torch-fused" and ours[0].device.type == "npu"
+    for one, other in zip(ours, exact):
+        close(one, other, TOLERANCE[dtype])
+
+
 def test_dropout_repeats_its_mask_in_the_backward_pass():
     q, k, v = (x.npu().requires_grad_() for x in tensors((16, 1, 2, 8), (16, 1, 2, 8), (16, 1, 2, 8)))
     torch.npu.manual_seed(1)
@@ -276,6 +408,34 @@ REFUSED = {
     ),
     "float64 norm": lambda n: n.npu_rms_norm(torch.randn(2, 8).double().npu(), torch.randn(8).double().npu()),
     "odd swiglu": lambda n: n.npu_swiglu(torch.randn(2, 7).npu()),
+    "more experts per token than there are": lambda n: n.npu_moe_gating_top_k(torch.randn(3, 8).npu(), 9),
+    "groups of two experts": lambda n: n.npu_moe_gating_top_k(torch.randn(3, 8).npu(), 2, group_count=4, k_group=2),
+    "a bias of another type": lambda n: n.npu_moe_gating_top_k(
+        torch.randn(3, 8).npu(), 2, bias=torch.zeros(8).bfloat16().npu()
+    ),
+    "norm after the choice": lambda n: n.npu_moe_gating_top_k(torch.randn(3, 8).npu(), 2, renorm=1),
+    "4096 experts": lambda n: n.npu_moe_gating_top_k(torch.randn(3, 4096).npu(), 2),
+    "float64 logits": lambda n: n.npu_moe_gating_top_k_softmax_v2(torch.randn(3, 8).double().npu(), k=2, renorm=1),
+    "tokens with different numbers of experts": lambda n: n.npu_moe_token_permute_with_routing_map(
+        torch.randn(2, 8).npu(), torch.tensor([[True, False], [True, True]]).npu(), num_out_tokens=3
+    ),
+    "slots as int64": lambda n: n.npu_moe_token_unpermute_with_routing_map(
+        torch.randn(4, 8).npu(), torch.arange(4).npu(), [2, 8]
+    ),
+    "moments of another type": lambda n: n.npu_apply_adam_w(
+        1.0,
+        1.0,
+        1e-3,
+        0.1,
+        0.9,
+        0.999,
+        1e-8,
+        torch.randn(4).npu(),
+        None,
+        False,
+        False,
+        out=(torch.randn(4).npu(), torch.zeros(4).bfloat16().npu(), torch.zeros(4).npu()),
+    ),
     "groups as int32": lambda n: n.npu_grouped_matmul(
         [torch.randn(4, 8).npu()],
         [torch.randn(2, 8, 8).npu()],

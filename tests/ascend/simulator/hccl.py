@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from simulator import host
 from simulator.host import host_view, is_on_device, run_current_stream
 
 # HCCL sums and compares integers and floats of up to 32 bits and int64; it moves everything.
@@ -44,13 +45,68 @@ class _Together:
         return all(work.is_completed() for work in self._works)
 
 
+class _Late:
+    """A collective whose results appear when it is waited for, and which notices tensors that change before.
+
+    It runs on copies: whoever reads its results too early sees old numbers every time, not now and then.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._tensors = tensors  # their memory is not given to others meanwhile
+        places = [host_view(x) for x in tensors]
+        self._before = [(x, x.clone(memory_format=torch.contiguous_format)) for x in places]
+        self.copies = [copy.clone() for _, copy in self._before]
+        # What is written where at the end.
+        self.results = list(zip(places, self.copies))
+        self.work: Any = None
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Wait for it; twice is once.
+
+        Raises:
+            RuntimeError: a tensor is not what it was when the collective was started.
+        """
+        run_current_stream()
+        done = self.work.wait()
+        for place, before in self._before:
+            if not torch.equal(_bytes(place), _bytes(before)):
+                raise RuntimeError(f"a race: a tensor {list(place.shape)} of a collective was written before its end")
+        for place, result in self.results:
+            place.copy_(result)
+        self._before, self.results, self._tensors = [], [], []
+        return done
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+_groups: dict[str, HCCL] = {}
+
+
+def group_of(name: str) -> HCCL:
+    """The group whose communicator has this name (`get_hccl_comm_name`).
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if name not in _groups:
+        raise RuntimeError(f"HCCL: there is no communicator {name!r}")
+    return _groups[name]
+
+
 class HCCL(dist.ProcessGroup):
     """torch's old and new names of a collective are both answered: releases differ in which they call."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any, options: Any):
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self.options = options
+        self._communicator = f"simulated_{len(_groups)}"
+        _groups[self._communicator] = self
 
     def getBackendName(self) -> str:
         return "hccl"
@@ -71,7 +127,7 @@ class HCCL(dist.ProcessGroup):
         return self
 
     def get_hccl_comm_name(self, rank: int, *_: Any) -> str:
-        return f"simulated_{rank}"
+        return self._communicator
 
     def _run(self, method: str, tensors: list[Any], *rest: Any, reduces: bool = False) -> Any:
         flat = [x for x in torch.utils._pytree.tree_leaves(tensors) if isinstance(x, torch.Tensor)]
@@ -79,7 +135,13 @@ class HCCL(dist.ProcessGroup):
         if reduces:
             _refuse_wide(flat)
         run_current_stream()
-        work = getattr(self._gloo, method)(*_host(tensors), *rest)
+        if host.LAZY:
+            late = _Late(flat)
+            copies = iter(late.copies)
+            given = tree_map(lambda x: next(copies) if isinstance(x, torch.Tensor) else x, tensors)
+            late.work = getattr(self.gloo, method)(*given, *rest)
+            return late
+        work = getattr(self.gloo, method)(*_host(tensors), *rest)
         # The device would be waited for on its stream; here the host waits, and the tensors' memory is written then.
         self._kept = tensors
         return work
@@ -113,14 +175,16 @@ class HCCL(dist.ProcessGroup):
         _refuse_others([output, input])
         _refuse_wide([input])
         run_current_stream()
-        total = host_view(input).clone()
         given = dist.AllreduceOptions()
         if options is not None:
             given.reduceOp = options.reduceOp
-        work = self._gloo.allreduce([total], given)
-        work.wait()
-        host_view(output).copy_(total.view(self.size(), -1)[self.rank()].view(output.shape))
-        return work
+        late = _Late([input, output])
+        total = late.copies[0]
+        late.work = self.gloo.allreduce([total], given)
+        late.results = [(host_view(output), total.view(self.size(), -1)[self.rank()].view(output.shape))]
+        if not host.LAZY:
+            late.wait()
+        return late
 
     def reduce_scatter(self, outputs, inputs, options=None):
         return self._reduce_scatter_base(outputs[0], torch.cat([x.flatten() for x in inputs[0]]), options)
@@ -138,7 +202,7 @@ class HCCL(dist.ProcessGroup):
         return work
 
     def barrier(self, *_: Any, **__: Any):
-        return self._gloo.barrier()
+        return self.gloo.barrier()
 
     def send(self, tensors, destination, tag=0):
         return self._run("send", [tensors], destination, tag)

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+from mindspeed_llm.accelerator.npu import NPU
 from mindspeed_llm.ops.npu import parallel_matmul as npu
 
 torch.set_num_threads(1)
@@ -37,6 +38,7 @@ def kernels(monkeypatch):
     )
     monkeypatch.setattr(torch.ops, "npu", names, raising=False)
     monkeypatch.setattr(npu.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(NPU, "ranks_of_fused_communication", lambda self: (2, 4, 8))
     return asked
 
 
@@ -66,3 +68,10 @@ def test_what_the_kernels_do_not_take_goes_in_chunks(kernels, x):
     with mock.patch.object(npu, "chunked_matmul_reduce_scatter") as scatter:
         npu.npu_matmul_reduce_scatter(x, weight, Group(), 2)
     assert gather.called and scatter.called and not kernels
+
+
+def test_a_chip_without_the_kernels_goes_in_chunks(kernels, monkeypatch):
+    monkeypatch.setattr(NPU, "ranks_of_fused_communication", lambda self: ())
+    with mock.patch.object(npu, "chunked_all_gather_matmul") as gather:
+        npu.npu_all_gather_matmul(numbers(6, 2, 256), numbers(5, 256), Group(), 2)
+    assert gather.called and not kernels

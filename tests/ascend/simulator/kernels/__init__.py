@@ -12,7 +12,7 @@ import torch
 from simulator.host import on_host
 from simulator.kernels.registry import KERNELS
 
-FILES = ("attention", "elementwise", "grouped_matmul", "optimizer", "routing")
+FILES = ("attention", "communication", "elementwise", "grouped_matmul", "optimizer", "routing")
 # Kernels whose lengths are on the host.
 MIXING = ("npu_fusion_attention_v3", "npu_fusion_attention_grad_v3")
 _libraries: list[torch.library.Library] = []

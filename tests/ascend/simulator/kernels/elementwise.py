@@ -31,6 +31,14 @@ def npu_rms_norm_backward(dy, self, gamma, rstd):
     return grad_x.to(self.dtype), (dy.float() * unit).reshape(-1, *gamma.shape).sum(0)
 
 
+@kernel("npu_add_rms_norm")
+def npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6):
+    """-> norm of the sum, 1 / rms in fp32, the sum."""
+    require(x1.shape == x2.shape and x1.dtype == x2.dtype == gamma.dtype, "npu_add_rms_norm", "tensors differ")
+    total = x1 + x2
+    return *npu_rms_norm(total, gamma, epsilon), total
+
+
 def _turned(x: Tensor, mode: str) -> Tensor:
     if mode == "half":
         first, second = x.chunk(2, -1)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from simulator.kernels.registry import kernel, require
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
 
 @kernel("npu_moe_token_permute")
 def npu_moe_token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
@@ -94,13 +96,53 @@ def npu_moe_token_permute_with_routing_map_grad(
     return grad_tokens, grad_probs
 
 
+@kernel("_npu_moe_token_unpermute_with_routing_map")
+def npu_moe_token_unpermute_with_routing_map(
+    permuted_tokens, sorted_indices, restore_shape, *, probs=None, routing_map=None, drop_and_pad=False
+):
+    """Rows [r, H], for slot i of each token its row or -1 -> sums over a token's slots [T, H]; three for its backward.
+
+    torch_npu's operator without the underscore calls it and keeps the first.
+    """
+    rule = "npu_moe_token_unpermute_with_routing_map"
+    require(probs is None and routing_map is None, rule, "weights are not simulated")
+    require(not drop_and_pad, rule, "drop_and_pad is not simulated")
+    require(permuted_tokens.dtype in FLOATS, rule, f"{permuted_tokens.dtype} is not float16, bfloat16 or float32")
+    require(sorted_indices.dtype == torch.int32 and sorted_indices.dim() == 1, rule, "slots must be int32 [T K]")
+    tokens, hidden = restore_shape
+    require(hidden == permuted_tokens.shape[1], rule, f"restore_shape {restore_shape}")
+    require(sorted_indices.numel() % tokens == 0, rule, f"{sorted_indices.numel()} slots for {tokens} tokens")
+    require(sorted_indices.numel() // tokens <= 512, rule, "more than 512 experts per token")
+    unused = sorted_indices < 0
+    index = sorted_indices.long().masked_fill(unused, 0)
+    slots = permuted_tokens.float()[index].masked_fill(unused.unsqueeze(-1), 0.0)
+    out = slots.view(tokens, -1, hidden).sum(1).to(permuted_tokens.dtype)
+    return out, sorted_indices.clone(), sorted_indices.clone(), None
+
+
+MOST_EXPERTS = 2048
+
+
+def _check_gating(rule: str, x: Tensor, k: int, most: int) -> None:
+    require(x.dtype in FLOATS, rule, f"{x.dtype} is not float16, bfloat16 or float32")
+    require(1 <= k <= most, rule, f"k = {k} is not in [1, {most}]")
+
+
 @kernel("npu_moe_gating_top_k")
 def npu_moe_gating_top_k(
     x, k, *, bias=None, input_ids=None, tid2eid=None, k_group=1, group_count=1, group_select_mode=0, renorm=0,
     norm_type=0, out_flag=False, routed_scaling_factor=1.0, eps=1e-20,
 ):  # fmt: skip
-    """-> weights [T, k], experts int32 [T, k], normalised scores fp32 [T, E]."""
-    require(x.shape[1] <= 2048, "npu_moe_gating_top_k", f"{x.shape[1]} experts exceed 2048")
+    """-> weights [T, k], experts int32 [T, k], normalised scores fp32 [T, E] if they are asked for."""
+    rule, experts_of_group = "npu_moe_gating_top_k", x.shape[1] // group_count
+    _check_gating(rule, x, k, experts_of_group * k_group)
+    require(x.dim() == 2 and x.shape[1] <= MOST_EXPERTS, rule, f"{x.shape[1]} experts exceed {MOST_EXPERTS}")
+    require(x.shape[1] % group_count == 0 and experts_of_group > 2, rule, f"{group_count} groups of {x.shape[1]}")
+    require(-(-experts_of_group // 32) * 32 * group_count <= MOST_EXPERTS, rule, f"{group_count} groups")
+    require(1 <= k_group <= group_count, rule, f"k_group {k_group}")
+    require(renorm == 0 and norm_type in (0, 1), rule, f"renorm {renorm}, norm_type {norm_type}")
+    require(input_ids is None and tid2eid is None, rule, "choice by table is not simulated")
+    require(bias is None or (bias.dtype == x.dtype and bias.shape == x.shape[1:]), rule, "bias is not like x")
     normalised = x.float().sigmoid() if norm_type == 1 else x.float().softmax(-1)
     choice = normalised if bias is None else normalised + bias.float()
     if group_count > 1:
@@ -112,4 +154,19 @@ def npu_moe_gating_top_k(
     weights = normalised.gather(1, experts)
     if norm_type == 1:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    if not out_flag:  # its memory is not written
+        normalised = torch.full_like(normalised, float("nan"))
     return (weights * routed_scaling_factor).to(x.dtype), experts.int(), normalised
+
+
+@kernel("npu_moe_gating_top_k_softmax_v2")
+def npu_moe_gating_top_k_softmax_v2(x, *, k=1, finished=None, renorm=0, output_softmax=False):
+    """-> weights [T, k], experts int32 [T, k], softmax over all experts if asked for; renorm: softmax of the chosen."""
+    rule = "npu_moe_gating_top_k_softmax_v2"
+    _check_gating(rule, x, k, min(x.shape[-1], 1024))
+    require(finished is None, rule, "finished is not simulated")
+    scores = x.float() if renorm else x.float().softmax(-1)
+    weights, experts = scores.topk(k, -1)
+    if renorm:
+        weights = weights.softmax(-1)
+    return weights.to(x.dtype), experts.int(), scores if output_softmax and not renorm else torch.empty(0)
