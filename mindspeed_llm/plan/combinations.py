@@ -126,6 +126,10 @@ def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
         ),
         (o.use_ascend_coc and o.use_ascend_mc2, "--use-ascend-coc and --use-ascend-mc2 exclude each other; give one"),
         (
+            o.use_ascend_mc2 and not (config.runtime.bf16 or config.runtime.fp16),
+            "--use-ascend-mc2 needs --bf16 or --fp16: its kernels multiply no fp32",
+        ),
+        (
             o.loss_chunk_size is not None and not o.cross_entropy_loss_fusion,
             "--loss-chunk-size has no meaning with --no-cross-entropy-loss-fusion: all logits exist",
         ),
@@ -146,9 +150,19 @@ def _device_problems(config: RunConfig) -> list[str]:
     device = accelerator.current().name if config.runtime.device == "auto" else config.runtime.device
     given = [n for n in ("npu_deterministic", "hccl_group_buffer", "use_ascend_mc2") if config.get(n)]
     if device == "npu":
-        return []
+        return _chip_problems(config)
     return [
         f"--{n.replace('_', '-')} needs an Ascend NPU, and the device is {device}; leave the flag out" for n in given
+    ]
+
+
+def _chip_problems(config: RunConfig) -> list[str]:
+    npu = accelerator.get("npu")
+    if not config.operators.use_ascend_mc2 or not npu.is_available() or npu.ranks_of_fused_communication():
+        return []
+    return [
+        f"--use-ascend-mc2 needs a chip of generation A2 or A3, and this is {npu.model()}; --use-ascend-coc overlaps on "
+        "every device"
     ]
 
 
