@@ -164,13 +164,3 @@ def _chip_problems(config: RunConfig) -> list[str]:
         f"--use-ascend-mc2 needs a chip of generation A2 or A3, and this is {npu.model()}; --use-ascend-coc overlaps on "
         "every device"
     ]
-
-
-def _chip_problems(config: RunConfig) -> list[str]:
-    npu = accelerator.get("npu")
-    if not config.operators.use_ascend_mc2 or not npu.is_available() or npu.ranks_of_fused_communication():
-        return []
-    return [
-        f"--use-ascend-mc2 needs a chip of generation A2 or A3, and this is {npu.model()}; --use-ascend-coc overlaps on "
-        "every device"
-    ]
