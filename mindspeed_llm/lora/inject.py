@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.lora.experts import ADAPTED as ADAPTED_EXPERTS
+from mindspeed_llm.lora.experts import WEIGHTS, ExpertFactors
+from mindspeed_llm.lora.initial import initial_a
 from mindspeed_llm.lora.layers import LoraColumnParallelLinear, LoraMixin, LoraRowParallelLinear
+from mindspeed_llm.lora.replicated import LoraReplicatedLinear, LoraRouter
 from mindspeed_llm.models.initialize import global_name
+from mindspeed_llm.models.latent_attention import ReplicatedLinear
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
+from mindspeed_llm.models.moe.experts import ExpertLinear, Experts
+from mindspeed_llm.models.moe.router import Router
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.models.tensor_names import is_mtp, layer_index
 from mindspeed_llm.plan.adaptable import adaptable_modules, module_of
@@ -21,7 +25,10 @@ from mindspeed_llm.plan.adapters import AdapterSettings
 ADAPTED: dict[type[nn.Module], type[LoraMixin]] = {
     ColumnParallelLinear: LoraColumnParallelLinear,
     RowParallelLinear: LoraRowParallelLinear,
+    ReplicatedLinear: LoraReplicatedLinear,
+    Router: LoraRouter,
 }
+Adapted = LoraMixin | ExpertFactors
 
 
 def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 1234) -> list[str]:
@@ -38,9 +45,12 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
     """
     linears = adaptable_modules(model.config.shape)
     names: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in [*model.named_modules()]:
+        if isinstance(module, Experts):
+            names += inject_into_experts(model, path, module, settings, seed)
+            continue
         kind = module_of(path)
-        if kind not in settings.targets or isinstance(module, LoraMixin):
+        if kind not in settings.targets or isinstance(module, Adapted | ExpertLinear):
             continue
         name = global_name(path, model.config, model.vp_stage, model.pp_group.rank())
         if not settings.adapts(kind, layer_of(name, model.config.shape)):
@@ -54,6 +64,26 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
         module.add_adapter(linears[kind], settings)
         initialize_adapter(module, name, seed)
         names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
+    return names
+
+
+def inject_into_experts(
+    model: nn.Module, path: str, experts: Experts, settings: AdapterSettings, seed: int
+) -> list[str]:
+    """Give the targeted linears of all local experts of a layer adapters; returns the names of their parameters."""
+    linears, names = adaptable_modules(model.config.shape), []
+    whole = global_name(path + ".", model.config, model.vp_stage, model.pp_group.rank())
+    for name in WEIGHTS:
+        kind = f"experts.{name}"
+        if kind not in settings.targets or hasattr(experts, name):
+            continue
+        if not settings.adapts(kind, layer_of(whole, model.config.shape)):
+            continue
+        if type(experts) in ADAPTED_EXPERTS:
+            experts.__class__ = ADAPTED_EXPERTS[type(experts)]
+        factors = experts.add_adapter(linears[kind], settings)
+        factors.initialize_adapter(whole + name, seed)
+        names += [f"{path}.{name}.{n}" for n, _ in factors.named_parameters()]
     return names
 
 
@@ -79,14 +109,14 @@ def adapted_class(module: nn.Module, path: str) -> type[LoraMixin]:
     )
 
 
-def adapted_modules(model: nn.Module) -> dict[str, LoraMixin]:
-    """path -> adapted linear."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraMixin)}
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """path -> adapted linear, or the adapters of one kind of linear of all local experts of a layer."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 @torch.no_grad()
 def initialize_adapter(module: LoraMixin, name: str, seed: int) -> None:
-    """A as PEFT draws it (Kaiming uniform with a = sqrt(5): within 1 / sqrt(in)), whole and then cut; B zero.
+    """A drawn whole and then cut (see `lora.initial`); B zero.
 
     Magnitudes are those of the weight, which must be there.
 
@@ -94,9 +124,8 @@ def initialize_adapter(module: LoraMixin, name: str, seed: int) -> None:
         name: of the linear in the whole model.
     """
     width = module.lora_A.shape[1] * (1 if module.kind.column else module.kind.world)
-    parts = ("all",) if module.shares_a else module.adapter_parts
-    ranks = [next(iter(module.ranks.values()))] if module.shares_a else list(module.ranks.values())
-    drawn = torch.cat([draw_uniform(seed, f"{name}.lora_A/{p}", (r, width)) for p, r in zip(parts, ranks)])
+    ranks = {"all": next(iter(module.ranks.values()))} if module.shares_a else module.ranks
+    drawn = initial_a(name, ranks, width, seed)
     if not module.kind.column:
         drawn = drawn.chunk(module.kind.world, dim=1)[module.kind.group.rank()]
     module.lora_A.copy_(drawn)
@@ -107,11 +136,3 @@ def initialize_adapter(module: LoraMixin, name: str, seed: int) -> None:
         norms = module.split_rows(module.row_norms())
         for part, magnitude in module.lora_magnitude.items():
             magnitude.copy_(norms[part])
-
-
-def draw_uniform(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
-    """fp32 numbers uniform within 1 / sqrt(columns), the same whatever else is drawn."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    bound = 1.0 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

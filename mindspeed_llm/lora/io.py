@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.lora.experts import ExpertFactors, LoraExpertsMixin
 from mindspeed_llm.lora.inject import adapted_modules
 from mindspeed_llm.lora.layers import LoraMixin
 from mindspeed_llm.lora.peft_format import read_peft
@@ -47,12 +48,14 @@ def load_adapters(model: nn.Module, directory: Path, kind: str, settings: Adapte
 
 
 @torch.no_grad()
-def fill_adapter(module: LoraMixin, path: str, tensors: AdapterTensors) -> int:
+def fill_adapter(module: LoraMixin | ExpertFactors, path: str, tensors: AdapterTensors) -> int:
     """Copy this rank's slices of one linear's adapter; returns the number of tensors.
 
     Args:
         path: of the linear in the whole model.
     """
+    if isinstance(module, ExpertFactors):
+        return module.fill(path, tensors)
     kind = module.kind
     parts = [tensors[path, part] for part in module.adapter_parts]
     whole_a = parts[0].a if module.shares_a else torch.cat([p.a for p in parts])
@@ -72,11 +75,11 @@ def merge_adapters(model: nn.Module) -> int:
     Returns:
         Number of linears changed.
     """
+    experts = sum(module.merge_adapters() for module in model.modules() if isinstance(module, LoraExpertsMixin))
     modules = adapted_modules(model)
     for module in modules.values():
         module.weight.copy_(module.merged_weight().to(module.weight.dtype))
         for name in [name for name, _ in module.named_children() if name.startswith("lora_")] + ["lora_A"]:
             delattr(module, name)
-        # LoraColumnParallelLinear(LoraMixin, ColumnParallelLinear): the last base is what it was.
-        module.__class__ = type(module).__bases__[-1]
-    return len(modules)
+        module.__class__ = next(base for base in type(module).__bases__ if not issubclass(base, LoraMixin))
+    return experts + len(modules)

@@ -36,8 +36,8 @@ class LoraMixin:
         common = scalings[self.adapter_parts[0]] if len(set(scalings.values())) == 1 else 1.0
         # What B of a part is multiplied by where the parts are not scaled alike.
         self.relative_scalings = {part: scaling / common for part, scaling in scalings.items()}
-        column = isinstance(self, ColumnParallelLinear)
-        world = self.tp_group.size()
+        self.is_cut, column = linear.cut != "replicated", linear.cut != "row"
+        world = self.tp_group.size() if self.is_cut else 1
         chunks = self.config.communication_chunks
         self.kind = LinearKind(column, self.config.sequence_parallel, self.tp_group, world, common, chunks)
         self.part_rows = {part: out // (world if column else 1) for part, (_, out) in linear.parts.items()}
@@ -60,9 +60,12 @@ class LoraMixin:
             )
             by_row += self.lora_magnitude.values()
         column = self.kind.column
-        for parameter in by_row if column else [self.lora_A]:
+        cut, whole = (by_row, [self.lora_A]) if column else ([self.lora_A], by_row)
+        if not self.is_cut:
+            cut, whole = [], [self.lora_A, *by_row]
+        for parameter in cut:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0 if column else 1, 1)
-        for parameter in [self.lora_A] if column else by_row:
+        for parameter in whole:
             # Consumed with a shard of the sequence: its gradient is a share of the sum over tensor-parallel ranks.
             parameter.sequence_parallel = self.kind.sequence_parallel
 
@@ -193,7 +196,9 @@ class LoraMixin:
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Sequence = (), metadata: Any = None):
         """megatron-core's shards of weight, bias, A, B and magnitudes."""
-        if self.kind.column:
+        if not self.is_cut:
+            axes = {}
+        elif self.kind.column:
             names = [name for name, _ in self.named_parameters() if name.startswith(("lora_B.", "lora_magnitude."))]
             axes = {"weight": 0, "bias": 0, **dict.fromkeys(names, 0)}
         else:

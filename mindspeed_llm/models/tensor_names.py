@@ -12,6 +12,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.(transformer_layer\.)?")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _STACKED_EXPERTS = {".experts.weight1": "linear_fc1.weight", ".experts.weight2": "linear_fc2.weight"}
+# A factor of the adapters of all local experts.
+_STACKED_FACTORS = re.compile(r"\.experts\.(linear_fc[12]\.lora_.*)$")
 
 
 def layer_index(name: str) -> int | None:
@@ -45,7 +47,8 @@ def held_experts(name: str, num_local: int, ep_rank: int) -> tuple[str, ...] | N
     """Names in the whole model of the experts' tensors that a parameter of one expert-parallel rank holds.
 
     Args:
-        name: of the parameter: a local expert's, or `...experts.weight1` and `weight2`, which stack all local experts.
+        name: of the parameter: a local expert's, or one that stacks all local experts: `...experts.weight1` and
+            `weight2`, or a factor of their adapters, `...experts.linear_fc1.lora_A`.
         num_local: routed experts of each expert-parallel rank.
         ep_rank: expert-parallel rank.
 
@@ -55,10 +58,12 @@ def held_experts(name: str, num_local: int, ep_rank: int) -> tuple[str, ...] | N
     first = ep_rank * num_local
     if (index := expert_index(name)) is not None:
         return (with_expert(name, first + index),)
-    for suffix, linear in _STACKED_EXPERTS.items():
-        if name.endswith(suffix):
-            prefix = name.removesuffix(suffix) + ".experts.local_experts"
-            return tuple(f"{prefix}.{expert}.{linear}" for expert in range(first, first + num_local))
+    stacks = [(suffix, linear) for suffix, linear in _STACKED_EXPERTS.items() if name.endswith(suffix)]
+    if match := _STACKED_FACTORS.search(name):
+        stacks = [(match[0], match[1])]
+    for suffix, tensor in stacks:
+        prefix = name.removesuffix(suffix) + ".experts.local_experts"
+        return tuple(f"{prefix}.{expert}.{tensor}" for expert in range(first, first + num_local))
     return None
 
 

@@ -9,7 +9,6 @@ from mindspeed_llm.config.experts import layer_pattern
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan.adapters import AdapterSettings
 
 # Options that are named like the shape's field.
 SAME_NAMES = (
@@ -86,17 +85,6 @@ def expert_values(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     if e.moe_shared_expert_gate and e.moe_shared_expert_intermediate_size is None:
         problems.append("--moe-shared-expert-intermediate-size is missing: --moe-shared-expert-gate needs it")
     return values, problems
-
-
-def adapted_experts(shape: ModelShape, adapters: AdapterSettings | None) -> list[str]:
-    """Adapters of MLPs are refused in a model with experts: an expert has none yet."""
-    asked = [] if adapters is None else sorted({"linear_fc1", "linear_fc2"} & set(adapters.targets))
-    if shape.num_moe_experts is None or not asked:
-        return []
-    return [
-        f"--lora-target-modules: {', '.join(asked)} of a model with experts cannot have adapters; legal: linear_qkv, "
-        "linear_proj and their parts"
-    ]
 
 
 def expert_problems(config: RunConfig, shape: ModelShape, layout: ParallelLayout) -> list[str]:

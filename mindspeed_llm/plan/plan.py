@@ -19,7 +19,7 @@ from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, ada
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import continue_run, unknown_changes
-from mindspeed_llm.plan.experts import adapted_experts, expert_problems
+from mindspeed_llm.plan.experts import expert_problems
 from mindspeed_llm.plan.quantization import quantization_rules, quantized_base
 from mindspeed_llm.plan.recorded_adapters import recorded_adapters
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
@@ -139,11 +139,6 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if config.model.truncate_layers is not None:
         shape = _try(problems, lambda: truncated_shape(shape, config.model.truncate_layers), shape)
     adapters = _try(problems, lambda: _adapters(config, adapter_source, shape, problems), None)
-    if adapters is not None and (shape.multi_latent_attention or shape.mtp_num_layers):
-        problems.append(
-            "lora: adapters for latent attention and multi-token prediction are not implemented; legal: models with "
-            "query groups; try: --trainable REGEX without adapters"
-        )
     layout = _try(problems, lambda: _layout(config, shape), None)
     if layout is None:
         raise UserError("\n".join(problems))
@@ -153,7 +148,6 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if plan.holds_nf4:
         plan.rules += quantization_rules(shape, layout)
     problems += expert_problems(config, shape, layout)
-    problems += adapted_experts(shape, adapters)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
         raise UserError("\n".join(problems))

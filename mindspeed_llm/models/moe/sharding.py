@@ -6,6 +6,7 @@ by one and stacked experts read each other's checkpoints, at any expert and tens
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,20 +17,23 @@ from torch import Tensor
 STACKED = {"weight1": "linear_fc1.weight", "weight2": "linear_fc2.weight"}
 
 
-def expert_sharded_state(experts: Any, prefix: str, offsets: tuple) -> dict[str, Any]:
+def expert_sharded_state(
+    experts: Any, prefix: str, offsets: tuple, parameters: Iterable[tuple[str, Tensor]] | None = None
+) -> dict[str, Any]:
     """Local parameter name -> its place in the checkpoint.
 
     Args:
         experts: a `models.moe.experts.Experts`.
         prefix: of the local names, ending in "experts.".
         offsets: megatron's (axis, number, count) of dimensions that enclosing modules put in front.
+        parameters: the experts' own, by name; default: all that they have.
     """
     ep, etp = experts.groups.ep, experts.groups.expt_tp
     total = experts.num_local_experts * ep.size()
     first = experts.num_local_experts * ep.rank()
     replica = (0, 0, experts.groups.expt_dp.rank())
     state = {}
-    for name, parameter in experts.named_parameters():
+    for name, parameter in experts.named_parameters() if parameters is None else parameters:
         if name in STACKED:
             linear, place, prepended = STACKED[name], (len(offsets), ep.rank(), ep.size()), len(offsets)
         else:
