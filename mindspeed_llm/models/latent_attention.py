@@ -40,6 +40,7 @@ class ReplicatedLinear(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int):
         super().__init__()
+        self.config = config
         weight = new_parameter((out_features, in_features), config)
         self.weight = Nf4Weight.like(weight) if config.quantized_linears else weight
 
