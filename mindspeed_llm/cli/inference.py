@@ -76,7 +76,9 @@ def _problems(config: RunConfig) -> list[str]:
     if i.system is not None and config.data.prompt_type is None and not i.hf_chat_template:
         problems.append("--system has no meaning without --prompt-type: raw prompts have no system text")
     if lora.lora_load is None and config.checkpoint.load is not None:
-        given = [n for n in ("lora_r", "lora_alpha", "lora_target_modules") if n in config.given]
+        from mindspeed_llm.plan.combinations import OF_ADAPTERS
+
+        given = [n for n in ("lora_r", "lora_target_modules", *OF_ADAPTERS) if n in config.given]
         flags = ", ".join("--" + n.replace("_", "-") for n in given)
         if given:
             problems.append(f"{flags} have no meaning without --lora-load: there are no adapters to answer with")

@@ -142,7 +142,7 @@ def _parts_of_one(
     linear: Adaptable, layer: int, expert: int, words: Sequence[str], exclude: Sequence[str]
 ) -> tuple[tuple[str, ...] | None, set[str]]:
     path = linear.path(layer, expert)
-    whole = {word for word in words if matches(word, path) or _in_group(word, linear)}
+    whole = {word for word in words if word == linear.module or matches(word, path) or _in_group(word, linear)}
     by_part = {
         part: {word for word in words if any(matches(word, p) for p in part_paths(linear, part, layer, expert))}
         for part in linear.parts

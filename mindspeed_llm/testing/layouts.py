@@ -252,8 +252,8 @@ def assemble(parts: Sequence[tuple[Coordinates, Tensors]], shape: ModelShape) ->
 
 def _whole(name: str, tensors: list[Tensor], shape: ModelShape) -> Tensor:
     dim, factor = layout_of(_linear_of(name)).tp_dim, name.partition(".lora_")[2][:1]
-    # Of a column-parallel linear B is cut by its rows, of a row-parallel one A by its columns.
-    if dim is None or factor == "AB"[dim]:
+    # Of a column-parallel linear B and magnitudes are cut by rows, of a row-parallel one A by its columns.
+    if dim is None or (factor and (factor == "A") == (dim == 0)):
         for copy in tensors[1:]:
             _check_copies(name, tensors[0], copy)
         return tensors[0]

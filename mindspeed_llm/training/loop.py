@@ -275,7 +275,9 @@ class TrainingLoop:
 
     def learning_rate(self) -> float:
         """Of the first parameter group that has parameters on this rank (all groups share the schedule)."""
-        groups = [g for g in self.optimizer.param_groups if g["params"]] or self.optimizer.param_groups
+        every = self.optimizer.param_groups
+        groups = [g for g in every if g.get("default_config", True)] or every  # LoRA+ has others of another rate
+        groups = [g for g in groups if g["params"]] or groups
         return float(groups[0]["lr"])
 
     def evaluate(self) -> None:

@@ -13,6 +13,8 @@ from mindspeed_llm.ops.adamw import FusedAdamW
 
 FULL_TUNING_LR = 1e-5
 DEFAULT_LR = 1e-4
+# What LoRA+ trains faster. PEFT's create_loraplus_optimizer puts vectors, which DoRA's magnitudes are, beside B too.
+FASTER = ("*.lora_B.*", "*.lora_magnitude.*")
 
 
 def build_optimizer(
@@ -23,10 +25,14 @@ def build_optimizer(
     dtype: torch.dtype,
     distributed: bool,
     overlap_param_gather: bool,
+    loraplus_lr_ratio: float = 1.0,
 ) -> Any:
     """megatron-core's mixed-precision (or fp32, or distributed) AdamW over the trainable parameters of `chunks`.
 
     Matrices get `weight_decay`, biases and norms none (megatron-core's own rule).
+
+    Args:
+        loraplus_lr_ratio: learning rate of the adapters' B and magnitudes over that of everything else.
     """
     from megatron.core import optimizer as megatron_optimizer
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -54,6 +60,14 @@ def build_optimizer(
     rule = {}
     if hasattr(megatron_optimizer, "get_standard_config_overrides"):  # since 0.16; 0.15 has the rule built in
         rule = {"config_overrides": megatron_optimizer.get_standard_config_overrides(settings)}
+        if loraplus_lr_ratio != 1.0:
+            rates = {"max_lr": learning_rate * loraplus_lr_ratio, "min_lr": config.min_lr * loraplus_lr_ratio}
+            rule["config_overrides"][megatron_optimizer.ParamKey(name=FASTER)] = rates
+    elif loraplus_lr_ratio != 1.0:
+        raise UserError(
+            f"--loraplus-lr-ratio: {loraplus_lr_ratio} is wrong, because this megatron-core knows one learning rate; "
+            "legal: 1; try: megatron-core 0.16"
+        )
     optimizer = megatron_optimizer.get_megatron_optimizer(settings, chunks, **rule)
     for part in optimizer_parts(optimizer):
         _step_by_operator(part.optimizer, config.optimizer_selection)

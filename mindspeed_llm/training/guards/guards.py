@@ -175,6 +175,10 @@ class Guards:
         """
         if self.options.check_weight_hash_across_dp_replicas_interval is not None:
             check_replicas(self.plan, self.model, optimizer, progress.iteration)
+        elif self.plan.adapters is not None:
+            # A factor that is whole on every rank drifts apart where its gradient is not summed, and the checkpoint
+            # would hold one of the copies.
+            check_replicas(self.plan, self.model, optimizer, progress.iteration, trained_only=True)
         limit = self.options.embedding_local_norm_threshold
         if limit is not None and self.embedding_squares is not None:
             norm = embedding_gradient_norm(self.embedding_squares)

@@ -40,14 +40,19 @@ class Copy:
     tensor: Tensor
 
 
-def check_replicas(plan: Plan, model: TrainingModel, optimizer: Any, iteration: int) -> None:
+def check_replicas(
+    plan: Plan, model: TrainingModel, optimizer: Any, iteration: int, *, trained_only: bool = False
+) -> None:
     """Compare the copies; collective, one small reduction for each kind of copy while all agree.
+
+    Args:
+        trained_only: pass over what is frozen: of a LoRA run the adapters are left.
 
     Raises:
         UserError: some differ; on all ranks.
     """
     gather_parameters(model)
-    copies = sorted(_copies(plan, model, optimizer), key=lambda copy: copy.kind)
+    copies = sorted(_copies(plan, model, optimizer, trained_only), key=lambda copy: copy.kind)
     device = accelerator.current().current_device()
     hashes = hash_all([copy.tensor for copy in copies], device)
     differs = torch.zeros(1, dtype=torch.int64, device=device)
@@ -77,12 +82,14 @@ def _groups(plan: Plan) -> dict[str, Any]:
     return groups
 
 
-def _copies(plan: Plan, model: TrainingModel, optimizer: Any) -> Iterator[Copy]:
+def _copies(plan: Plan, model: TrainingModel, optimizer: Any, trained_only: bool) -> Iterator[Copy]:
     names: dict[nn.Parameter, str] = {}
     for number, chunk in enumerate(model.chunks):
         here = placement(plan, number)
         for local, parameter in chunk.named_parameters():
             names[parameter] = here.global_name(local)
+            if trained_only and not parameter.requires_grad:
+                continue
             yield Copy(names[parameter], _kind(parameter), parameter)
             if local in (EMBEDDING, OUTPUT_LAYER) and "tied" in _groups(plan):
                 yield Copy(EMBEDDING, "tied", parameter)
