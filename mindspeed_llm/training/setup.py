@@ -233,11 +233,11 @@ def choose_fusion(plan: Plan, chunks: list[torch.nn.Module]) -> None:
     """How adapted linears are computed; says what was measured for it, if anything was."""
     from mindspeed_llm.lora.fusion.configure import configure_fusion, describe
 
-    lora, t = plan.config.lora, plan.config.training
+    lora = plan.config.lora
     number = lora.lora_fusion_chunks or communication_chunks(plan.config.operators)
     rates = configure_fusion(chunks, fused=lora.lora_fusion, combine=lora.lora_fusion_combine, chunks=number)
     if rates is not None and is_leader():
-        rows = t.micro_batch_size * plan.config.data.seq_length // plan.layout.cp
+        rows = plan.config.training.micro_batch_size * plan.seq_length // plan.layout.cp
         print(*describe(rates, chunks, rows), sep="\n", flush=True)
 
 
