@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from mindspeed_llm.config.schema import option, section
 
+# Smaller tensors are not swapped: a transfer costs more to start than it saves. MindSpeed's limit too.
+SMALL_BYTES = 2**20
+
 # What of a decoder layer can swap what it saves; the first three are what upstream swaps.
 SWAP_MODULES = ("input_norm", "self_attention", "post_attention_norm", "mlp")
 
@@ -31,6 +34,12 @@ def _is_budget(text: str) -> str | None:
     except ValueError:
         good = False
     return None if good else "legal: auto, or gigabytes of host memory such as 40"
+
+
+def swapped_parts(options: MemoryConfig) -> str:
+    """What is swapped, in words; "" for nothing."""
+    parts = swapped_modules(options.swap_modules) if options.swap_attention else []
+    return ", ".join([*parts, *["recomputed layers"] * options.swap_layer_input])
 
 
 @section

@@ -24,13 +24,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.config.memory import SMALL_BYTES
 from mindspeed_llm.memory.allowance import UpToHostBytes, WhatHides
 from mindspeed_llm.memory.order import Event, Order
 from mindspeed_llm.memory.store import HostStore
 from mindspeed_llm.memory.swapped import SavedStorage, SavedView, SavedWhole
-
-# Below this a transfer costs more to start than it saves; MindSpeed's limit too.
-SMALL_BYTES = 2**20
 
 
 class LayerPass:
