@@ -1,0 +1,64 @@
+"""Two network namespaces joined by a virtual cable whose rate can be set: communication made visible on one host.
+
+    with Cable() as cable:
+        processes = [subprocess.Popen([*cable.inside(side), ...]) for side in (0, 1)]
+
+Needs root, `ip` and `tc` (iproute2) and the kernel's token bucket (sch_tbf).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+ADDRESSES = ("10.203.77.1", "10.203.77.2")
+
+# Bytes that may pass at once: one segment as large as the kernel makes them, and a little.
+BURST = 128 * 1024
+
+
+class Cable:
+    """Namespaces and cable exist inside the `with`."""
+
+    device = "wire"
+
+    def __init__(self) -> None:
+        self.names = [f"lora-fusion-{os.getpid()}-{side}" for side in (0, 1)]
+
+    def __enter__(self) -> Cable:
+        first, second = self.names
+        for name in self.names:
+            _run("ip", "netns", "add", name)
+        _run("ip", "-n", first, "link", "add", self.device, "type", "veth", "peer", self.device, "netns", second)
+        for name, address in zip(self.names, ADDRESSES):
+            _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", self.device)
+            for device in ("lo", self.device):
+                _run("ip", "-n", name, "link", "set", device, "up")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for name in self.names:
+            _run("ip", "netns", "delete", name)
+
+    def inside(self, side: int) -> list[str]:
+        """Words in front of a command that is to run on one side."""
+        return ["ip", "netns", "exec", self.names[side]]
+
+
+def limit_rate(megabits_per_second: float | None) -> None:
+    """Let this side send no faster; to be called by a process inside. None takes the limit off."""
+    subprocess.run(["tc", "qdisc", "delete", "dev", Cable.device, "root"], capture_output=True, check=False)
+    if megabits_per_second is not None:
+        rate = f"{megabits_per_second}mbit"
+        words = f"qdisc add dev {Cable.device} root tbf rate {rate} burst {BURST} latency 2s"
+        _run("tc", *words.split())
+
+
+def is_possible() -> bool:
+    """Whether this process may make namespaces and finds the tools."""
+    return os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
+
+
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True)
