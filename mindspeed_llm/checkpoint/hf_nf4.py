@@ -134,7 +134,7 @@ def stored_tensors(weight: str, matrix: Nf4Matrix, dtype: torch.dtype) -> Iterat
     assert len(text) == STATE_BYTES, f"the state of {weight} does not fit"
     yield weight, matrix.codes.reshape(-1, 1)
     yield f"{weight}.absmax", matrix.scales.reshape(-1)
-    yield f"{weight}.nested_absmax", matrix.groups[:, 0].contiguous()
+    yield f"{weight}.nested_absmax", torch.empty(len(matrix.groups)).copy_(matrix.groups[:, 0])
     yield f"{weight}.nested_quant_map", dynamic_codes()
     yield f"{weight}.quant_map", torch.tensor(NF4)
     yield f"{weight}{STATE}nf4", torch.tensor(list(text), dtype=torch.uint8)

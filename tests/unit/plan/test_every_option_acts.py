@@ -279,6 +279,8 @@ ELSEWHERE = {
     "load_healthy": "tests/unit/training/test_saving.py::test_the_newest_healthy_one_can_be_resumed",
     "verify_checkpoint": "tests/unit/training/test_saving.py::test_verify_checkpoint_save_reads_everything_back",
     "save_hf": "tests/unit/plan/test_options_of_a_run.py::test_save_hf_writes_what_was_trained",
+    "qlora": "tests/unit/lora/test_quantized.py::test_a_run_records_its_base_in_nf4_and_resumes_on_it",
+    "qlora_merge_base": "tests/unit/lora/test_quantized.py::test_merging_into_either_base",
     "show_samples": "tests/unit/plan/test_options_of_a_run.py::test_show_samples_prints_rows",
     "progress": "tests/unit/plan/test_options_of_a_run.py::test_progress_is_a_bar_or_lines",
     "log_throughput": "tests/unit/plan/test_options_of_a_run.py::test_log_throughput_adds_to_the_line",
