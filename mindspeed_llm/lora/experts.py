@@ -19,6 +19,7 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.initial import initial_a
@@ -97,9 +98,8 @@ class ExpertFactors(nn.Module):
                 x = nn.functional.dropout(x, self.dropout)
         a, b = self.lora_A, self.stacked_b()
         if self.groups.expt_tp.size() > 1:
-            whole = a if self.column else b
-            summed = tensor_parallel.copy_to_tensor_model_parallel_region(whole, group=self.groups.expt_tp)
-            a, b = (summed, b) if self.column else (a, summed)
+            whole = sum_of_gradients(a if self.column else b, self.groups.expt_tp)
+            a, b = (whole, b) if self.column else (a, whole)
         return grouped_matmul(grouped_matmul(x, a, sizes), b, sizes)
 
     def delta(self, index: int) -> Tensor:
@@ -160,6 +160,11 @@ class ExpertFactors(nn.Module):
                 key + name, parameter, *offsets, experts, *cut, replica_id=copies, prepend_axis_num=lead
             )
         return state
+
+
+def sum_of_gradients(factor: Tensor, group: ProcessGroup) -> Tensor:
+    """The factor; its gradient is the sum of those of all ranks."""
+    return tensor_parallel.copy_to_tensor_model_parallel_region(factor, group=group)
 
 
 class LoraExpertsMixin:

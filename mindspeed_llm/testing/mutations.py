@@ -113,6 +113,11 @@ def _skip(*arguments, **named) -> None:
     return None
 
 
+def _no_sum_over_cut_experts() -> AbstractContextManager:
+    """The factor of an expert's adapter that is whole on the ranks that share the expert keeps each rank's gradient."""
+    return _patched("mindspeed_llm.lora.experts.sum_of_gradients", lambda factor, group: factor)
+
+
 MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {
     "no sum over sequence shards": _no_sequence_parallel_sum,
     "no sum over tied embeddings": _no_tied_embedding_sum,
@@ -124,4 +129,5 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {
     "routing weights swapped": _routing_weights_swapped,
     "an expert dropped": _expert_dropped,
     "expert gradients per rank": _expert_gradients_per_rank,
+    "adapters of cut experts not summed": _no_sum_over_cut_experts,
 }

@@ -1,8 +1,11 @@
 """Adapters of experts, routers and latent attention are trained alike by every layout, and by one process."""
 
+from unittest import mock
+
 import pytest
 
 from mindspeed_llm.checkpoint.toy import make_toy
+from mindspeed_llm.testing.layouts import _Recorder as Recorder
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
 from mindspeed_llm.testing.pool import pool
 
@@ -17,6 +20,13 @@ EXPERT_LAYOUTS = {
     "experts, pipeline": (4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "experts, context": (4, "--expert-model-parallel-size 2 --context-parallel-size 2"),
     "experts, replicas": (4, "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-grouped-gemm"),
+}
+LATENT_LAYOUTS = {
+    "tensor": (2, SEQUENCE),
+    "pipeline": (2, "--pipeline-model-parallel-size 2"),
+    "context": (2, "--context-parallel-size 2"),
+    "replicas": (2, "--use-distributed-optimizer --overlap-grad-reduce"),
+    "recomputed": (2, f"{SEQUENCE} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
 }
 
 
@@ -43,3 +53,69 @@ def test_adapters_of_experts_train_as_in_one_process(layout, experts, rows, alon
     world, flags = EXPERT_LAYOUTS[layout]
     found = pool(world).run(train, experts, LORA + flags, rows)[0]
     assert_same(found, alone)
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """DeepSeek-V3: latent attention, a dense layer, experts behind it, and a multi-token prediction layer."""
+    directory = tmp_path_factory.mktemp("lora") / "deepseek_v3"
+    fields = dict(num_hidden_layers=2, num_nextn_predict_layers=1, n_routed_experts=4, n_group=2, topk_group=2)
+    return str(make_toy("deepseek_v3", directory, **fields))
+
+
+@pytest.fixture(scope="module")
+def latent_alone(latent, rows):
+    return pool(1).run(train, latent, LORA, rows)[0]
+
+
+@pytest.mark.parametrize("layout", LATENT_LAYOUTS)
+def test_adapters_of_latent_attention_and_prediction_train_as_in_one_process(layout, latent, rows, latent_alone):
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in latent_alone.gradients[0]}
+    assert {"linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "eh_proj"} <= adapted
+    world, flags = LATENT_LAYOUTS[layout]
+    assert_same(pool(world).run(train, latent, LORA + flags, rows)[0], latent_alone)
+
+
+def test_down_projections_train_alike_without_sequence_shards(rows, tmp_path):
+    fields = dict(num_hidden_layers=2, first_k_dense_replace=2)
+    dense = str(make_toy("deepseek_v3", tmp_path / "dense", **fields))
+    words = LORA.replace("all-router", "")
+    found = pool(2).run(train, dense, words + "--tensor-model-parallel-size 2", rows)[0]
+    assert_same(found, pool(1).run(train, dense, words, rows)[0])
+
+
+MISTAKES = {
+    "no sum over sequence shards": "tensor, experts, whole",
+    "adapters of cut experts not summed": "tensor, cut experts",
+    "no sum over data-parallel ranks": "experts",
+}
+
+
+@pytest.mark.parametrize("mutation", MISTAKES)
+def test_a_gradient_sum_that_is_left_out_is_noticed(mutation, experts, rows, alone):
+    world, flags = EXPERT_LAYOUTS[MISTAKES[mutation]]
+    with pytest.raises(AssertionError):
+        found = pool(world).run(train, experts, LORA + flags, rows, 3, "sgd", 0.1, "posttrain", mutation)[0]
+        assert_same(found, alone)
+
+
+def gradient_norms(*arguments):
+    """The norms that gradients are clipped by, of every step."""
+    norms = []
+
+    def get_grad_norm(recorder):
+        norms.append(recorder.inner.get_grad_norm())
+        return norms[-1]
+
+    with mock.patch.object(Recorder, "get_grad_norm", get_grad_norm):
+        train(*arguments)
+    return norms
+
+
+@pytest.mark.parametrize("layout", ["tensor, experts, cut, grouped", "tensor, experts, whole", "experts, replicas"])
+def test_every_factor_counts_once_in_the_gradient_norm(layout, experts, rows):
+    words = LORA + "--lr 1e-6 "
+    expected = pool(1).run(gradient_norms, experts, words, rows, 2, "adamw")[0]
+    world, flags = EXPERT_LAYOUTS[layout]
+    for found in pool(world).run(gradient_norms, experts, words + flags, rows, 2, "adamw"):
+        assert found == pytest.approx(expected, rel=1e-5)
