@@ -99,7 +99,7 @@ def measure(row: Row, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
         for record in records:
             own = seconds[record["side"]]
             record[f"{key}_ms"] = round(1e3 * statistics.median(own), 4)
-            record[f"{key}_of_limit"] = round(times * median_ratio(seconds[LIMIT], own), 4)
+            record[f"{key}_of_limit"] = float(f"{times * median_ratio(seconds[LIMIT], own):.4g}")
             record[f"{key}_of_chosen"] = round(median_ratio(own, seconds[chosen]), 3)
             record[f"{key}_limit"] = {
                 "of": "copy" if row.moved else "product",

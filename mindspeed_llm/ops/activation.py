@@ -44,36 +44,60 @@ class Gate:
             raise ValueError(f"limit {self.limit} is wrong, because the gate is cut there; legal: above 0")
 
 
-def _quick_gelu(x: Tensor, out: Tensor) -> Tensor:
-    return torch.mul(x, QUICK_GELU_SLOPE, out=out).sigmoid_().mul_(x)
-
-
-def _quick_gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * x)
-    return torch.mul(grad * sigmoid, 1 + QUICK_GELU_SLOPE * x * (1 - sigmoid), out=out)
-
-
 _aten = torch.ops.aten
+_SQRT_HALF, _TANH_SCALE, _TANH_CUBIC = 0.5**0.5, (2 / torch.pi) ** 0.5, 0.044715
 
-# Name -> (function, its derivative from (gradient, argument)), each with where to write.
-FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "silu": (
-        lambda x, out: _aten.silu.out(x, out=out),
-        lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out),
-    ),
-    "gelu": (
-        lambda x, out: _aten.gelu.out(x, out=out),
-        lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, grad_input=out),
-    ),
-    "gelu_tanh": (
-        lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
-        lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out),
-    ),
-    "quick_gelu": (_quick_gelu, _quick_gelu_backward),
-    "relu": (
-        lambda x, out: torch.clamp(x, min=0, out=out),
-        lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
-    ),
+
+def _sigmoid_slope(argument: Tensor, value: Tensor, slope: Tensor, inner: Tensor | float) -> None:
+    """value = x sigmoid(a(x)) and slope = s + value (1 - s) a'(x); `slope` holds s, `inner` is a'(x)."""
+    torch.mul(argument, slope, out=value)
+    slope.addcmul_(torch.rsub(slope, 1).mul_(inner), value)
+
+
+def _silu(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
+    if slope is None:
+        _aten.silu.out(x, out=value)
+    else:
+        _sigmoid_slope(x, value, torch.sigmoid(x, out=slope), 1.0)
+
+
+def _quick_gelu(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
+    if slope is None:
+        torch.mul(x, QUICK_GELU_SLOPE, out=value).sigmoid_().mul_(x)
+    else:
+        _sigmoid_slope(x, value, torch.mul(x, QUICK_GELU_SLOPE, out=slope).sigmoid_(), QUICK_GELU_SLOPE)
+
+
+def _gelu_tanh(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
+    # (1 + tanh u) / 2 = sigmoid(2 u), which is the cheaper one, with 2 u = x (c + 0.044715 c x^2).
+    scale = 2 * _TANH_SCALE
+    square = x.square()
+    exponent = torch.mul(square, _TANH_CUBIC * scale, out=value if slope is None else slope).add_(scale).mul_(x)
+    if slope is None:
+        exponent.sigmoid_().mul_(x)
+    else:
+        _sigmoid_slope(x, value, exponent.sigmoid_(), square.mul_(3 * _TANH_CUBIC * scale).add_(scale))
+
+
+def _gelu(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
+    _aten.gelu.out(x, out=value)
+    if slope is not None:
+        _aten.gelu_backward.grad_input(torch.ones_like(x), x, grad_input=slope)
+
+
+def _relu(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
+    torch.clamp(x, min=0, out=value)
+    if slope is not None:
+        torch.gt(x, 0, out=slope)
+
+
+# Name -> what writes the function's values and, where asked for, its derivatives.
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor | None], None]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": _relu,
 }
 
 
@@ -93,7 +117,7 @@ def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 @register("gated_activation", "torch")
 def torch_gated_activation(gate_up: Tensor, gate: Gate) -> Tensor:
-    """torch's elementwise kernels; saves the input alone and computes the function again in backward."""
+    """torch's elementwise kernels in fp32, rounded once; saves the input alone and computes the function again."""
     return _Gated.apply(gate_up, gate)
 
 
@@ -102,57 +126,58 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, gate: Gate) -> Tensor:
         ctx.gate = gate
         ctx.save_for_backward(gate_up)
-        function, _ = FUNCTIONS[gate.function]
         rows = gate_up.reshape(-1, gate_up.shape[-1])
         out = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=rows.dtype, device=rows.device)
-        for block in row_blocks(*out.shape, out):
-            argument, factor = _Gated.cut(rows[block], gate)
-            function(argument, out[block]).mul_(factor)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        blocks = list(row_blocks(*out.shape, out, wide))
+        values = scratch(blocks, out.shape[1], out, wide)
+        for block in blocks:
+            argument, factor = _cut(rows[block].to(wide), gate)
+            value = values[: argument.shape[0]]
+            FUNCTIONS[gate.function](argument, value, None)
+            torch.mul(value, factor, out=value)
+            out[block] = value
         return out.view(*gate_up.shape[:-1], out.shape[1])
-
-    @staticmethod
-    def cut(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-        """What the function is taken of, and what multiplies it."""
-        argument, factor = _parts(gate_up, gate.interleaved)
-        if gate.limit is not None:
-            argument, factor = argument.clamp(max=gate.limit), factor.clamp(-gate.limit, gate.limit)
-        return argument, factor + gate.linear_offset if gate.linear_offset else factor
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,), gate = ctx.saved_tensors, ctx.gate
         rows = gate_up.reshape(-1, gate_up.shape[-1])
         grads = grad.reshape(rows.shape[0], rows.shape[1] // 2)
-        result = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        blocks = list(row_blocks(*grads.shape, grads))
-        products = scratch(blocks, grads.shape[1], grads)
+        result = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        wide = torch.promote_types(grads.dtype, torch.float32)
+        blocks = list(row_blocks(*grads.shape, grads, wide))
+        values, slopes = (scratch(blocks, grads.shape[1], grads, wide) for _ in range(2))
         for block in blocks:
-            given = grads[block]
-            _Gated.gradient(rows[block], given, gate, result.view(rows.shape)[block], products[: given.shape[0]])
-        return result, None
-
-    @staticmethod
-    def gradient(gate_up: Tensor, grad: Tensor, gate: Gate, out: Tensor, product: Tensor) -> None:
-        """Write the gradient of some rows to `out`; `product` is room for as many numbers as `grad` has."""
-        function, derivative = FUNCTIONS[gate.function]
-        argument, factor = _Gated.cut(gate_up, gate)
-        grad_gate, grad_up = _parts(out, gate.interleaved)
-        function(argument, grad_up).mul_(grad)
-        derivative(torch.mul(grad, factor, out=product), argument, grad_gate)
-        if gate.limit is not None:
-            # As torch.clamp has it: a value at the limit still has a gradient.
-            own_gate, own_up = _parts(gate_up, gate.interleaved)
-            grad_gate.masked_fill_(own_gate > gate.limit, 0)
-            grad_up.masked_fill_(own_up.abs() > gate.limit, 0)
+            own, given = rows[block].to(wide), grads[block].to(wide)
+            argument, factor = _cut(own, gate)
+            value, slope = values[: len(given)], slopes[: len(given)]
+            FUNCTIONS[gate.function](argument, value, slope)
+            grad_gate, grad_up = slope.mul_(given).mul_(factor), value.mul_(given)
+            if gate.limit is not None:
+                # As torch.clamp has it: a value at the limit still has a gradient.
+                own_gate, own_up = _parts(own, gate.interleaved)
+                grad_gate.masked_fill_(own_gate > gate.limit, 0)
+                grad_up.masked_fill_(own_up.abs() > gate.limit, 0)
+            to_gate, to_up = _parts(result[block], gate.interleaved)
+            to_gate.copy_(grad_gate)
+            to_up.copy_(grad_up)
+        return result.view(gate_up.shape), None
 
 
-_SQRT_HALF, _TANH_SCALE = 0.5**0.5, (2 / torch.pi) ** 0.5
+def _cut(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """What the function is taken of, and what multiplies it."""
+    argument, factor = _parts(gate_up, gate.interleaved)
+    if gate.limit is not None:
+        argument, factor = argument.clamp(max=gate.limit), factor.clamp(-gate.limit, gate.limit)
+    return argument, factor + gate.linear_offset if gate.linear_offset else factor
+
 
 # The formulas themselves, for the reference.
 _FORMULAS = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x * _SQRT_HALF)),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(_TANH_SCALE * (x + 0.044715 * x**3))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(_TANH_SCALE * (x + _TANH_CUBIC * x**3))),
     "quick_gelu": lambda x: x / (1 + torch.exp(-QUICK_GELU_SLOPE * x)),
     "relu": lambda x: x.clamp(min=0),
 }

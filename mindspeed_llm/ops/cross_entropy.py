@@ -26,6 +26,9 @@ IGNORE_INDEX = -100
 # chunk adds up no weight gradients, and larger products are faster.
 CHUNK_BYTES = 128 * 2**20
 
+# Below it a probability in fp32 has too few digits for its logarithm.
+SMALLEST_PROBABILITY = 1e-35
+
 
 def linear_cross_entropy_sum(
     hidden: Tensor,
@@ -193,10 +196,10 @@ def _shared_log_sum(logits: Tensor, rows: Tensor, columns: Tensor, group: dist.P
     return parts[0].log()[:, None] + maximum, parts[1]
 
 
-def _softmax_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of some rows after others of logits [c, v]: which, their probabilities, wide, and log(sum exp) [rows, 1].
+def _softmax_blocks(logits: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of some rows after others of logits [c, v]: which, their probabilities, wide, and their losses [rows].
 
-    The next block takes the memory of the probabilities.
+    Targets [c] must be in the vocabulary. The next block takes the memory of the probabilities.
     """
     wide = _wide(logits.dtype)
     blocks = list(row_blocks(*logits.shape, logits, wide))
@@ -205,22 +208,24 @@ def _softmax_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         own = logits[block]
         probabilities = widened[: own.shape[0]]
         torch.softmax(own if own.dtype == wide else probabilities.copy_(own), dim=-1, out=probabilities)
-        # The largest probability is 1 / sum(exp(x - max)), and never too small for a logarithm.
-        largest = probabilities.amax(-1, keepdim=True)
-        yield block, probabilities, own.amax(-1, keepdim=True).to(wide) - largest.log_()
+        at_target = probabilities.gather(1, target[block, None]).squeeze(1)
+        if at_target.numel() and float(at_target.min()) < SMALLEST_PROBABILITY:
+            losses = own.to(wide).logsumexp(-1) - own.gather(1, target[block, None]).squeeze(1)
+        else:
+            losses = at_target.log().neg_()
+        yield block, probabilities, losses
 
 
 def _softmax_loss_(logits: Tensor, target: Tensor, needs_gradient: bool, factor: Tensor | None) -> Tensor:
     """Sum of the losses of one rank that holds the whole vocabulary, the gradient replacing the logits."""
     losses = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
-    one = torch.ones_like(losses[:1]) if factor is None else factor
-    for block, gradient, log_sum in _softmax_blocks(logits):
-        own = target[block, None]
-        losses[block] = (log_sum - logits[block].gather(1, own)).squeeze(-1)
+    one = torch.ones((), dtype=losses.dtype, device=losses.device) if factor is None else factor
+    for block, gradient, own_losses in _softmax_blocks(logits, target):
+        losses[block] = own_losses
         if needs_gradient:
             if factor is not None:
                 gradient.mul_(factor)
-            logits[block] = gradient.scatter_add_(1, own, -one.expand_as(log_sum))
+            logits[block] = gradient.scatter_add_(1, target[block, None], -one.expand(gradient.shape[0], 1))
     return losses.sum()
 
 
@@ -256,15 +261,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         probabilities = torch.empty_like(logits)
         if several:
             log_sum, at_target = _shared_log_sum(logits, inside, columns, group)
+            losses = log_sum.squeeze(-1) - at_target
             for block in row_blocks(*logits.shape, logits, log_sum.dtype):
                 probabilities[block] = logits[block].to(log_sum.dtype).sub_(log_sum[block]).exp_()
         else:
-            log_sum = logits.new_empty(logits.shape[0], 1, dtype=_wide(logits.dtype))
-            for block, exact, own_log_sum in _softmax_blocks(logits):
-                probabilities[block], log_sum[block] = exact, own_log_sum
-            at_target = torch.zeros_like(log_sum[:, 0]).index_put_((inside,), logits[inside, columns].to(log_sum.dtype))
+            losses = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
+            for block, exact, own_losses in _softmax_blocks(logits, own.where(kept, 0)):
+                probabilities[block], losses[block] = exact, own_losses
         ctx.save_for_backward(probabilities, inside, columns, kept)
-        return (log_sum.squeeze(-1) - at_target).masked_fill_(~kept, 0.0)
+        return losses.masked_fill_(~kept, 0.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -80,26 +80,36 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, table: Tensor, out: Tensor, backwards: bool = False, interleaved: bool = False) -> Tensor:
     """Write the rotation of x [s, b, ..., d] into `out` (not x itself); backwards turns the other way."""
-    half = table.shape[-1]
-    table = table.view(*table.shape[:3], *(1,) * (x.dim() - 3), half)
-    sign = -1 if backwards else 1
-    first, second = (
-        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    turning = 2 * table.shape[-1]
+    cos, sin = _for_every_channel(
+        table.view(*table.shape[:3], *(1,) * (x.dim() - 3), turning // 2), backwards, interleaved
     )
     for block in row_blocks(x.shape[0], x[:1].numel(), x, table.dtype):
-        own, result = x[block], out[block]
-        cos, sin = table[:, block]
-        x1, x2, out1, out2 = own[..., first], own[..., second], result[..., first], result[..., second]
+        own, result = x[block, ..., :turning], out[block, ..., :turning]
         if table.dtype == x.dtype:
-            torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
-            torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
+            torch.mul(own, cos[block], out=result).addcmul_(_partners(own, interleaved), sin[block])
         else:
-            wide1, wide2 = x1.to(table.dtype), x2.to(table.dtype)
-            out1.copy_((wide1 * cos).addcmul_(wide2, sin, value=-sign))
-            out2.copy_((wide2 * cos).addcmul_(wide1, sin, value=sign))
-        if 2 * half < x.shape[-1]:
-            result[..., 2 * half :] = own[..., 2 * half :]
+            own = own.to(table.dtype)
+            result.copy_((own * cos[block]).addcmul_(_partners(own, interleaved), sin[block]))
+        if turning < x.shape[-1]:
+            out[block, ..., turning:] = x[block, ..., turning:]
     return out
+
+
+def _for_every_channel(table: Tensor, backwards: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """What a channel and what its partner is multiplied by, [s, b, ..., r]: long rows for the kernels."""
+    cos, sin = table
+    first, second = (sin, -sin) if backwards else (-sin, sin)
+    if interleaved:
+        return cos.repeat_interleave(2, dim=-1), torch.stack((first, second), dim=-1).flatten(-2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((first, second), dim=-1)
+
+
+def _partners(x: Tensor, interleaved: bool) -> Tensor:
+    """In the place of each of the r channels of x the one that turns with it."""
+    if interleaved:
+        return torch.stack((x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    return torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
 
 
 def split_qkv_rotary(

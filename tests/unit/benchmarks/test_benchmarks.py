@@ -110,6 +110,14 @@ def test_sides_take_turns(modules):
     assert measure.median_ratio([2, 6, 9], [1, 2, 3]) == 3
 
 
+def test_a_base_in_nf4_takes_a_quarter_and_errs_as_the_table_does(script):
+    result = script("qlora", "--shape", "toy", "--rounds", "1")
+    assert result["linears_vs_bf16"] <= 0.28
+    assert result["largest_error_of_the_table"] <= result["half_largest_gap"] + 1e-6
+    assert result["mean_error"] == pytest.approx(result["mean_error_of_the_table"], rel=0.05)
+    assert all(result[f"{name}_gb_per_s"] > 0 for name in ("copy", "quantize", "dequantize"))
+
+
 @pytest.mark.slow
 def test_runs_with_faults_are_compared_with_undisturbed_ones(script):
     result = script("faults", "--quick")
