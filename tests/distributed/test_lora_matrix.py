@@ -37,6 +37,7 @@ WORDS = {
     "vpp": "--num-layers-per-virtual-pipeline-stage 1",
     "cp2": "--context-parallel-size 2",
     "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    "replicas": "",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
     "dropout": "--lora-dropout 0.25",
@@ -142,7 +143,7 @@ def test_dropout_changes_what_is_trained(alone):
     [
         ("all", "tp2 sp", "no sum over sequence shards"),
         ("magnitudes", "tp2 sp", "no sum over sequence shards"),
-        ("parts", "dp2", "no sum over data-parallel ranks"),
+        ("parts", "replicas", "no sum over data-parallel ranks"),
         ("shared", "tp2", "A drawn per rank"),
     ],
 )
