@@ -104,11 +104,12 @@ def _pretend(plan: Plan, rank: int) -> None:
 def _build_without_memory(plan: Plan) -> tuple[int, int]:
     """(parameters, tensors) of the rank's part of the model."""
     from mindspeed_llm.models.build import build_chunks
+    from mindspeed_llm.models.nf4_weight import nf4_weights
     from mindspeed_llm.training.setup import build_options
 
     with _on_meta():
         chunks = build_chunks(plan.shape, build_options(plan, initialize=False))
-    tensors = [p for chunk in chunks for p in chunk.parameters()]
+    tensors = [p for chunk in chunks for p in (*chunk.parameters(), *nf4_weights(chunk).values())]
     return sum(p.numel() for p in tensors), len(tensors)
 
 
@@ -136,7 +137,10 @@ def _on_meta() -> Iterator[None]:
 
 
 def small_plan(plan: Plan) -> Plan:
-    """The same layout for a narrow model, from random weights, with as few micro-batches as the schedule takes."""
+    """The same layout for a narrow model, from random weights, with as few micro-batches as the schedule takes.
+
+    Its rows are too short for NF4, so its weights are dense.
+    """
     shape, layout = plan.shape, plan.layout
     config = copy.deepcopy(plan.config)
     config.training.micro_batch_size = 1
@@ -150,6 +154,7 @@ def small_plan(plan: Plan) -> Plan:
         shape=small,
         stored_shape=small,
         weights=None,
+        quantized=False,
         resume=None,
         adapter_source=None,
         global_batch_size=layout.dp * (layout.pp if layout.vpp else 2),

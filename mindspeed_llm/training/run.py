@@ -214,8 +214,10 @@ def _evaluate_only(plan: Plan, model: TrainingModel, data: TrainingData) -> RunR
 
 def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters: int, progress: Progress) -> None:
     """One block of facts before the first iteration, on rank 0."""
+    from mindspeed_llm.models.nf4_weight import nf4_weights
+
     trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
-    total = sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
+    total = sum(p.numel() for chunk in model.chunks for p in (*chunk.parameters(), *nf4_weights(chunk).values()))
     if not is_leader():
         return
     start = f"resuming at iteration {progress.iteration}" if progress.iteration else "starting"
