@@ -38,6 +38,7 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=t.recompute_granularity,
         loss_chunk=o.loss_chunk_size or loss_chunk,
+        quantized=plan.holds_nf4,
     )
 
 
@@ -80,7 +81,7 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
         ("attention", heads + (f", window {s.window_size}" if s.window_size else "") + bound),
         ("vocabulary", f"{s.vocab_size:,} (padded to {plan.padded_vocab_size:,})"),
         ("positions", f"{s.max_position_embeddings:,}, rope {(s.rope_scaling or {}).get('rope_type', 'default')}"),
-        ("precision", plan.dtype_name),
+        ("precision", plan.dtype_name + (", linears of the layers in NF4 (--qlora)" if plan.holds_nf4 else "")),
     ]
     if plan.adapters is not None:
         count = adapter_parameters(s, plan.adapters)
