@@ -15,9 +15,12 @@ from mindspeed_llm.config.guards import GuardConfig
 from mindspeed_llm.config.inference import InferenceConfig
 from mindspeed_llm.config.logging import LoggingConfig
 from mindspeed_llm.config.lora import LoraConfig
+from mindspeed_llm.config.memory import MemoryConfig
 from mindspeed_llm.config.model import ModelConfig
 from mindspeed_llm.config.operators import OperatorConfig
 from mindspeed_llm.config.parallel import ParallelConfig, RuntimeConfig
+from mindspeed_llm.config.profiling import ProfilingConfig
+from mindspeed_llm.config.recompute import RecomputeConfig
 from mindspeed_llm.config.schema import TRAINING_DOORS, Option, options_of
 from mindspeed_llm.config.training import OptimizerConfig, TrainingConfig
 
@@ -31,11 +34,14 @@ SECTION_DOORS = {
     "runtime": MODEL_DOORS,
     "operators": MODEL_DOORS,
     "training": TRAINING_DOORS,
+    "memory": TRAINING_DOORS,
+    "recompute": TRAINING_DOORS,
     "optimizer": TRAINING_DOORS,
     "lora": (*MODEL_DOORS, "convert"),
     "checkpoint": MODEL_DOORS,
     "guards": TRAINING_DOORS,
     "logging": TRAINING_DOORS,
+    "profiling": TRAINING_DOORS,
     "convert": ("convert",),
     "inference": ("inference",),
 }
@@ -54,11 +60,14 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     operators: OperatorConfig = field(default_factory=OperatorConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     given: dict[str, str] = field(default_factory=dict)

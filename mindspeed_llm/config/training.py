@@ -42,17 +42,6 @@ class TrainingConfig:
         help="train only these layers, e.g. last:4, first:2 or 3,5,7", level="advanced"
     )
     frozen_layers: str | None = option(help="freeze these layers, e.g. first:20", level="advanced")
-    recompute_granularity: str | None = option(
-        help="recompute activations in the backward pass instead of keeping them",
-        level="advanced",
-        choices=("full", "selective"),
-    )
-    recompute_method: str | None = option(
-        help="with full: uniform chunks, or the first layers of a stage", level="advanced", choices=("uniform", "block")
-    )
-    recompute_num_layers: int | None = option(
-        help="layers per chunk (uniform) or recomputed layers (block)", level="advanced", check=at_least(1)
-    )
     padding_free: bool = option(
         True,
         help="SFT: join the samples of a micro-batch in one row with isolated documents instead of padding each",

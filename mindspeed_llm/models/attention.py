@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.models.norm import RMSNorm
+from mindspeed_llm.models.recompute import keep, without_output
 from mindspeed_llm.models.rope import softmax_scale
 from mindspeed_llm.ops.attention import attention
 from mindspeed_llm.ops.attention_masked import masked_attention
@@ -157,7 +159,7 @@ class CausalSelfAttention(MegatronModule):
         others = (inference_context, packed_seq_params, self.core_attention.window_size)
         if attention_mask is not None and any(other is not None for other in others):
             raise ValueError("attention_mask goes without sliding window, packed documents and cache")
-        query, key, value = self.query_key_value(hidden_states, rotary_pos_emb)
+        (query, key, value), drop = self._projections(hidden_states, rotary_pos_emb)
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         if inference_context is not None:
             key, value = inference_context.update(self.layer_number, key, value)
@@ -167,7 +169,16 @@ class CausalSelfAttention(MegatronModule):
             )
         else:
             context = self.core_attention(query, key, value, cu_seqlens, attention_mask)
+        drop(context)
         return self.linear_proj(context)
+
+    def _projections(
+        self, hidden_states: Tensor, table: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[Tensor], None]]:
+        """`query_key_value`, and what drops them: see `models.recompute.without_output`."""
+        if self.config.recompute.latent == "all":
+            return without_output(self.query_key_value, hidden_states, table)
+        return self.query_key_value(hidden_states, table), keep
 
     def query_key_value(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, h] -> query [s, b, n, d], key [s, b, g, d] and value [s, b, g, d_v] of this rank, rotated."""

@@ -16,6 +16,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.moe.options import ExpertOptions, expert_fields
+from mindspeed_llm.models.recompute_options import RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import LayerMap, layer_map
 
@@ -53,6 +54,7 @@ class BuildOptions:
         quantized_linears: linears of the layers hold NF4, filled by loading, see `ModelConfig`.
         experts: how routed experts are computed and balanced.
         variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
+        recompute: parts of layers that are recomputed beside those.
         seed: of the initial weights.
         initialize: False leaves the weights undefined, for a checkpoint to fill.
     """
@@ -84,6 +86,7 @@ class BuildOptions:
     quantized_linears: bool = False
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     variable_seq_lengths: bool = False
+    recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
     seed: int = 1234
     initialize: bool = True
 
@@ -181,6 +184,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
         recompute_modules=list(options.recompute_modules),
+        recompute=options.recompute,
         calculate_per_token_loss=options.calculate_per_token_loss,
         variable_seq_lengths=options.variable_seq_lengths,
         **expert_fields(shape, options.experts),

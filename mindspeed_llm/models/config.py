@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mindspeed_llm.models.recompute_options import RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.context_split import SequenceSplit
 
@@ -29,6 +30,7 @@ class ModelConfig(TransformerConfig):
         ulysses_size: context-parallel ranks that exchange heads; the others form a ring.
         ring_window: ranks of an inner ring of that ring.
         quantized_linears: linears of the layers hold their weights in NF4 (`models.nf4_weight`).
+        recompute: parts of layers computed once more in the backward pass, beside megatron-core's recompute_*.
     """
 
     shape: ModelShape | None = None
@@ -41,12 +43,18 @@ class ModelConfig(TransformerConfig):
     ulysses_size: int = 1
     ring_window: int = 1
     quantized_linears: bool = False
+    recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
 
     def __post_init__(self):
         # megatron-core asks for Transformer Engine's kernels here; ours come in by patches of what would call them.
         fused, self.moe_permute_fusion = self.moe_permute_fusion, False
         super().__post_init__()
         self.moe_permute_fusion = fused
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a layer or a part of one is computed once more in the backward pass."""
+        return self.recompute_granularity is not None or self.recompute.anything
 
     @property
     def sequence_split(self) -> SequenceSplit:

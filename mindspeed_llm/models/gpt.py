@@ -27,6 +27,7 @@ from mindspeed_llm.models.moe.layer import forget_micro_batches, moe_specificati
 from mindspeed_llm.models.multi_token import prediction_layers
 from mindspeed_llm.models.norm import LayerNorm, RMSNorm
 from mindspeed_llm.models.prediction_targets import further_targets
+from mindspeed_llm.models.recompute import count_over_rank
 from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
 from mindspeed_llm.ops.cross_entropy import linear_cross_entropy_sum
 from mindspeed_llm.ops.rotary import rotary_table
@@ -92,6 +93,7 @@ class LanguageModel(GPTModel):
             mtp_block_spec=prediction_specification(config) if post_process else None,
             vp_stage=vp_stage,
         )
+        count_over_rank(self.decoder, config, vp_stage)
         forget_micro_batches(self)
         if self.mtp_process and shape.tie_word_embeddings:
             # The embedding that the prediction layers need here is the output layer's weight too.
@@ -191,7 +193,7 @@ class LanguageModel(GPTModel):
         hidden_states = hidden_states.flatten(0, 1).unflatten(0, hidden_states.shape[:2])
         # Recomputation replays a layer only for inputs that need a gradient; with a frozen embedding (LoRA) the first
         # layers would silently not be trained.
-        recomputes = self.config.recompute_granularity is not None and self.training and torch.is_grad_enabled()
+        recomputes = self.config.recomputes and self.training and torch.is_grad_enabled()
         if recomputes and not hidden_states.requires_grad:
             hidden_states.requires_grad_()
         return hidden_states
@@ -241,7 +243,7 @@ class LanguageModel(GPTModel):
     def _check_cache_is_used(self, packed_seq_params: PackedSeqParams | None) -> None:
         config = self.config
         # Dropout would spoil what is stored, and megatron's recomputation calls the layers without a cache.
-        training = config.hidden_dropout or config.attention_dropout or config.recompute_granularity
+        training = config.hidden_dropout or config.attention_dropout or config.recomputes
         if packed_seq_params is not None or (self.training and training) or config.context_parallel_size > 1:
             raise ValueError(
                 "a cache is for evaluation (model.eval()) of rows that are not packed and not shared by ranks"

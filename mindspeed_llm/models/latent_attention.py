@@ -12,6 +12,7 @@ Legend: s sequence, b batch, h hidden, n heads of this rank, t tensor-parallel s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ColumnParallelLinear, linear
 from mindspeed_llm.models.nf4_weight import Nf4Weight
 from mindspeed_llm.models.norm import RMSNorm, new_parameter
+from mindspeed_llm.models.recompute import without_output
 from mindspeed_llm.ops.rotary import apply_interleaved_rotary, apply_rotary
 
 
@@ -84,10 +86,29 @@ class LatentAttention(CausalSelfAttention):
 
     def query_key_value(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, h] -> query and key [s, b, n, kv_channels], value [s, b, n, v_head_dim] of this rank's heads."""
+        return self.from_latents(*self.latents(hidden_states), table)
+
+    def _projections(
+        self, hidden_states: Tensor, table: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[Tensor], None]]:
+        if self.config.recompute.latent == "up":
+            return without_output(self.from_latents, *self.latents(hidden_states), table)
+        return super()._projections(hidden_states, table)
+
+    def latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[s, b, h] -> latent of queries (or the input, where they have none) and what linear_kv_down_proj makes."""
+        query = hidden_states
+        if self.config.shape.q_lora_rank is not None:
+            query, _ = self.linear_q_down_proj(hidden_states)
+        return query, self.linear_kv_down_proj(hidden_states)[0]
+
+    def from_latents(
+        self, query_latent: Tensor, compressed: Tensor, table: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`latents` -> query, key, value."""
         shape, heads = self.config.shape, self.num_attention_heads_per_partition
         plain, rotated = shape.qk_head_dim, shape.qk_pos_emb_head_dim
-        query = self._query(hidden_states).unflatten(-1, (heads, plain + rotated))
-        compressed, _ = self.linear_kv_down_proj(hidden_states)
+        query = self._query(query_latent).unflatten(-1, (heads, plain + rotated))
         latent, shared_key = compressed.split((shape.kv_lora_rank, rotated), dim=-1)
         key_value, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         plain_key, value = key_value.unflatten(-1, (heads, -1)).split((plain, shape.v_head_dim), dim=-1)
@@ -99,11 +120,10 @@ class LatentAttention(CausalSelfAttention):
         key = torch.cat((plain_key, turning_key.expand(-1, -1, heads, -1)), dim=-1)
         return query, key, value.contiguous()
 
-    def _query(self, hidden_states: Tensor) -> Tensor:
+    def _query(self, latent: Tensor) -> Tensor:
         """[s, b, n * kv_channels]."""
         if self.config.shape.q_lora_rank is None:
-            return self.linear_q_proj(hidden_states)[0]
-        latent, _ = self.linear_q_down_proj(hidden_states)
+            return self.linear_q_proj(latent)[0]
         return self.linear_q_up_proj(self.q_layernorm(latent))[0]
 
     def _on_every_rank(self, shared_key: Tensor) -> Tensor:

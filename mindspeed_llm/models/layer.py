@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindspeed_llm.models.norm import RMSNorm
+from mindspeed_llm.models.recompute import is_chosen, keep
+from mindspeed_llm.models.recompute_options import RecomputeOptions
 
 
 class SumAndNorm:
@@ -41,5 +45,32 @@ class DecoderLayer(TransformerLayer):
         # megatron enables gradients around its sums, for its fused ones: in generation and in the first pass of
         # recomputation the norm would save tensors for a backward pass that does not come.
         self.bias_dropout_add_exec_handler = nullcontext
+        self._recompute(self.config.recompute, keywords.get("vp_stage"))
         if isinstance(self.pre_mlp_layernorm, RMSNorm) and not self.hidden_dropout:
-            self.self_attn_bda = SumAndNorm(self.pre_mlp_layernorm)
+            if not self.pre_mlp_layernorm.recomputed:
+                self.self_attn_bda = SumAndNorm(self.pre_mlp_layernorm)
+
+    def _recompute(self, options: RecomputeOptions, vp_stage: int | None) -> None:
+        """Choose what this layer computes once more in the backward pass."""
+
+        def chosen(count: int) -> bool:
+            return is_chosen(self.config, self.layer_number, vp_stage, count)
+
+        if chosen(options.norm):
+            for norm, user in ((self.input_layernorm, self.self_attention), (self.pre_mlp_layernorm, self.mlp)):
+                norm.recomputed = True
+                user.register_forward_hook(partial(_drop_norm, norm))
+        if isinstance(self.mlp, MoELayer):
+            self.mlp.moe_layer_recompute |= chosen(options.expert_layer)
+            self.mlp.experts.recompute_all = chosen(options.experts)
+            self.mlp.experts.recompute_activation = chosen(max(options.activation, options.expert_activation))
+            if self.mlp.shared_experts is not None:
+                self.mlp.shared_experts.recompute_activation = chosen(options.activation)
+        else:
+            self.mlp.recompute_activation = chosen(options.activation)
+
+
+def _drop_norm(norm: nn.Module, _user: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+    """Forward hook of the module behind a norm, which is the only one that uses its output."""
+    norm.drop(output[0])
+    norm.drop = keep

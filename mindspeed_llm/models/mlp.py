@@ -14,6 +14,7 @@ from torch import Tensor
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
+from mindspeed_llm.models.recompute import without_output
 from mindspeed_llm.ops.activation import Gate, gated_activation
 
 # HF's names of the activations (transformers.activations.ACT2FN).
@@ -58,6 +59,7 @@ class MLP(MegatronModule):
         ffn_hidden_size = ffn_hidden_size or shape.ffn_hidden_size
         self.tp_group = ProcessGroupCollection.use_mpu_process_groups(["tp"]).tp if tp_group is None else tp_group
         self.gated = shape.gated_linear_unit
+        self.recompute_activation = False
         self.activation = activation_function(shape.activation)
         self.gate = gate_of(shape.activation) if self.gated else None
         # stride 2: a rank holds its gate rows, then its up rows.
@@ -88,7 +90,12 @@ class MLP(MegatronModule):
         megatron's layer gives `padding_mask` to dense and expert layers alike; each token is computed by itself here.
         """
         intermediate, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(self.activate(intermediate))
+        if not self.recompute_activation:
+            return self.linear_fc2(self.activate(intermediate))
+        activated, drop = without_output(self.activate, intermediate)
+        output = self.linear_fc2(activated)
+        drop(output[0])
+        return output
 
     def activate(self, intermediate: Tensor) -> Tensor:
         """[..., 2f] or [..., f] -> [..., f]."""

@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.models.recompute import keep, without_output
 from mindspeed_llm.ops.norm import add_rms_norm, layer_norm, rms_norm
 
 
@@ -25,6 +26,9 @@ class RMSNorm(nn.Module):
     Also q_layernorm and k_layernorm, over each head's channels: there every tensor-parallel rank normalises its own
     heads, and megatron sums the weight's gradient over the ranks because the configuration says qk_layernorm.
     With layernorm_zero_centered_gamma the weight is kept as its difference from 1.
+
+    Attributes:
+        recomputed: whether the output may be dropped: by `drop(later)`, see `models.recompute.without_output`.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
@@ -34,11 +38,18 @@ class RMSNorm(nn.Module):
         self.weight = new_parameter((hidden_size,), config)
         nn.init.constant_(self.weight, 1.0 - self.offset)
         self._made: tuple[Tensor, Tensor] | None = None
+        self.recomputed, self.drop = False, keep
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputed:
+            out, self.drop = without_output(self._normed, x)
+            return out
         made, self._made = self._made, None
         if made is not None and made[0] is x:
             return made[1]
+        return self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -49,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """x [..., hidden_size] -> (x - mean) / std * weight + bias."""
+    """x [..., hidden_size] -> (x - mean) / std * weight + bias; `recomputed` and `drop` as those of `RMSNorm`."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
@@ -59,6 +70,13 @@ class LayerNorm(nn.Module):
         self.bias = new_parameter((hidden_size,), config)
         nn.init.constant_(self.weight, 1.0 - self.offset)
         nn.init.zeros_(self.bias)
+        self.recomputed, self.drop = False, keep
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputed:
+            out, self.drop = without_output(self._normed, x)
+            return out
+        return self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps, self.offset)

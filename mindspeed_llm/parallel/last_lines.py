@@ -19,10 +19,12 @@ class LastLines:
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.count = 0
-        self._begun = ""
+        self._begun, self._stopped = "", False
 
     def hear(self, text: str) -> None:
         """Text was printed."""
+        if self._stopped:
+            return
         *whole, self._begun = (self._begun + text).split("\n")
         self._begun = self._begun[-10 * LINE_WIDTH :]
         for line in whole:
@@ -30,6 +32,10 @@ class LastLines:
             if shown := line.rstrip("\r").rpartition("\r")[2].rstrip():
                 self.lines.append(shown[:LINE_WIDTH])
                 self.count += 1
+
+    def stop(self) -> None:
+        """Keep what there is: the traceback of a failure would push out what led to it."""
+        self._stopped = True
 
     def text(self) -> str:
         """The lines kept, oldest first."""

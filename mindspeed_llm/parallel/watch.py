@@ -101,6 +101,7 @@ class Watch:
         own = is_own(error)
         savable = not isinstance(error, UserError)  # a refusal may be of the very state
         told = f"rank {self.rank} on {socket.gethostname()} failed first: {one_line(error)}"
+        self.lines.stop()
         self._tell_lines()  # those that came since the last sign of life; whoever ends the log reads them
         first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable))
         self.alerted.set()

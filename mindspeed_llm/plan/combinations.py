@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.config.lora import LoraConfig
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.plan.guarding import guarding_problems
 from mindspeed_llm.plan.monitoring import monitoring_problems
+
+# What is said about adapters, which has no meaning without any.
+OF_ADAPTERS = (
+    "lora_alpha", "lora_dropout", "lora_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern", "use_rslora",
+    "use_dora", "loraplus_lr_ratio",
+)  # fmt: skip
 
 
 def combination_problems(config: RunConfig) -> list[str]:
     """A line for each combination of options that is refused."""
     return [
         *_training_problems(config),
+        *_recompute_problems(config),
+        *_swap_problems(config),
         *_context_parallel_problems(config),
         *_dry_run_and_tokenizer_problems(config),
         *_adapter_problems(config),
@@ -44,10 +53,6 @@ def _training_problems(config: RunConfig) -> list[str]:
             "--overlap-param-gather needs --overlap-grad-reduce",
         ),
         (
-            t.recompute_granularity != "full" and (t.recompute_method or t.recompute_num_layers),
-            "--recompute-method and --recompute-num-layers have a meaning with --recompute-granularity full only",
-        ),
-        (
             o.lr_warmup_fraction is not None and o.lr_warmup_iters > 0,
             "--lr-warmup-fraction and --lr-warmup-iters exclude each other; give one",
         ),
@@ -55,6 +60,79 @@ def _training_problems(config: RunConfig) -> list[str]:
         (
             t.pad_to_seq_length and t.padding_free,
             "--pad-to-seq-length has a meaning with --no-padding-free only: joined samples have no padding",
+        ),
+    )
+
+
+def _recompute_problems(config: RunConfig) -> list[str]:
+    r = config.recompute
+    full = r.recompute_granularity == "full"
+    numbers = {
+        "recompute_activation_function_num_layers": r.recompute_activation_function,
+        "recompute_norm_num_layers": r.recompute_norm,
+        "moe_zero_memory_num_layers": r.moe_zero_memory != "disable",
+    }
+    parts = ("recompute_activation_function", "recompute_norm", "mla_zero_memory", "recompute_mla_up_proj")
+    given = [n for n in parts if config.get(n)] + ["moe_zero_memory"] * (r.moe_zero_memory != "disable")
+    counted = r.recompute_num_layers if full and r.recompute_method == "block" else None
+    return _lines(
+        (
+            not full and (r.recompute_method or r.recompute_num_layers),
+            "--recompute-method and --recompute-num-layers have a meaning with --recompute-granularity full only",
+        ),
+        (
+            full and r.recompute_method != "block" and given,
+            f"{', '.join(all_options()[n].flags[0] for n in given)}: no meaning with --recompute-granularity full, "
+            "which recomputes every layer as a whole; legal: --recompute-method block, for the layers behind those",
+        ),
+        (
+            r.recompute_modules and r.recompute_granularity != "selective",
+            "--recompute-modules has a meaning with --recompute-granularity selective only",
+        ),
+        *(
+            (
+                config.get(name) is not None and not on,
+                f"{all_options()[name].flags[0]} has no meaning without "
+                f"{all_options()[name.removesuffix('_num_layers')].flags[0]}",
+            )
+            for name, on in numbers.items()
+        ),
+        (
+            r.recompute_norm and "layernorm" in (r.recompute_modules or ()),
+            "--recompute-norm and --recompute-modules layernorm say the same; give one",
+        ),
+        (
+            r.mla_zero_memory and (r.recompute_mla_up_proj or "mla_up_proj" in (r.recompute_modules or ())),
+            "--mla-zero-memory recomputes the up projections too; give one",
+        ),
+        (
+            r.enable_recompute_layers_per_pp_rank and not counted and not any(map(config.get, numbers)),
+            "--enable-recompute-layers-per-pp-rank has no meaning without a number of layers to count",
+        ),
+    )
+
+
+def _swap_problems(config: RunConfig) -> list[str]:
+    m, r = config.memory, config.recompute
+    full = r.recompute_granularity == "full"
+    return _lines(
+        (
+            m.swap_attention and full and r.recompute_method != "block",
+            "--swap-attention has no meaning with --recompute-granularity full, which keeps inputs of layers alone; "
+            "legal: --swap-layer-input, or --recompute-method block and the layers behind those",
+        ),
+        (
+            m.swap_layer_input and not full,
+            "--swap-layer-input has a meaning with --recompute-granularity full only: other layers keep more than "
+            "their input; try: --swap-attention",
+        ),
+        (
+            not m.swap_attention and "swap_modules" in config.given,
+            "--swap-modules has no meaning without --swap-attention",
+        ),
+        (
+            not (m.swap_attention or m.swap_layer_input) and "swap_budget" in config.given,
+            "--swap-budget has no meaning without --swap-attention or --swap-layer-input",
         ),
     )
 
@@ -91,11 +169,13 @@ def _dry_run_and_tokenizer_problems(config: RunConfig) -> list[str]:
 def _adapter_problems(config: RunConfig) -> list[str]:
     lora = config.lora
     asked = lora.lora_r is not None or lora.lora_target_modules is not None
+    defaults = LoraConfig()
+    given = [all_options()[n].flags[0] for n in OF_ADAPTERS if config.get(n) != getattr(defaults, n)]
     partial = [n for n in ("trainable", "freeze", "trainable_layers", "frozen_layers") if config.get(n) is not None]
     return _lines(
         (
-            not asked and lora.lora_load is None and (lora.lora_alpha is not None or lora.lora_dropout > 0),
-            "--lora-alpha and --lora-dropout have no meaning without --lora-r, --lora-target-modules or --lora-load",
+            not asked and lora.lora_load is None and given,
+            f"{', '.join(given)}: no meaning without --lora-r, --lora-target-modules or --lora-load",
         ),
         (
             asked and bool({"freeze", "trainable_layers", "frozen_layers"} & set(partial)),

@@ -10,7 +10,7 @@ from typing import Any
 from mindspeed_llm.config.run import RunConfig, all_options, door_options
 
 # Sections whose options decide what is computed. Layout, devices, files and logging are each start's own affair.
-RECORDED_SECTIONS = ("data", "tokenizer", "model", "experts", "operators", "training", "optimizer")
+RECORDED_SECTIONS = ("data", "tokenizer", "model", "experts", "operators", "training", "recompute", "optimizer")
 RECORDED_BESIDE = ("bf16", "fp16", "num_threads")  # threads divide sums among them
 # About the machine or this start alone; trust in files, which a checkpoint cannot give itself; layers cut off already.
 NOT_RECORDED = (
@@ -24,7 +24,7 @@ TOGETHER = (
     ("lr_warmup_fraction", "lr_warmup_iters"),
     ("bf16", "fp16"),
     ("trainable", "freeze", "trainable_layers", "frozen_layers"),
-    ("recompute_granularity", "recompute_method", "recompute_num_layers"),
+    ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
     ("padding_free", "pad_to_seq_length"),
     ("pack", "neat_pack"),
     ("tokenizer_name_or_path", "tokenizer_model"),

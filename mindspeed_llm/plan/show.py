@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.space import bytes_of_parameter, free_bytes, in_units
+from mindspeed_llm.config.memory import MemoryConfig, swap_budget_bytes, swapped_modules, swapped_parts
 from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adapters import adapter_parameters
+from mindspeed_llm.plan.adapters import adapted_linears
 from mindspeed_llm.plan.grid import grid_tables
-from mindspeed_llm.plan.memory import MemoryEstimate, estimate
+from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate
 from mindspeed_llm.plan.plan import Plan
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -36,26 +37,43 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         micro_batches=plan.num_micro_batches,
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
-        recompute=t.recompute_granularity,
+        recompute=plan.config.recompute.recompute_granularity,
         loss_chunk=o.loss_chunk_size or loss_chunk,
         quantized=plan.holds_nf4,
+        swapping=_swapping(plan.config.memory),
     )
+
+
+def _swapping(options: MemoryConfig) -> Swapping:
+    modules = swapped_modules(options.swap_modules) if options.swap_attention else []
+    return Swapping(tuple(modules), options.swap_layer_input, swap_budget_bytes(options.swap_budget))
 
 
 def show_plan(plan: Plan) -> None:
     """Print the plan: model, layout, batches, length, memory, rules with their legal values."""
-    from rich.console import Console
-
-    console = Console(width=None if Console().is_terminal else 118, highlight=False)
+    console = _console()
     sections = [("model", _model(plan)), ("weights", _weights(plan)), ("layout", _layout(plan))]
     if plan.config.door != "inference":
         sections += [("batch", _batch(plan)), ("data", _data(plan)), ("memory per device", _memory(plan))]
     for title, rows in sections:
         console.print(_table(title, rows))
+    if plan.adapters is not None:
+        console.print(_adapters(plan))
     for table in grid_tables(plan.layout, plan.shape):
         console.print(table)
     console.print(_rules(plan))
     console.print(" nothing was started", markup=False)
+
+
+def show_adapters(plan: Plan) -> None:
+    """Print what the run's adapters are on."""
+    _console().print(_adapters(plan))
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else 118, highlight=False)
 
 
 def _table(title: str, rows: list[tuple[str, str]]):
@@ -84,15 +102,37 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
         ("precision", plan.dtype_name + (", linears of the layers in NF4 (--qlora)" if plan.holds_nf4 else "")),
     ]
     if plan.adapters is not None:
-        count = adapter_parameters(s, plan.adapters)
-        share = 100 * count / s.num_parameters()
-        targets = ", ".join(f"{m}[{','.join(p)}]" if p else m for m, p in plan.adapters.targets.items())
-        rows.append(
-            ("LoRA", f"rank {plan.adapters.rank}, alpha {plan.adapters.alpha:g}, dropout {plan.adapters.dropout}")
-        )
-        rows.append(("LoRA targets", targets))
-        rows.append(("trained", f"{count:,} parameters ({share:.2f} %)"))
+        rows.append(("LoRA", adapter_line(plan)))
     return rows
+
+
+def adapter_line(plan: Plan) -> str:
+    """The settings of all adapters in a line."""
+    a = plan.adapters
+    words = ["DoRA"] if a.use_dora else []
+    words += [
+        f"rank {a.rank}",
+        f"alpha {a.alpha:g}" + (" / sqrt(rank)" if a.use_rslora else ""),
+        f"dropout {a.dropout}",
+    ]
+    return ", ".join(words + ([f"B learns {a.loraplus_lr_ratio:g} x faster"] if a.loraplus_lr_ratio != 1.0 else []))
+
+
+def _adapters(plan: Plan):
+    """Targets, the linears they are, and what is trained of each."""
+    from rich.table import Table
+
+    linears = adapted_linears(plan.shape, plan.adapters)
+    trained, total = sum(row.parameters for row in linears), plan.shape.num_parameters()
+    share = f"trained: {trained:,} parameters ({100 * trained / total:.2f} %)"
+    table = Table(title=f"LoRA: {share}", title_justify="left", title_style="bold")
+    for name in ("linear", "parts with an A of their own", "linears", "rank", "scaling", "trained parameters"):
+        table.add_column(name, justify="right" if name in ("linears", "trained parameters") else "left")
+    for row in linears:
+        ranks, scalings = (" ".join(f"{value:g}" for value in values) for values in (row.ranks, row.scalings))
+        parts = " ".join(row.parts) or "one A for all"
+        table.add_row(row.module, parts, f"{row.count:,}", ranks, scalings, f"{row.parameters:,}")
+    return table
 
 
 def _expert_row(s: ModelShape) -> list[tuple[str, str]]:
@@ -207,6 +247,9 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer)]
     rows = [*parts, ("activations (estimate)", m.activations), ("together", m.total)]
     sizes = [(name, _size(count)) for name, count in rows]
+    if what := swapped_parts(plan.config.memory):
+        condition = "" if plan.config.memory.swap_budget != "auto" else ", if that transfers while layers compute"
+        sizes.append(("swapped to the host", f"{_size(m.swapped)} of what {what} save{condition}"))
     return [*sizes, ("fullest stage", str(m.stage))] if plan.layout.pp > 1 else sizes
 
 

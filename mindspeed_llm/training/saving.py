@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mindspeed_llm import __version__, accelerator
 from mindspeed_llm.checkpoint.directory import iterations
-from mindspeed_llm.checkpoint.space import bytes_of_parameter, in_units, probe, space_problem
+from mindspeed_llm.checkpoint.space import in_units, probe, space_problem
 from mindspeed_llm.checkpoint.train_record import HF_FILES
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
@@ -95,13 +95,15 @@ class Saver(LoopHook):
     """
 
     def __init__(self, plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, data: TrainingData) -> None:
+        from mindspeed_llm.checkpoint.training_state import bytes_to_write
+
         self.plan, self.model, self.optimizer, self.scheduler, self.data = plan, model, optimizer, scheduler, data
         self.root = Path(plan.config.checkpoint.save)
         self.last: Path | None = None
         self.health: Callable[[], dict[str, Any]] | None = None
         self.base = base_record_of(plan) if is_leader() else None
         self.started_from = started_from(plan)
-        self.num_bytes = checkpoint_bytes(plan, model)
+        self.num_bytes = bytes_of_all_ranks(bytes_to_write(self.state(None)))
         refuse_together(self._room_problem)
         self.background = self._background() if plan.config.checkpoint.async_save else None
 
@@ -223,21 +225,9 @@ class Saver(LoopHook):
         return space_problem(self.root, needed, what)
 
 
-def checkpoint_bytes(plan: Plan, model: TrainingModel) -> int:
-    """About how many bytes one checkpoint of the run has, all ranks together; what replicas share counts once."""
-    from megatron.core import parallel_state
-
-    adapted, optimizer = plan.adapters is not None, not plan.config.checkpoint.no_save_optim
-    dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    expert = parallel_state.get_expert_data_parallel_world_size()
-    own = 0.0
-    for chunk in model.chunks:
-        for parameter in chunk.parameters():
-            if adapted and not parameter.requires_grad:
-                continue
-            each = bytes_of_parameter(parameter.element_size(), optimizer and parameter.requires_grad)
-            own += parameter.numel() * each / (dense if getattr(parameter, "allreduce", True) else expert)
-    total = torch.tensor(own, dtype=torch.float64, device=accelerator.current().current_device())
+def bytes_of_all_ranks(own: int) -> int:
+    """Sum of what each rank writes."""
+    total = torch.tensor(float(own), dtype=torch.float64, device=accelerator.current().current_device())
     sum_float64(total)
     return int(total)
 

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -21,6 +22,7 @@ from mindspeed_llm.models.linear import linear
 from mindspeed_llm.models.mlp import activation_function, gate_of
 from mindspeed_llm.models.moe.sharding import expert_sharded_state
 from mindspeed_llm.models.nf4_weight import Nf4Weight
+from mindspeed_llm.models.recompute import keep, without_output
 from mindspeed_llm.ops.activation import gated_activation
 from mindspeed_llm.ops.grouped_matmul import grouped_matmul
 
@@ -61,6 +63,30 @@ class Experts(MegatronModule):
         self.local_ffn_size = shape.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.fc1_rows = self.local_ffn_size * (2 if shape.gated_linear_unit else 1)
         self.activation = activation_of(config)
+        self.recompute_all = self.recompute_activation = False
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Tokens [t, h] sorted by local expert, their numbers [local experts], routing weights [t] -> [t, h]."""
+        if not self.recompute_all or not torch.is_grad_enabled():
+            return self.outputs(tokens, tokens_per_expert, probs), None
+        run = functools.partial(self._outputs_of, tokens_per_expert)
+        return tensor_parallel.checkpoint(run, False, tokens, probs), None
+
+    def _outputs_of(self, tokens_per_expert: Tensor, tokens: Tensor, probs: Tensor) -> Tensor:
+        return self.outputs(tokens, tokens_per_expert, probs)
+
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+        """As `forward`."""
+        raise NotImplementedError
+
+    def between(self, intermediate: Tensor, probs: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """What the second linear takes, and `drop` of `models.recompute.without_output`."""
+        if self.recompute_activation:
+            return without_output(self._weighted_activation, intermediate, probs)
+        return self._weighted_activation(intermediate, probs), keep
+
+    def _weighted_activation(self, intermediate: Tensor, probs: Tensor) -> Tensor:
+        return weighted(self.activation(intermediate), probs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -98,14 +124,14 @@ class SequentialExperts(Experts):
             Expert(config, self.fc1_rows, self.local_ffn_size) for _ in range(num_local_experts)
         )
 
-    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """Tokens [t, h] sorted by local expert, their numbers [local experts], routing weights [t] -> [t, h]."""
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
         sizes = tokens_per_expert.tolist()
         outputs = []
         for expert, rows, weights in zip(self.local_experts, tokens.split(sizes), probs.split(sizes)):
-            hidden = weighted(self.activation(expert.linear_fc1(rows)[0]), weights)
+            hidden, drop = self.between(expert.linear_fc1(rows)[0], weights)
             outputs.append(expert.linear_fc2(hidden)[0])
-        return torch.cat(outputs), None
+            drop(outputs[-1])
+        return torch.cat(outputs)
 
 
 class GroupedExperts(Experts):
@@ -117,8 +143,9 @@ class GroupedExperts(Experts):
         self.weight1 = expert_weight(config, num_local_experts, self.fc1_rows, hidden_size)
         self.weight2 = expert_weight(config, num_local_experts, hidden_size, self.local_ffn_size)
 
-    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """Tokens [t, h] sorted by local expert, their numbers [local experts], routing weights [t] -> [t, h]."""
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
         sizes = tokens_per_expert.cpu()
-        hidden = weighted(self.activation(grouped_matmul(tokens, self.weight1, sizes)), probs)
-        return grouped_matmul(hidden, self.weight2, sizes), None
+        hidden, drop = self.between(grouped_matmul(tokens, self.weight1, sizes), probs)
+        out = grouped_matmul(hidden, self.weight2, sizes)
+        drop(out)
+        return out

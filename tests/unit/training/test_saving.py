@@ -143,7 +143,7 @@ def test_keep_last_keeps_the_newest(train, toy_llama, tmp_path):
 
 def test_too_little_room_is_found_before_training(train, toy_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(space, "free_bytes", lambda path: 2**20)
-    with pytest.raises(UserError, match=r"too little room, 1 MiB, because 1 checkpoint of 3.58 MiB"):
+    with pytest.raises(UserError, match=r"too little room, 1 MiB, because 1 checkpoint of 3.64 MiB"):
         train(f"--load {toy_llama} --train-iters 1 --save {tmp_path / 'out'}")
     with pytest.raises(UserError, match=r"3 checkpoints of .* and a Hugging Face model of 1.19 MiB"):
         train(f"--load {toy_llama} --train-iters 1 --save {tmp_path / 'out'} --keep-last 2 --save-hf")
