@@ -41,10 +41,9 @@ class Order:
 
     def next_backward(self) -> int | None:
         """Whose backward pass comes next; None where that is not known, or a forward pass comes first."""
-        at = len(self._seen)
-        if self._as_known and at < len(self._known):
-            event = self._known[at]
-            return event.number if event.backward else None
+        if self._as_known:
+            following = self._known[len(self._seen) :][:1]
+            return following[0].number if following and following[0].backward else None
         if self._seen and self._seen[-1].backward and self._seen[-1].number:
             return self._seen[-1].number - 1  # the layer before
         return None
