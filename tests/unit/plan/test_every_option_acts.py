@@ -269,6 +269,12 @@ CASES: dict[str, Case] = {
     "lora_alpha": case(4.0, lora_r=4),
     "lora_dropout": case(0.1, lora_r=4),
     "lora_target_modules": case(["q_proj", "v_proj"]),
+    "lora_layers_to_transform": case([0], lora_r=4),
+    "lora_rank_pattern": case(["q_proj=2"], lora_target_modules=["q_proj", "v_proj"]),
+    "lora_alpha_pattern": case(["linear_fc1=2"], lora_r=4),
+    "use_rslora": case(True, lora_r=4),
+    "use_dora": case(True, lora_r=4),
+    "loraplus_lr_ratio": case(4.0, lora_r=4),
     "lora_load": case("@peft"),
     # checkpoint and logging
     "load": case("@toy_llama", **NO_SHAPE, hf_config="@toy_qwen"),
