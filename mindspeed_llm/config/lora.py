@@ -27,6 +27,9 @@ class LoraConfig:
         "expressions for whole paths, all-linear (default), all-router",
         kind="identity",
     )
+    lora_exclude_modules: list[str] | None = option(
+        help="names or expressions of what gets no adapter, whatever the targets say", kind="identity", level="advanced"
+    )
     lora_layers_to_transform: list[int] | None = option(
         help="layers that get adapters, from 0; all when not given", kind="identity", level="advanced"
     )

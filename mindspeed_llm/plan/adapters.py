@@ -105,7 +105,10 @@ def adapters_asked_for(config: RunConfig, shape: ModelShape) -> AdapterSettings 
     if lora.lora_r is None and lora.lora_target_modules is None:
         return None
     resolved = resolve_targets(
-        lora.lora_target_modules or [ALL_LINEAR], shape, layers_to_transform=lora.lora_layers_to_transform
+        lora.lora_target_modules or [ALL_LINEAR],
+        shape,
+        layers_to_transform=lora.lora_layers_to_transform,
+        exclude=lora.lora_exclude_modules or (),
     )
     ranks = read_pattern(lora.lora_rank_pattern, "--lora-rank-pattern", int)
     alphas = read_pattern(lora.lora_alpha_pattern, "--lora-alpha-pattern", float)

@@ -11,7 +11,7 @@ from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adaptable import adaptable_linears
 from mindspeed_llm.plan.adapters import AdapterSettings, read_pattern
 from mindspeed_llm.plan.peft_settings import read_peft_settings
-from mindspeed_llm.plan.targets import Resolved, resolve_pattern, resolve_targets
+from mindspeed_llm.plan.targets import ALL_LINEAR, Resolved, resolve_pattern, resolve_targets
 
 # Options that may say other than the checkpoint: they change how adapters are trained and not what they compute.
 FREE = {"lora_dropout": "dropout", "loraplus_lr_ratio": "loraplus_lr_ratio"}
@@ -46,14 +46,21 @@ def _said_and_recorded(config: RunConfig, recorded: AdapterSettings, shape: Mode
     """
     lora, there = config.lora, Resolved(dict(recorded.targets), dict(recorded.layers))
     said = there
-    if lora.lora_target_modules is not None:
-        said = resolve_targets(lora.lora_target_modules, shape, layers_to_transform=lora.lora_layers_to_transform)
+    if lora.lora_target_modules is not None or lora.lora_exclude_modules is not None:
+        said = resolve_targets(
+            lora.lora_target_modules or [ALL_LINEAR],
+            shape,
+            layers_to_transform=lora.lora_layers_to_transform,
+            exclude=lora.lora_exclude_modules or (),
+        )
+    targets = (_shown(said), _shown(there)) if said.layers else (said.targets, there.targets)
     ranks = read_pattern(lora.lora_rank_pattern, "--lora-rank-pattern", int)
     alphas = read_pattern(lora.lora_alpha_pattern, "--lora-alpha-pattern", float)
     return {
         "lora_r": (lora.lora_r, recorded.rank),
         "lora_alpha": (lora.lora_alpha, recorded.alpha),
-        "lora_target_modules": (_shown(said), _shown(there)) if said.layers else (said.targets, there.targets),
+        "lora_target_modules": targets,
+        "lora_exclude_modules": targets,
         "lora_layers_to_transform": (sorted(lora.lora_layers_to_transform or ()), _layers(there, shape)),
         "lora_rank_pattern": (resolve_pattern(ranks, shape, there, what="rank"), dict(recorded.ranks)),
         "lora_alpha_pattern": (resolve_pattern(alphas, shape, there, what="alpha"), dict(recorded.alphas)),

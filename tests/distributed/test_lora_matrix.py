@@ -41,6 +41,7 @@ WORDS = {
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
     "dropout": "--lora-dropout 0.25",
+    "apart": "--no-lora-fusion",
 }
 # (adapters, layout and what else is on); every pair of layout and adapters, dropout and recomputation occurs somewhere
 MATRIX = [
@@ -53,6 +54,7 @@ MATRIX = [
     (2, "shared", "tp2 sp selective dropout"),
     (2, "magnitudes", "tp2 sp full dropout"),
     (2, "patterns", "tp2 sp"),
+    (2, "magnitudes", "tp2 sp apart"),
     (2, "parts", "pp2 selective"),
     (2, "patterns", "pp2 full dropout"),
     (2, "all", "pp2 vpp dropout"),

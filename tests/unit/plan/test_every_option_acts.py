@@ -269,6 +269,7 @@ CASES: dict[str, Case] = {
     "lora_alpha": case(4.0, lora_r=4),
     "lora_dropout": case(0.1, lora_r=4),
     "lora_target_modules": case(["q_proj", "v_proj"]),
+    "lora_exclude_modules": case(["linear_fc1"], lora_r=4),
     "lora_layers_to_transform": case([0], lora_r=4),
     "lora_rank_pattern": case(["q_proj=2"], lora_target_modules=["q_proj", "v_proj"]),
     "lora_alpha_pattern": case(["linear_fc1=2"], lora_r=4),
@@ -329,6 +330,20 @@ ELSEWHERE = {
     "log_timing": "tests/distributed/test_monitor.py::test_a_slow_rank_is_named",
     "straggler_threshold": "tests/distributed/test_monitor.py::test_a_slow_rank_is_named",
     "straggler_window": "tests/distributed/test_monitor.py::test_a_slow_rank_is_named",
+    **dict.fromkeys(
+        ("profile", "profile_step_start", "profile_step_end"),
+        "tests/unit/training/test_profiling.py::test_iterations_between_start_and_end_are_traced",
+    ),
+    "profile_ranks": "tests/unit/training/test_profiling.py::test_other_ranks_and_other_iterations_are_not_traced",
+    **dict.fromkeys(
+        ("profile_save_path", "profile_with_stack", "profile_with_memory", "profile_record_shapes"),
+        "tests/unit/training/test_profiling.py::test_a_trace_lies_in_profile_save_path_and_holds_what_is_asked_for",
+    ),
+    "profile_with_cpu": "tests/unit/training/test_profiling.py::test_the_host_of_a_gpu_is_traced_with_profile_with_cpu",
+    **dict.fromkeys(
+        ("profile_level", "profile_export_type", "profile_data_simplification"),
+        "tests/ascend/cases/test_profiling.py::test_every_option_reaches_torch_npus_profiler",
+    ),
     "on_nonfinite": "tests/distributed/test_guards.py::test_a_run_that_leaves_a_batch_out_is_the_run_without_it",
     "grad_norm_spike_threshold": "tests/distributed/test_guards.py::test_a_spike_is_left_out_or_said",
     "loss_spike_threshold": "tests/distributed/test_guards.py::test_a_spike_of_the_loss_is_said_too",
