@@ -291,6 +291,11 @@ CASES: dict[str, Case] = {
 
 # Options that act only while something runs, and the test that sees it.
 ELSEWHERE = {
+    "lora_fusion": "tests/distributed/test_lora_fusion.py::test_collectives_of_a_layer",
+    "lora_fusion_chunks": "tests/distributed/test_lora_fusion.py::test_collectives_of_a_layer",
+    "lora_fusion_combine": (
+        "tests/unit/lora/test_fusion.py::test_small_adapters_vanish_in_bf16_only_where_they_are_combined"
+    ),
     "no_load_optim": "tests/unit/plan/test_options_of_a_run.py::test_no_load_optim_forgets_the_moments",
     "no_load_rng": "tests/unit/plan/test_options_of_a_run.py::test_no_load_rng_draws_other_dropout",
     "no_save_optim": "tests/unit/plan/test_options_of_a_run.py::test_no_save_optim_cannot_be_resumed",
