@@ -11,6 +11,7 @@ from mindspeed_llm.config.memory import SMALL_BYTES
 from mindspeed_llm.models.layouts import local_shape
 from mindspeed_llm.models.mapping import tensor_pairs
 from mindspeed_llm.models.nf4_weight import is_quantized
+from mindspeed_llm.models.recompute_options import RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.ops.nf4 import BLOCK_SIZE, SCALE_BLOCK_SIZE
@@ -20,6 +21,8 @@ from mindspeed_llm.parallel.layout import ParallelLayout
 MOMENT_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
 # Of a number in NF4 with double quantisation: its code, its share of its block's scale, of a group's scale and mean.
 NF4_BYTES = 1 / 2 + 1 / BLOCK_SIZE + 8 / (BLOCK_SIZE * SCALE_BLOCK_SIZE)
+
+NOTHING_DROPPED = RecomputeOptions()
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def estimate(
     recompute: str | None,
     loss_chunk: int,
     swapping: Swapping = Swapping(),
+    dropping: RecomputeOptions = NOTHING_DROPPED,
     quantized: bool = False,
 ) -> MemoryEstimate:
     """The estimate for one training process of the fullest pipeline stage.
@@ -146,6 +150,7 @@ def estimate(
         tokens_per_microbatch: micro-batch size x sequence length.
         recompute: None, "selective" or "full".
         swapping: what of the activations goes to the host.
+        dropping: parts of layers that are computed once more.
         quantized: the linears of the layers are in NF4, and one of them is made dense at a time.
     """
     per_parameter = MOMENT_BYTES + (MASTER_BYTES if dtype_bytes == 2 else 0)
@@ -174,8 +179,18 @@ def estimate(
             held += max(here, default=0)
             going = kept if swapping.layer_inputs else []
         else:
-            kept = here
-            going = [sum(map(parts.get, swapping.modules)) for parts in map(layer_parts.__getitem__, indices)]
+            dropped = [
+                dropped_bytes_per_token(shape, layout, layer, place, dropping, shares=shares, dtype_bytes=dtype_bytes)
+                for v in range(layout.layers.vpp)
+                for place, layer in enumerate(_layers(layout, stage, v))
+            ]
+            kept = [sum(layer_parts[layer].values()) - sum(gone.values()) for layer, gone in zip(indices, dropped)]
+            # While a layer's backward pass runs, it has what was dropped.
+            held += max(map(int, (sum(gone.values()) for gone in dropped)), default=0)
+            going = [
+                sum(layer_parts[layer][part] - gone.get(part, 0) for part in swapping.modules)
+                for layer, gone in zip(indices, dropped)
+            ]
         if tokens * shape.hidden_size * dtype_bytes / shares < SMALL_BYTES:
             going = []
         swapped = swapping.away([each * tokens for each in going], in_flight)
@@ -245,6 +260,42 @@ def _mlp_bytes(shape: ModelShape, layout: ParallelLayout, layer: int, shares: in
     values = shape.moe_router_topk * rows * layout.expert_tp / tp
     values += width * (shape.moe_shared_expert_intermediate_size or 0) / tp
     return values * dtype_bytes + 4 * shape.num_moe_experts / shares
+
+
+def dropped_bytes_per_token(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    layer: int,
+    place: int,
+    options: RecomputeOptions,
+    *,
+    shares: int,
+    dtype_bytes: int,
+) -> dict[str, float]:
+    """Of `activation_bytes_per_token`, what a layer drops and computes once more, by the part that would save it.
+
+    Args:
+        place: of the layer in its chunk, from 0.
+    """
+    hidden, is_moe, gone = shape.hidden_size / shares, shape.is_moe_layer(layer), {}
+    mlp = _mlp_bytes(shape, layout, layer, shares, dtype_bytes) / dtype_bytes
+    parts = 3 if shape.gated_linear_unit else 2  # in and out of the activation function
+    if place < options.norm:
+        gone = {"self_attention": hidden, "mlp": hidden}
+    if is_moe and place < options.expert_layer:
+        gone["mlp"] = gone.get("mlp", 0) + mlp
+    elif is_moe and place < options.experts:
+        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * parts * shape.moe_ffn_hidden_size / layout.tp
+    elif is_moe and place < max(options.activation, options.expert_activation):
+        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * shape.moe_ffn_hidden_size / layout.tp
+    elif not is_moe and place < options.activation:
+        gone["mlp"] = gone.get("mlp", 0) + shape.ffn_hidden_size / layout.tp
+    if options.latent:
+        made = shape.num_attention_heads * (2 * shape.kv_channels + shape.v_head_dim)
+        made += shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
+        latents = 2 * ((shape.q_lora_rank or 0) + shape.kv_lora_rank) if options.latent == "all" else 0
+        gone["self_attention"] = gone.get("self_attention", 0) + made / layout.tp + latents / shares
+    return {part: values * dtype_bytes for part, values in gone.items()}
 
 
 def _attention_values(shape: ModelShape, tp: int, shares: int) -> float:

@@ -14,6 +14,7 @@ from mindspeed_llm.plan.adapters import adapted_linears
 from mindspeed_llm.plan.grid import grid_tables
 from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate
 from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.plan.recompute import recompute_options
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -41,6 +42,7 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         loss_chunk=o.loss_chunk_size or loss_chunk,
         quantized=plan.holds_nf4,
         swapping=_swapping(plan.config.memory),
+        dropping=recompute_options(plan.config.recompute),
     )
 
 

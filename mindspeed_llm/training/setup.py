@@ -15,9 +15,9 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.config.hccl_groups import parse_buffers
 from mindspeed_llm.config.operators import OperatorConfig
 from mindspeed_llm.config.parallel import RuntimeConfig
-from mindspeed_llm.config.recompute import RecomputeConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.plan.recompute import megatron_modules, recompute_options
 from mindspeed_llm.training.freeze import freeze_parameters
 from mindspeed_llm.training.swapping import swap_activations
 
@@ -166,7 +166,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_granularity=c.recompute.recompute_granularity,
         recompute_method=c.recompute.recompute_method,
         recompute_num_layers=c.recompute.recompute_num_layers,
-        recompute_modules=[name for name in recompute_modules(c.recompute) if name not in OWN_RECOMPUTE_MODULES],
+        recompute_modules=megatron_modules(c.recompute),
         recompute=recompute_options(c.recompute),
         mtp_loss_scaling_factor=c.training.mtp_loss_scaling_factor,
         loss_chunk_size=c.operators.loss_chunk_size,
@@ -185,35 +185,6 @@ def communication_chunks(operators: OperatorConfig) -> int | None:
     if operators.use_ascend_coc or operators.use_ascend_mc2:
         return operators.coc_parallel_num
     return None
-
-
-# Modules of --recompute-modules that our layers recompute; megatron-core does the others.
-OWN_RECOMPUTE_MODULES = ("layernorm", "moe_act", "mla_up_proj")
-
-
-def recompute_modules(r: RecomputeConfig) -> list[str]:
-    """The parts of every layer that `--recompute-granularity selective` means; none otherwise."""
-    return [] if r.recompute_granularity != "selective" else r.recompute_modules or ["core_attn"]
-
-
-def recompute_options(r: RecomputeConfig) -> Any:
-    """In how many layers which parts are recomputed, from the options of both families."""
-    from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
-
-    def layers(on: bool, number: int | None = None) -> int:
-        return (number or ALL_LAYERS) if on else 0
-
-    modules = recompute_modules(r)
-    up = r.recompute_mla_up_proj or "mla_up_proj" in modules
-    return RecomputeOptions(
-        norm=layers("layernorm" in modules) or layers(r.recompute_norm, r.recompute_norm_num_layers),
-        activation=layers(r.recompute_activation_function, r.recompute_activation_function_num_layers),
-        expert_activation=layers("moe_act" in modules),
-        experts=layers(r.moe_zero_memory == "level0", r.moe_zero_memory_num_layers),
-        expert_layer=layers(r.moe_zero_memory == "level1", r.moe_zero_memory_num_layers),
-        latent="all" if r.mla_zero_memory else "up" if up else "",
-        per_rank=r.enable_recompute_layers_per_pp_rank,
-    )
 
 
 def expert_options(plan: Plan) -> Any:

@@ -79,6 +79,33 @@ def test_activations_are_right_within_a_factor(recompute, request):
     assert held / FACTOR < said < held * FACTOR, (held, said)
 
 
+@pytest.mark.parametrize(
+    "dropping", [dict(norm=4), dict(activation=4), dict(norm=2, activation=3)], ids=["norms", "activations", "both"]
+)
+def test_what_is_dropped_is_right_within_a_factor(dropping, request):
+    from mindspeed_llm.models.build import BuildOptions, build_model
+    from mindspeed_llm.models.recompute_options import RecomputeOptions
+    from mindspeed_llm.ops import registry
+    from mindspeed_llm.parallel.setup import initialize_distributed
+    from mindspeed_llm.testing.held import held_bytes
+
+    initialize_distributed()
+    registry.select("attention", "sdpa")
+    request.addfinalizer(registry.reset)
+    ids = torch.randint(0, 1009, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def held(options):
+        model = build_model(SHAPE, BuildOptions(padded_vocab_size=1009, loss_chunk_size=TOKENS, recompute=options))
+        return held_bytes(lambda: model(ids, labels=ids), model.parameters())[1]
+
+    options = RecomputeOptions(**dropping)
+    freed = held(RecomputeOptions()) - held(options)
+    # One layer's share comes back while its backward pass runs.
+    largest = TOKENS * 4 * (320 * bool(options.activation) + 2 * 128 * bool(options.norm))
+    said = estimated().activations - estimated(dropping=options).activations + largest
+    assert freed / FACTOR < said < freed * FACTOR, (freed, said)
+
+
 def test_layouts_share():
     whole = estimated()
     tensor = layout(world=2, tp=2)
