@@ -124,9 +124,8 @@ def test_linears_without_an_adapter_are_in_nf4_too(base, targets):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_experts_in_nf4_compute_what_the_dequantised_do(experts, grouped):
-    targets = ("linear_qkv", "linear_proj")
-    loss, gradients = loss_and_gradients(adapted(experts, True, targets, grouped))
-    expected, wanted = loss_and_gradients(adapted(experts, False, targets, grouped))
+    loss, gradients = loss_and_gradients(adapted(experts, True, grouped=grouped))
+    expected, wanted = loss_and_gradients(adapted(experts, False, grouped=grouped))
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     assert all(torch.allclose(gradients[n], wanted[n], rtol=1e-4, atol=1e-6) for n in wanted)
 
@@ -319,3 +318,37 @@ def test_what_cannot_be_is_refused(base, in_nf4, tuned_on_nf4, toy_llama, post_t
         convert_door(f"--load-dir {in_nf4} --qlora-nf4 --save-model-type hf --save-dir {tmp_path / 'again'}")
     with pytest.raises(UserError, match="--qlora-nf4 has a meaning with --save-model-type hf only"):
         convert_door(f"--load-dir {base} --qlora-nf4 --save-dir {tmp_path / 'mg'}")
+
+
+def test_the_plan_counts_what_nf4_holds(base, rows, capsys, post_train, tmp_path):
+    from mindspeed_llm.checkpoint.hf import HfSource
+    from mindspeed_llm.models.mapping import tensor_pairs
+    from mindspeed_llm.models.nf4_weight import is_quantized, nf4_weights
+
+    weights = {}
+    for flag in ("", "--qlora"):
+        post_train(RUN, f"--load {base} --data-path {rows} --save {tmp_path} --dry-run {flag}")
+        shown = capsys.readouterr().out
+        assert ("linears of the layers in NF4" in shown) == bool(flag)
+        [line] = [line for line in shown.splitlines() if line.strip("│ ").startswith("weights ") and "MiB" in line]
+        weights[flag] = float(line.split()[-3])
+    shape = HfSource(base).shape
+    pairs = {pair.mcore: torch.Size(pair.dims).numel() for pair in tensor_pairs(shape)}
+    held = sum(weight.num_bytes for weight in nf4_weights(adapted(base, True)).values())
+    saved = 4 * sum(count for name, count in pairs.items() if is_quantized(name)) - held
+    assert weights[""] - weights["--qlora"] == pytest.approx(saved / 2**20, rel=0.02, abs=0.1)
+
+
+@torch.no_grad()
+def test_a_model_answers_from_nf4(base, in_nf4, tokens, our_logits):
+    """Without adapters: `--qlora` for inference, from either directory, against the dequantised weights."""
+    from mindspeed_llm.api import model_from_plan
+    from mindspeed_llm.config.parser import parse
+    from mindspeed_llm.models.nf4_weight import nf4_weights
+    from mindspeed_llm.plan.plan import resolve
+
+    for directory in (base, in_nf4):
+        parsed = parse("inference", ["--load", str(directory), "--qlora", "--fp32", "--device", "cpu"])
+        model = model_from_plan(resolve(parsed.config, parsed.problems)).model
+        assert nf4_weights(model)
+        assert float((model(tokens, gather_logits=True) - our_logits(in_nf4)).abs().max()) < 1e-4
