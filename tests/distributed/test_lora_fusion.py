@@ -194,7 +194,7 @@ def count(flags, directory):
 
 
 WITHOUT = dict(linear_qkv=(0, 2), linear_proj=(2, 0), linear_fc1=(0, 2), linear_fc2=(2, 0))
-WITH = dict(linear_qkv=(2, 3), linear_proj=(2, 2), linear_fc1=(2, 3), linear_fc2=(2, 2))
+WITH = dict.fromkeys(WITHOUT, (2, 2))
 FUSED_WITHOUT = dict(linear_qkv=(0, 1), linear_proj=(1, 0), linear_fc1=(0, 1), linear_fc2=(1, 0))
 FUSED_WITH = dict.fromkeys(WITH, (1, 1))
 

@@ -146,10 +146,10 @@ def test_an_input_without_gradient_gets_none():
 
 
 def test_small_adapters_vanish_in_bf16_only_where_they_are_combined():
-    """`--lora-fusion-combine`: 1 + 2e-3 is 1 in bf16, though 64 tokens' inputs agree with A."""
+    """`--lora-fusion-combine`: 1 + 1e-3 is 1 in bf16, however well the input agrees with A."""
     signs = torch.tensor([1.0, -1.0]).repeat(128)
     weight, x = signs.repeat(8, 1).bfloat16(), torch.ones(4, 1, 256).bfloat16()
-    a, b = torch.full((1, 256), 1e-3).bfloat16(), torch.ones(8, 1).bfloat16()
+    a, b = torch.full((1, 256), 5e-4).bfloat16(), torch.ones(8, 1).bfloat16()
     outs = {
         combine: FrozenLinearWithAdapter.apply(
             x, None, weight, None, a, b, LinearKind(True, False, None, 1, 2.0, combine=combine)
@@ -157,4 +157,4 @@ def test_small_adapters_vanish_in_bf16_only_where_they_are_combined():
         for combine in (False, True)
     }
     assert torch.equal(outs[True], x @ weight.t())
-    torch.testing.assert_close(outs[False], torch.full_like(outs[False], 0.512), atol=4e-3, rtol=0)
+    torch.testing.assert_close(outs[False], torch.full_like(outs[False], 0.256), atol=2e-3, rtol=0)
