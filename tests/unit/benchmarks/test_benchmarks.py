@@ -49,6 +49,19 @@ def test_preprocessing(script):
 
 
 @pytest.mark.slow
+def test_memory(script, tmp_path):
+    rows = ("pre-training", "loss from all logits", "swap, recompute both")
+    found = script("memory", "--quick", "--threads", "1", "--chart", str(tmp_path / "memory.png"), "--only", *rows)[
+        "rows"
+    ]
+    assert list(found) == list(rows) and (tmp_path / "memory.png").stat().st_size > 1000
+    # bf16 sums of the loss's chunks are taken in another order
+    assert found["swap, recompute both"]["loss"] == found["pre-training"]["loss"]
+    assert found["loss from all logits"]["loss"] == pytest.approx(found["pre-training"]["loss"], rel=1e-2)
+    assert all(row["peak_mib"] >= row["activations_mib"] and row["peak_mib"] > 0 for row in found.values())
+
+
+@pytest.mark.slow
 def test_checkpoints(script, tmp_path):
     result = script("checkpoint", "--quick", "--threads", "1", "--directory", str(tmp_path))
     assert set(result["gigabytes_per_second"]) == {
