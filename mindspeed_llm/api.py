@@ -20,8 +20,9 @@ DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16",
 
 def load_model(
     path: str | os.PathLike[str],
-    lora: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     *,
+    lora_weights: Sequence[float] | None = None,
     merge: bool = False,
     prompt_type: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -32,7 +33,8 @@ def load_model(
 
     Args:
         path: HF directory, Megatron checkpoint, a directory written by `--save`, or a hub name.
-        lora: adapters (ours or PEFT's) on top of it.
+        lora: adapters (ours or PEFT's) on top of it, or several sets, which are combined.
+        lora_weights: of several sets; 1 each when not given.
         merge: add the adapters to the weights instead of computing them beside.
         prompt_type: chat template by name, or "hf" for the tokenizer's own; None takes prompts as raw text.
         tokenizer: directory or file; None takes what lies with the model.
@@ -52,7 +54,9 @@ def load_model(
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is not None and name not in DTYPES:
         raise UserError(f"dtype: {dtype} is wrong, because it is no type of weights; legal: fp32, bf16, fp16")
-    given = {"load": str(path), "lora_load": None if lora is None else str(lora), "lora_merge": merge}
+    sets = [lora] if isinstance(lora, str | os.PathLike) else lora
+    given = {"load": str(path), "lora_load": [str(each) for each in sets] if sets else None, "lora_merge": merge}
+    given |= {"lora_weights": None if lora_weights is None else list(lora_weights)}
     given |= {"prompt_type": prompt_type, "tokenizer_name_or_path": None if tokenizer is None else str(tokenizer)}
     # A program's threads are its own business; as an option they would be set to all cores.
     given |= {"num_threads": torch.get_num_threads(), "device": device or "auto"}
@@ -147,7 +151,8 @@ def model_from_plan(plan: Plan) -> LoadedModel:
     stops = recorded_stop_tokens(tokenizer, Path(plan.hf_files) if plan.hf_files else None)
     if template is not None:
         stops = (*dict.fromkeys([*template.stop_token_ids(), *stops]),)
-    return LoadedModel(_weights(plan), tokenizer, template, stops)
+    model, shelf = _weights(plan)
+    return LoadedModel(model, tokenizer, template, stops, shelf)
 
 
 def settle_precision(plan: Plan) -> None:
@@ -182,7 +187,8 @@ def check_layout(plan: Plan) -> None:
         )
 
 
-def _weights(plan: Plan) -> Any:
+def _weights(plan: Plan) -> tuple[Any, Any]:
+    """The model, and its sets of adapters where several may be used."""
     from mindspeed_llm.lora.fusion.configure import configure_fusion
     from mindspeed_llm.lora.inject import inject_adapters
     from mindspeed_llm.lora.io import load_adapters, merge_adapters
@@ -194,11 +200,31 @@ def _weights(plan: Plan) -> Any:
     model = build_model(plan.shape, options)
     load_weights(plan, [model])
     model.requires_grad_(False)
+    shelf = None
     if plan.adapters is not None and plan.adapter_source is not None:
-        inject_adapters(model, plan.adapters, seed=plan.config.data.seed)
-        load_adapters(model, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
         lora = plan.config.lora
+        if plan.further_adapters or lora.lora_weights is not None:
+            shelf = _shelf(plan, model)
+        else:
+            inject_adapters(model, plan.adapters, seed=plan.config.data.seed)
+            load_adapters(model, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
         configure_fusion([model], fused=lora.lora_fusion, combine=lora.lora_fusion_combine, chunks=1)
         if lora.lora_merge:
             merge_adapters(model)
-    return model.eval()
+            shelf = None
+    return model.eval(), shelf
+
+
+def _shelf(plan: Plan, model: Any) -> Any:
+    """The model's sets of adapters, in use with the weights that are asked for."""
+    from mindspeed_llm.lora.combine import AdapterShelf, combined_settings, read_set
+    from mindspeed_llm.lora.inject import inject_adapters
+
+    sources = [(plan.adapter_source, plan.adapters), *plan.further_adapters]
+    sets = [read_set(source, settings, plan.shape) for source, settings in sources]
+    weights = plan.config.lora.lora_weights or [1.0] * len(sets)
+    settings = combined_settings(sets, plan.shape)
+    inject_adapters(model, settings, seed=plan.config.data.seed)
+    shelf = AdapterShelf(model, sets, settings)
+    shelf.use(dict(zip(shelf.names, weights)))
+    return shelf

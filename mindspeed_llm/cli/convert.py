@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
+from mindspeed_llm.config.lora import weight_problems
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
@@ -14,6 +15,7 @@ from mindspeed_llm.errors import UserError
 if TYPE_CHECKING:
     from mindspeed_llm.checkpoint.detect import Found
     from mindspeed_llm.models.shape import ModelShape
+    from mindspeed_llm.plan.adapters import AdapterSettings
 
 WHAT = "Convert checkpoints between Hugging Face and Megatron, for any parallel layout; merge or export LoRA adapters."
 
@@ -63,6 +65,7 @@ def _problems(config: RunConfig) -> list[str]:
     problems = [f"{flag} is missing" for flag, v in (("--load-dir", c.load_dir), ("--save-dir", c.save_dir)) if not v]
     if c.save_lora_to_hf and not lora.lora_load:
         problems.append("--save-lora-to-hf needs --lora-load with the adapters to export")
+    problems += weight_problems(lora)
     if not lora.lora_load and "qlora_merge_base" in config.given:
         problems.append("--qlora-merge-base has no meaning without --lora-load")
     if c.qlora_nf4 and (c.save_model_type != "hf" or c.save_lora_to_hf):
@@ -166,20 +169,14 @@ def _check_repeats_source(config: RunConfig, found: Found, layout: dict[str, Any
 
 
 def _adapter_source(config: RunConfig) -> Found:
-    """What --lora-load names.
+    """What --lora-load names (first).
 
     Raises:
         UserError: it holds no adapters.
     """
-    from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
+    from mindspeed_llm.plan.source import find_adapters
 
-    source = find_source(config.lora.lora_load)
-    if source is None or source.format not in ADAPTER_FORMATS:
-        raise UserError(
-            f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT; legal: a --save "
-            "directory of a LoRA run, or one with adapter_config.json"
-        )
-    return source
+    return find_adapters(config.lora.lora_load[0])
 
 
 def _adapters(config: RunConfig, found: Found):
@@ -190,6 +187,7 @@ def _adapters(config: RunConfig, found: Found):
     """
     from mindspeed_llm.lora.peft_format import read_peft
     from mindspeed_llm.lora.tensors import read_adapters, read_trained_base
+    from mindspeed_llm.plan.adapters import check_tied_embedding
     from mindspeed_llm.plan.base import check_base
     from mindspeed_llm.plan.recorded_adapters import recorded_adapters
 
@@ -200,10 +198,29 @@ def _adapters(config: RunConfig, found: Found):
     if problems:
         raise UserError("\n".join(problems))
     check_base(source, found, shape)
+    check_tied_embedding(shape, settings)
+    if len(config.lora.lora_load) > 1 or config.lora.lora_weights is not None:
+        return *_combined(config, source, settings, found, shape), shape, {}
     if source.format == "peft":
         return *read_peft(source.directory, shape), shape, {}
     tensors = read_adapters(source.directory, shape, settings)
     return tensors, settings, shape, read_trained_base(source.directory, shape)
+
+
+def _combined(config: RunConfig, first: Found, settings: AdapterSettings, found: Found, shape: ModelShape):
+    """(adapters, settings) of all sets of --lora-load together, with --lora-weights."""
+    from mindspeed_llm.lora.combine import combined_settings, combined_tensors, read_set
+    from mindspeed_llm.plan.base import check_base
+    from mindspeed_llm.plan.recorded_adapters import settings_in
+    from mindspeed_llm.plan.source import find_adapters
+
+    sets = [read_set(first, settings, shape)]
+    for path in config.lora.lora_load[1:]:
+        source = find_adapters(path)
+        check_base(source, found, shape)
+        sets.append(read_set(source, settings_in(source, shape), shape))
+    together = combined_settings(sets, shape)
+    return combined_tensors(sets, config.lora.lora_weights or [1.0] * len(sets), together, shape), together
 
 
 def _merge(config: RunConfig, found: Found) -> dict[str, Any]:
@@ -231,6 +248,7 @@ def _merge(config: RunConfig, found: Found) -> dict[str, Any]:
 
 def _export_adapters(config: RunConfig, found: Found) -> None:
     from mindspeed_llm.lora.peft_format import write_peft
+    from mindspeed_llm.plan.base import base_in
 
     target = Path(config.convert.save_dir)
     if target.exists() and any(target.iterdir()):
@@ -238,11 +256,12 @@ def _export_adapters(config: RunConfig, found: Found) -> None:
     tensors, settings, shape, trained = _adapters(config, found)
     if trained:
         raise UserError(
-            f"convert: --save-lora-to-hf: {config.lora.lora_load} holds {len(trained)} tensors of the base too "
+            f"convert: --save-lora-to-hf: {config.lora.lora_load[0]} holds {len(trained)} tensors of the base too "
             f"({next(iter(trained))}, ...), because --trainable trained them, and PEFT's format holds adapters alone; "
             "try: merge with --save-model-type hf"
         )
-    write_peft(target, tensors, settings, shape, str(found.path))
+    record = base_in(_adapter_source(config))
+    write_peft(target, tensors, settings, shape, str(found.path), record)
     print(f"wrote adapters of {len(tensors)} linears to {target} in PEFT's format")
 
 
@@ -252,6 +271,7 @@ def _show(config: RunConfig) -> None:
     layout = f"tensor {c.target_tensor_parallel_size} x pipeline {c.target_pipeline_parallel_size}"
     print(f"read:   {c.load_dir}" + ("" if Path(c.load_dir).exists() else " (not there yet)"))
     if config.lora.lora_load:
-        print(f"merge:  {config.lora.lora_load}" if not c.save_lora_to_hf else f"export: {config.lora.lora_load}")
+        adapters = " + ".join(config.lora.lora_load)
+        print(f"merge:  {adapters}" if not c.save_lora_to_hf else f"export: {adapters}")
     print(f"write:  {c.save_dir} ({c.save_model_type}{', ' + layout if c.save_model_type == 'mg' else ''})")
     print("nothing was written")

@@ -18,10 +18,15 @@ def download_models(config: RunConfig, problems: list[str]) -> None:
     A path that exists is left alone, and so is one that is no hub name or that `--save` will create.
     """
     for section, name in ((config.checkpoint, "load"), (config.lora, "lora_load")):
-        value = getattr(section, name)
-        if value is None or value == config.checkpoint.save or Path(value).exists() or not HUB_NAME.fullmatch(value):
+        given = getattr(section, name)
+        if given is None:
             continue
-        try:
-            setattr(section, name, str(resolve_model(value, config.checkpoint.hub)))
-        except UserError as wrong:
-            problems.append(f"--{name.replace('_', '-')}: {value} is no directory here; {wrong}")
+        found = []
+        for value in given if isinstance(given, list) else [given]:
+            is_name = value != config.checkpoint.save and not Path(value).exists() and HUB_NAME.fullmatch(value)
+            try:
+                found.append(str(resolve_model(value, config.checkpoint.hub)) if is_name else value)
+            except UserError as wrong:
+                problems.append(f"--{name.replace('_', '-')}: {value} is no directory here; {wrong}")
+                found.append(value)
+        setattr(section, name, found if isinstance(given, list) else found[0])

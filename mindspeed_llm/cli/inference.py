@@ -9,6 +9,7 @@ from typing import Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
 from mindspeed_llm.config.inference import InferenceConfig
+from mindspeed_llm.config.lora import weight_problems
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 
@@ -75,6 +76,7 @@ def _problems(config: RunConfig) -> list[str]:
         problems.append(f"--hf-chat-template and --prompt-type {config.data.prompt_type} exclude each other; give one")
     if i.system is not None and config.data.prompt_type is None and not i.hf_chat_template:
         problems.append("--system has no meaning without --prompt-type: raw prompts have no system text")
+    problems += weight_problems(lora)
     if lora.lora_load is None and config.checkpoint.load is not None:
         from mindspeed_llm.plan.combinations import OF_ADAPTERS
 

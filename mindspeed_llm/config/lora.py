@@ -76,7 +76,13 @@ class LoraConfig:
         doors=("pretrain", "posttrain", "inference"),
         level="expert",
     )
-    lora_load: str | None = option(help="adapter checkpoint (ours or PEFT's) to go on with or to answer with")
+    lora_load: list[str] | None = option(
+        help="adapter checkpoint (ours or PEFT's) to go on with or to answer with; several are combined (inference, "
+        "conversion)"
+    )
+    lora_weights: list[float] | None = option(
+        help="a weight for each of --lora-load; 1 when not given", doors=("inference", "convert"), level="advanced"
+    )
     lora_merge: bool = option(
         help="merge the adapters into the weights on loading", doors=("inference",), level="advanced"
     )
@@ -92,3 +98,11 @@ class LoraConfig:
         doors=("pretrain", "posttrain", "convert", "inference"),
         level="advanced",
     )
+
+
+def weight_problems(lora: LoraConfig) -> list[str]:
+    """What is wrong with --lora-weights."""
+    sets, weights = len(lora.lora_load or ()), lora.lora_weights
+    if weights is None or (sets and len(weights) == sets):
+        return []
+    return [f"--lora-weights: {len(weights)} weights for {sets} sets of adapters; legal: one for each of --lora-load"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mindspeed_llm.data.conversation import Conversation, Message
+from mindspeed_llm.errors import UserError
 from mindspeed_llm.inference.engine import context_length
 from mindspeed_llm.inference.loaded import LoadedModel
 from mindspeed_llm.inference.settings import GenerationSettings
@@ -15,6 +16,8 @@ PROMPT = "\n\nYou >> "
 LABEL = "\nMindSpeed-LLM:\n"
 LEAVE = ("q", "quit", "exit")
 FORGET = ("clear", "new")
+# "/adapter a" answers with that set of adapters alone, "/adapter a=0.7 b=0.3" with a combination, "/adapter" with none.
+SWITCH = "/adapter"
 
 
 @dataclass
@@ -51,6 +54,24 @@ class History:
         self.pairs = [*self.pairs, (question, answer)][-self.turns :] if self.turns else []
 
 
+def switch_adapters(model: LoadedModel, words: list[str]) -> str:
+    """Use the sets of adapters that are named, with weights after "=" (1 without); says what is in use."""
+    if model.adapters is None:
+        return f"{SWITCH}: there is one set of adapters or none; --lora-load A B loads several"
+    weights: dict[str, float] = {}
+    try:
+        for word in words:
+            name, _, weight = word.partition("=")
+            weights[name] = float(weight or 1.0)
+        model.adapters.use(weights)
+    except UserError as wrong:
+        return str(wrong)
+    except ValueError:
+        return f"{SWITCH}: {word} is wrong, because its weight is no number; legal: NAME or NAME=WEIGHT"
+    used = ", ".join(f"{name}={weight:g}" for name, weight in model.adapters.weights.items())
+    return f"adapters: {used or 'none'} (loaded: {', '.join(model.adapters.names)})"
+
+
 def chat(
     model: LoadedModel,
     settings: GenerationSettings,
@@ -79,6 +100,9 @@ def chat(
             history.pairs.clear()
             continue
         if not question:
+            continue
+        if question.split()[0] == SWITCH:
+            write(switch_adapters(model, question.split()[1:]) + "\n")
             continue
         ids = history.tokens(model, question, room)
         write(LABEL)

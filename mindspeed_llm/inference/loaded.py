@@ -27,12 +27,14 @@ class LoadedModel:
         model: a whole LanguageModel in eval mode.
         template: renders prompts as user turns; None takes them as raw text.
         stop_token_ids: tokens that end any answer of this model (its own and the template's).
+        adapters: a lora.combine.AdapterShelf where several sets of adapters, or weights for them, were given.
     """
 
     model: Any
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     stop_token_ids: tuple[int, ...] = ()
+    adapters: Any = None
 
     def encode(self, prompt: str | Conversation, system: str | None = None) -> list[int]:
         """Tokens of a prompt: a conversation or, with a template, a user's single turn; otherwise raw text.

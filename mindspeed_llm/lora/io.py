@@ -41,6 +41,11 @@ def load_adapters(model: nn.Module, directory: Path, kind: str, settings: Adapte
                 "--trainable trained them beside the adapters; legal: resuming that run, or a merged model; try: "
                 "convert_ckpt.py --lora-load to merge both"
             )
+    return fill_adapters(model, tensors)
+
+
+def fill_adapters(model: nn.Module, tensors: AdapterTensors) -> int:
+    """Copy this rank's slices of all adapters of an injected model; returns the number of tensors."""
     filled = 0
     for path, module in adapted_modules(model).items():
         filled += fill_adapter(module, global_name(path, model.config, model.vp_stage, model.pp_group.rank()), tensors)

@@ -18,6 +18,10 @@ from mindspeed_llm.models.tensor_names import expert_index, without_numbers
 
 # Parts of a name that say where a linear is, but not which one: no two linears of a layer differ by them alone.
 _PREFIXES = ("self_attention.", "mlp.", "embedding.")
+# The parameter that stacks all experts of a layer in transformers 5, where their linears are no modules.
+_STACKED = {"experts.linear_fc1": "gate_up_proj", "experts.linear_fc2": "down_proj"}
+# Modules that transformers 5 calls otherwise than the files it loads.
+_RENAMED = {".block_sparse_moe.": ".mlp."}
 _CUTS = {0: "column", 1: "row", None: "replicated"}
 # A matrix of a single row: the gate on the shared experts.
 _NEVER = "gate_weight"
@@ -77,8 +81,22 @@ class Adaptable:
             yield self.path(*place)
 
     def hf_path(self, part: str, layer: int = 0, expert: int = 0) -> str:
-        """Hugging Face's linear, e.g. "model.layers.3.mlp.experts.5.gate_proj"."""
+        """Hugging Face's linear, as its files call it, e.g. "model.layers.3.mlp.experts.5.gate_proj"."""
         return self.hf[part].replace("{i}", str(layer)).replace("{e}", str(expert))
+
+    def stacked_path(self, layer: int = 0) -> str | None:
+        """What transformers 5 makes of this linear of all experts, e.g. "model.layers.3.mlp.experts.down_proj"."""
+        if not self.experts:
+            return None
+        first = self.hf_path(next(iter(self.parts)), layer)
+        return f"{renamed(first).rsplit('.', 2)[0]}.{_STACKED[self.module]}"
+
+
+def renamed(path: str) -> str:
+    """The module of transformers 5 for a linear of Hugging Face's files."""
+    for old, new in _RENAMED.items():
+        path = path.replace(old, new)
+    return path
 
 
 def module_of(path: str) -> str:
@@ -98,6 +116,17 @@ def adaptable_linears(shape: ModelShape) -> list[Adaptable]:
 def adaptable_modules(shape: ModelShape) -> dict[str, Adaptable]:
     """`adaptable_linears` by module."""
     return {linear.module: linear for linear in adaptable_linears(shape)}
+
+
+def names_in_experts(shape: ModelShape) -> set[str]:
+    """Parts that a family's experts and routers have: names that transformers 5 has taken from its modules."""
+    rules = get_family(shape.family).tensors
+    return {
+        name.split(".")[-2]
+        for rule in rules
+        if "{e}" in rule.mcore or "router.weight" in rule.mcore
+        for name in rule.hf
+    }
 
 
 def _adaptable(rule: TensorRule, shape: ModelShape) -> Adaptable | None:

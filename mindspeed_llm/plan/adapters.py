@@ -126,6 +126,30 @@ def adapters_asked_for(config: RunConfig, shape: ModelShape) -> AdapterSettings 
     )
 
 
+def vocabulary_problems(settings: AdapterSettings | None) -> list[str]:
+    """Adapters of embedding and output layer are merged into them, not computed beside them."""
+    asked = [module for module in ("word_embeddings", "output_layer") if settings and module in settings.targets]
+    if not asked:
+        return []
+    return [
+        f"lora: {', '.join(asked)} with an adapter beside the weight is not implemented; legal: linears inside the "
+        "layers; try: convert_ckpt.py --lora-load to merge such adapters, --trainable REGEX to train the matrix itself"
+    ]
+
+
+def check_tied_embedding(shape: ModelShape, settings: AdapterSettings) -> None:
+    """Refuse an adapter of an embedding that is the output layer too: it would change one of the two uses only.
+
+    Raises:
+        UserError: there is one.
+    """
+    if shape.tie_word_embeddings and "word_embeddings" in settings.targets:
+        raise UserError(
+            "lora: word_embeddings has an adapter that changes the input alone, but the output layer is the same "
+            "matrix (tie_word_embeddings); legal: adapters of other linears; try: an untied copy of the base"
+        )
+
+
 def read_pattern(words: Sequence[str] | None, flag: str, number: type[Number]) -> dict[str, Number]:
     """NAME=VALUE words.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from mindspeed_llm.checkpoint.detect import Found, open_source
@@ -10,6 +11,7 @@ from mindspeed_llm.checkpoint.quantized import NF4_RECORD, DequantizedSource
 from mindspeed_llm.checkpoint.source import TensorSource
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.peft_settings import BASE, WEIGHTS
 
 
 def base_record(
@@ -37,15 +39,36 @@ def _base(weights: Found, stored_shape: ModelShape, quantized: bool) -> TensorSo
     return DequantizedSource(source) if quantized else source
 
 
+def base_in(adapter: Found) -> dict[str, Any] | None:
+    """What an adapter checkpoint records about its base; PEFT's have it where we wrote them.
+
+    Raises:
+        UserError: the file of the adapters is damaged.
+    """
+    if adapter.format != "peft":
+        return adapter.record["base"]
+    path = adapter.directory / WEIGHTS
+    if not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(BASE)
+    except SafetensorError as wrong:
+        raise UserError(f"lora: {path} is damaged ({wrong}); try: copy it again") from None
+    return None if text is None else json.loads(text)
+
+
 def check_base(adapter: Found, weights: Found, stored_shape: ModelShape) -> None:
-    """Refuse adapters on weights that they were not trained on; PEFT's do not record theirs and pass.
+    """Refuse adapters on weights that they were not trained on; those that do not record theirs (PEFT's) pass.
 
     Raises:
         UserError: the weights differ, or the adapters were trained on random ones.
     """
-    if adapter.format != "adapter":
+    base = base_in(adapter)
+    if base is None and adapter.format == "peft":
         return
-    base = adapter.record["base"]
     if base is None:
         raise UserError(
             f"lora: {adapter.path} was trained on random weights that were never saved, so {weights.path} is not its "

@@ -10,8 +10,8 @@ from mindspeed_llm.plan.monitoring import monitoring_problems
 
 # What is said about adapters, which has no meaning without any.
 OF_ADAPTERS = (
-    "lora_alpha", "lora_dropout", "lora_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern", "use_rslora",
-    "use_dora", "loraplus_lr_ratio",
+    "lora_alpha", "lora_dropout", "lora_exclude_modules", "lora_layers_to_transform", "lora_rank_pattern",
+    "lora_alpha_pattern", "use_rslora", "use_dora", "loraplus_lr_ratio",
 )  # fmt: skip
 
 
@@ -174,6 +174,10 @@ def _adapter_problems(config: RunConfig) -> list[str]:
     partial = [n for n in ("trainable", "freeze", "trainable_layers", "frozen_layers") if config.get(n) is not None]
     return _lines(
         (
+            config.door not in ("inference", "convert") and len(lora.lora_load or ()) > 1,
+            "--lora-load: several sets of adapters are for answering; legal: one, to go on training with",
+        ),
+        (
             not asked and lora.lora_load is None and given,
             f"{', '.join(given)}: no meaning without --lora-r, --lora-target-modules or --lora-load",
         ),
@@ -241,6 +245,6 @@ def _chip_problems(config: RunConfig) -> list[str]:
     if not config.operators.use_ascend_mc2 or not npu.is_available() or npu.ranks_of_fused_communication():
         return []
     return [
-        f"--use-ascend-mc2 needs a chip of generation A2 or A3, and this is {npu.model()}; --use-ascend-coc overlaps on "
-        "every device"
+        f"--use-ascend-mc2 needs a chip of generation A2 or A3, and this is {npu.model()}; --use-ascend-coc overlaps "
+        "on every device"
     ]

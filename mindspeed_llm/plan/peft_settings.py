@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adaptable import adaptable_linears
+from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears, names_in_experts, renamed
 from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.targets import ALL_LINEAR, resolve_pattern, resolve_targets
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Under this name the file of the tensors may hold what our own checkpoints record about the base.
+BASE = "mindspeed_llm.base"
 LAYERS = "layers"  # what Hugging Face calls the list of layers in all families here
 # Settings of PEFT that change the function and are not implemented here, with the value that means "off".
 UNSUPPORTED = {
     "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layer_replication": None, "lora_bias": False,
-    "target_parameters": None,
 }  # fmt: skip
 READ = (
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora",
-    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
+    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
 )  # fmt: skip
 # Settings without influence on what finished adapters compute.
 WITHOUT_EFFECT = (
@@ -81,14 +85,17 @@ def _words(value: Any) -> list[str]:
 
 
 def _target_words(config: dict[str, Any], path: Path, shape: ModelShape) -> list[str]:
-    targets = config.get("target_modules")
-    if not targets:
+    targets, parameters = config.get("target_modules"), _words(config.get("target_parameters"))
+    if not targets and not parameters:
         raise UserError(f"lora: target_modules={targets!r} in {path} names no linear; legal: names or an expression")
+    # The weight of a linear, or what stacks those of all experts.
+    parameters = [name.removesuffix(".weight") for name in parameters]
     if targets == ALL_LINEAR:
         # Hugging Face's linears, each with an A of its own.
         everything = resolve_targets([ALL_LINEAR], shape).targets
-        return [part for linear in adaptable_linears(shape) if linear.module in everything for part in linear.parts]
-    return _words(targets)
+        linears = [linear for linear in adaptable_linears(shape) if linear.module in everything]
+        return [part for linear in linears for part in linear.parts] + parameters
+    return _words(targets) + parameters
 
 
 def _layers_to_transform(config: dict[str, Any], path: Path) -> list[int] | None:
@@ -100,36 +107,89 @@ def _layers_to_transform(config: dict[str, Any], path: Path) -> list[int] | None
     return [layers] if isinstance(layers, int) else list(layers)
 
 
+def stacked_rank(settings: AdapterSettings, linear: Adaptable) -> int:
+    """Rank of the adapter of a linear of experts where its parts are one: the sum of theirs, unless they share A."""
+    ranks = [settings.rank_of(linear.module, part) for part in settings.targets[linear.module] or tuple(linear.parts)]
+    return sum(ranks) if settings.targets[linear.module] else ranks[0]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What one or several entries of target_modules, or of target_parameters, mean.
+
+    Attributes:
+        key: of rank_pattern and alpha_pattern.
+    """
+
+    names: tuple[str, ...]
+    is_parameter: bool
+    key: str
+    rank: int
+    scaling: float
+
+
+def _targets(settings: AdapterSettings, shape: ModelShape) -> Iterator[_Target]:
+    linears = [linear for linear in adaptable_linears(shape) if linear.module in settings.targets]
+    chosen = {linear.module: settings.targets[linear.module] or tuple(linear.parts) for linear in linears}
+    every, gone = [part for parts in chosen.values() for part in parts], names_in_experts(shape)
+    for linear in linears:
+        layers = settings.layers.get(linear.module)
+        if linear.experts:
+            paths = [linear.stacked_path(layer) for layer in layers or (0,)]
+            scaling = settings.scaling_of(linear.module, chosen[linear.module][0])
+            tail = _in_layer(paths[0])
+            yield _Target(
+                tuple(paths) if layers else (tail,), True, re.escape(tail), stacked_rank(settings, linear), scaling
+            )
+            continue
+        for part in chosen[linear.module]:
+            how = settings.rank_of(linear.module, part), settings.scaling_of(linear.module, part)
+            paths = [renamed(linear.hf_path(part, layer)) for layer in layers or (0,)]
+            if part in gone:
+                # PEFT takes such names for those of experts, wherever they are; parameters it leaves alone.
+                tail = _in_layer(paths[0]) + ".weight"
+                names = tuple(f"{path}.weight" for path in paths) if layers else (tail,)
+                yield _Target(names, True, re.escape(tail), *how)
+                continue
+            place = re.escape(linear.hf[part]).replace(r"\{i\}", r"\d+")
+            yield _Target(tuple(paths) if layers else (part,), False, part if every.count(part) == 1 else place, *how)
+
+
+def _in_layer(path: str) -> str:
+    """A path behind the number of its layer."""
+    return re.sub(r"^.*\.\d+\.", "", path, count=1)
+
+
 def peft_record(settings: AdapterSettings, shape: ModelShape, base: str | None) -> dict[str, Any]:
     """What adapter_config.json says about adapters of a model.
 
     Args:
         base: name or path of the base model.
+
+    Raises:
+        UserError: PEFT has no such adapters.
     """
-    targets, ranks, alphas = [], {}, {}
-    linears = [linear for linear in adaptable_linears(shape) if linear.module in settings.targets]
-    names = [part for linear in linears for part in settings.targets[linear.module] or linear.parts]
-    for linear in linears:
-        for part in settings.targets[linear.module] or tuple(linear.parts):
-            if linear.module in settings.layers:
-                targets += [linear.hf_path(part, layer) for layer in settings.layers[linear.module]]
-            else:
-                targets.append(part)
-            place = re.escape(linear.hf[part]).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+")
-            key = part if names.count(part) == 1 else place
-            rank, alpha = settings.rank_of(linear.module, part), settings.alpha_of(linear.module, part)
-            ranks |= {key: rank} if rank != settings.rank else {}
-            alphas |= {key: alpha} if alpha != settings.alpha else {}
+    targets = list(_targets(settings, shape))
+    parameters = sorted({name for target in targets if target.is_parameter for name in target.names})
+    if parameters and settings.use_dora:
+        raise UserError(
+            f"lora: --use-dora with {parameters[0]} cannot be exported, because PEFT has no magnitudes for parameters "
+            "of models with experts; legal: a merged model; try: --save-model-type hf without --save-lora-to-hf"
+        )
+    power = 0.5 if settings.use_rslora else 1.0
+    alphas = {target.key: target.scaling * target.rank**power for target in targets}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": sorted(set(targets)),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        # PEFT has none for parameters, and no use for it in finished adapters.
+        "lora_dropout": 0.0 if parameters else settings.dropout,
+        "target_modules": sorted({name for target in targets if not target.is_parameter for name in target.names}),
+        "target_parameters": parameters or None,
+        "rank_pattern": {target.key: target.rank for target in targets if target.rank != settings.rank},
+        "alpha_pattern": {key: alpha for key, alpha in alphas.items() if not math.isclose(alpha, settings.alpha)},
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
         "inference_mode": True,

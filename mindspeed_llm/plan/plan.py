@@ -15,14 +15,15 @@ from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layers_of_options
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for
+from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for, vocabulary_problems
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import continue_run, unknown_changes
 from mindspeed_llm.plan.experts import expert_problems
 from mindspeed_llm.plan.quantization import quantization_rules, quantized_base
-from mindspeed_llm.plan.recorded_adapters import recorded_adapters
+from mindspeed_llm.plan.recorded_adapters import recorded_adapters, settings_in
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
+from mindspeed_llm.plan.source import find_adapters
 from mindspeed_llm.plan.weights import find_sources, stored_shape_of, without_predictions
 
 LONGEST_DEFAULT_SEQUENCE = 4096
@@ -40,6 +41,7 @@ class Plan:
         resume: continue iteration, optimizer and data position of `weights` (or of the adapters).
         hf_files: directory with config.json and tokenizer files that checkpoints carry along; None for flags alone.
         quantized: the frozen base of the adapters is in NF4.
+        further_adapters: sets that answer together with the first one.
         tokenizer: directory or file, None when no tokenizer is known.
         layout: sizes of all kinds of parallelism and which layers live where.
         rules: every divisibility rule with its legal values, for `--dry-run`.
@@ -60,6 +62,7 @@ class Plan:
     seq_length: int
     padded_vocab_size: int
     quantized: bool = False
+    further_adapters: list[tuple[Found, AdapterSettings]] = field(default_factory=list)
     rules: list[Rule] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -144,9 +147,14 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     plan.notes += overridden
+    if config.lora.lora_load is not None and adapter_source is not None:
+        for path in config.lora.lora_load[1:]:
+            one = _try(problems, lambda: _further_adapters(path, weights, shape, stored_shape), None)  # noqa: B023
+            plan.further_adapters += [] if one is None else [one]
     plan.quantized = quantized_base(config, weights, adapter_source, adapters is not None, problems)
     if plan.holds_nf4:
         plan.rules += quantization_rules(shape, layout)
+    problems += vocabulary_problems(adapters)
     problems += expert_problems(config, shape, layout)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
@@ -168,6 +176,16 @@ def _adapters(
     if source is None:
         return adapters_asked_for(config, shape)
     return recorded_adapters(config, source, shape, problems)
+
+
+def _further_adapters(
+    path: str, weights: Found | None, shape: ModelShape, stored_shape: ModelShape
+) -> tuple[Found, AdapterSettings]:
+    """A set of adapters beside the first one, with its own settings."""
+    source = find_adapters(path)
+    if weights is not None:
+        check_base(source, weights, stored_shape)
+    return source, settings_in(source, shape)
 
 
 def _passed_over(*loaded: Found | None) -> list[str]:

@@ -26,16 +26,24 @@ def recorded_adapters(config: RunConfig, source: Found, shape: ModelShape, probl
     Raises:
         UserError: an unknown target, or a PEFT feature that is not implemented.
     """
-    if source.format == "peft":
-        recorded = read_peft_settings(source.directory, shape)
-    else:
-        recorded = AdapterSettings.from_json(source.record["adapters"])
+    recorded = settings_in(source, shape)
     for name, (said, value) in _said_and_recorded(config, recorded, shape).items():
         if name in config.given and said != value:
             flag = all_options()[name].flags[0]
             problems.append(f"{flag}: {said} contradicts the adapters in {source.path} ({value}); leave the flag out")
     changed = {FREE[name]: config.get(name) for name in FREE if name in config.given}
     return dataclasses.replace(recorded, **changed)
+
+
+def settings_in(source: Found, shape: ModelShape) -> AdapterSettings:
+    """The settings inside an adapter checkpoint, ours or PEFT's.
+
+    Raises:
+        UserError: an unknown target, or a PEFT feature that is not implemented.
+    """
+    if source.format == "peft":
+        return read_peft_settings(source.directory, shape)
+    return AdapterSettings.from_json(source.record["adapters"])
 
 
 def _said_and_recorded(config: RunConfig, recorded: AdapterSettings, shape: ModelShape) -> dict[str, tuple[Any, Any]]:

@@ -25,7 +25,7 @@ def start_of(config: RunConfig) -> dict[str, Any]:
     return {
         "load": str(Path(c.load).resolve()) if c.load is not None else None,
         "step": c.ckpt_step,
-        "lora_load": str(Path(adapters).resolve()) if adapters is not None else None,
+        "lora_load": str(Path(adapters[0]).resolve()) if adapters else None,
         "finetune": c.finetune,
     }
 

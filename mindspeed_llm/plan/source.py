@@ -5,9 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.detect import Found, choose_iteration, detect, detect_iteration
+from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.peft_settings import CONFIG as PEFT_CONFIG
 
 ADAPTER_FORMATS = ("adapter", "peft")
+
+
+def find_adapters(path: str | Path, *, fall_back: bool = False, healthy: bool = False) -> Found:
+    """The adapters in a directory; arguments as of `find_source`.
+
+    Raises:
+        UserError: it holds none.
+    """
+    source = find_source(path, fall_back=fall_back, healthy=healthy)
+    if source is None or source.format not in ADAPTER_FORMATS:
+        raise UserError(
+            f"lora: --lora-load {path} holds no adapters of ours or of PEFT; legal: a --save directory of a LoRA run, "
+            "or one with adapter_config.json"
+        )
+    return source
 
 
 def find_source(

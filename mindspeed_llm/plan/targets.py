@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears
+from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears, renamed
 
 ALL_LINEAR = "all-linear"
 ALL_ROUTER = "all-router"
@@ -43,11 +43,17 @@ def matches(word: str, path: str) -> bool:
 
 
 def part_paths(linear: Adaptable, part: str, layer: int, expert: int) -> Iterator[str]:
-    """All paths of one part of a linear: Hugging Face's and, where it has one, MindFormers'."""
+    """All paths of one part of a linear: Hugging Face's (of files and modules) and, where it has one, MindFormers'."""
     path = linear.hf_path(part, layer, expert)
-    yield path
+    yield from dict.fromkeys((path, renamed(path)))
     if part in MINDFORMERS:
         yield f"{path.rsplit('.', 2)[0]}.{MINDFORMERS[part]}"
+
+
+def stacked_paths(linear: Adaptable, layer: int) -> Iterator[str]:
+    """The parameter of transformers 5 that all experts' linears of a layer are, if they are one."""
+    if linear.experts:
+        yield linear.stacked_path(layer)
 
 
 def resolve_targets(
@@ -141,8 +147,9 @@ def _chosen_parts(
 def _parts_of_one(
     linear: Adaptable, layer: int, expert: int, words: Sequence[str], exclude: Sequence[str]
 ) -> tuple[tuple[str, ...] | None, set[str]]:
-    path = linear.path(layer, expert)
-    whole = {word for word in words if word == linear.module or matches(word, path) or _in_group(word, linear)}
+    wholes = [linear.path(layer, expert), *stacked_paths(linear, layer)]
+    by_name = {word for word in words if word == linear.module or _in_group(word, linear)}
+    whole = by_name | {word for word in words if any(matches(word, path) for path in wholes)}
     by_part = {
         part: {word for word in words if any(matches(word, p) for p in part_paths(linear, part, layer, expert))}
         for part in linear.parts
@@ -175,7 +182,7 @@ def _in_group(word: str, linear: Adaptable) -> bool:
 
 
 def _excluded(linear: Adaptable, part: str, layer: int, expert: int, exclude: Sequence[str]) -> bool:
-    paths = [linear.path(layer, expert), *part_paths(linear, part, layer, expert)]
+    paths = [linear.path(layer, expert), *stacked_paths(linear, layer), *part_paths(linear, part, layer, expert)]
     return any(matches(word, path) for word in exclude for path in paths)
 
 
@@ -256,7 +263,9 @@ def _keys_of_part(
 
 
 def _first_key(linear: Adaptable, part: str, layer: int, expert: int, pattern: Mapping[str, float]) -> str | None:
-    paths = [linear.path(layer, expert), *part_paths(linear, part, layer, expert)]
+    paths = [linear.path(layer, expert), *stacked_paths(linear, layer), *part_paths(linear, part, layer, expert)]
+    # PEFT's keys of parameters that are not stacked end with their name.
+    paths += [f"{path}.weight" for path in part_paths(linear, part, layer, expert)]
     return next((key for key in pattern if any(_ends_with(key, path) for path in paths)), None)
 
 

@@ -12,7 +12,7 @@ from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.identity import contradictions, shape_from_options
 from mindspeed_llm.plan.restart import find_restart
-from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_source
+from mindspeed_llm.plan.source import ADAPTER_FORMATS, find_adapters, find_source
 
 # Names that people know from upstream's --model-type-hf.
 UPSTREAM_FAMILIES = {
@@ -43,12 +43,8 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
         step, healthy = (None, False) if restart is not None else (c.ckpt_step, going_on and c.load_healthy)
         weights = find_source(c.load, step, fall_back=going_on and restart is None, healthy=healthy)
     if config.lora.lora_load is not None and restart is None:
-        adapter_source = find_source(config.lora.lora_load, fall_back=going_on, healthy=going_on and c.load_healthy)
-        if adapter_source is None or adapter_source.format not in ADAPTER_FORMATS:
-            raise UserError(
-                f"lora: --lora-load {config.lora.lora_load} holds no adapters of ours or of PEFT; legal: a --save "
-                "directory of a LoRA run, or one with adapter_config.json"
-            )
+        first, healthy = config.lora.lora_load[0], going_on and c.load_healthy
+        adapter_source = find_adapters(first, fall_back=going_on, healthy=healthy)
     if c.load is not None and weights is None:
         if not c.allow_random_init:
             found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None

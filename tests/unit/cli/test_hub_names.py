@@ -32,7 +32,7 @@ def test_the_hub_is_the_one_asked_for(asked, tmp_path):
         found = config("--load", "owner/model", "--lora-load", "owner/adapter", "--hub", hub)
         download_models(found, problems)
         assert found.checkpoint.load == str(tmp_path / "owner/model")
-        assert found.lora.lora_load == str(tmp_path / "owner/adapter")
+        assert found.lora.lora_load == [str(tmp_path / "owner/adapter")]
     assert asked == [(name, hub) for hub in ("hf", "modelscope") for name in ("owner/model", "owner/adapter")]
     assert problems == []
 

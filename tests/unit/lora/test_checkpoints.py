@@ -150,7 +150,7 @@ def peft_directory(tuned, convert_door, tmp_path):
         (lambda t: t.pop(next(n for n in t if ".layers.0." in n)), "only one factor of decoder.layers.0"),
         (lambda t: [t.pop(n) for n in list(t) if ".layers.3." in n], "settings disagree on decoder.layers.3"),
         (lambda t: t.update({n: x[:2] for n, x in t.items() if "lora_A" in n}), "rank 4 need \\(4, 112\\)"),
-        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}), "no adapter of a linear"),
+        (lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.zeros(4, 64)}), "no adapter of a linear"),
     ],
 )  # fmt: skip
 def test_damaged_peft_directories_are_refused(damage, message, peft_directory, convert_door, tmp_path):
@@ -165,8 +165,8 @@ def test_damaged_peft_directories_are_refused(damage, message, peft_directory, c
 def test_peft_features_are_refused_through_the_door(peft_directory, convert_door, tmp_path):
     base, directory = peft_directory
     config = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(UserError, match="use_dora=True .* is not supported; legal: False"):
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    with pytest.raises(UserError, match="bias='all' .* is not supported; legal: 'none'"):
         convert_door(f"--load-dir {base} --lora-load {directory} --save-dir {tmp_path / 'x'}")
 
 
