@@ -150,7 +150,7 @@ def peft_directory(tuned, convert_door, tmp_path):
         (lambda t: t.pop(next(n for n in t if ".layers.0." in n)), "only one factor of decoder.layers.0"),
         (lambda t: [t.pop(n) for n in list(t) if ".layers.3." in n], "settings disagree on decoder.layers.3"),
         (lambda t: t.update({n: x[:2] for n, x in t.items() if "lora_A" in n}), "rank 4 need \\(4, 112\\)"),
-        (lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.zeros(4, 64)}), "no adapter of a linear"),
+        (lambda t: t.update({"base_model.model.norm.lora_A.weight": torch.zeros(4, 64)}), "no adapter of a linear"),
     ],
 )  # fmt: skip
 def test_damaged_peft_directories_are_refused(damage, message, peft_directory, convert_door, tmp_path):
