@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-SWAPPED = "--swap-attention --swap-modules input_norm self_attention post_attention_norm mlp --swap-budget 64"
+SWAPPED = "--swap-attention --swap-modules input_norm,self_attention,post_attention_norm,mlp --swap-budget 64"
 LORA = "--lora-r 16 --lora-target-modules all-linear"
 # Row -> (flags, the row that it is compared with).
 ROWS: dict[str, tuple[str, str]] = {
@@ -74,7 +74,8 @@ def train(directory: str, flags: str, sequence: int, steps: int, threads: int) -
     words = f"--load {directory} --data-path none --bf16 --lr 1e-4 --lr-decay-style constant --eval-iters 0 "
     words += f"--seq-length {sequence} --global-batch-size 1 --micro-batch-size 1 --num-threads {threads} "
     words += f"--train-iters 1000000 {flags}"
-    plan = resolve(parse("posttrain", words.split()).config, [])
+    parsed = parse("posttrain", words.split())
+    plan = resolve(parsed.config, parsed.problems)
     start_processes(plan)
     device = accelerator.current()
     before = memory_now(device)
