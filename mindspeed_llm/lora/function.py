@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from mindspeed_llm.lora.fusion import products
 from mindspeed_llm.lora.fusion.cost import Pass, Rates, Schedule, choose
@@ -124,7 +123,7 @@ def multiply_and_send(
     """x W^T + bias (None without a weight) and the adapter's narrow tensor, each through the collective of the pass."""
     form = kind.form(backward)
     if form is None:
-        with record_function("lora: base product"):
+        with products.named("lora: base product"):
             return None if weight is None else product(x, weight, bias), narrow
     if weight is None:
         return None, NARROW[form](narrow, kind.group)
@@ -146,12 +145,12 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     def forward(ctx, x, dropped, weight, bias, lora_a, lora_b, kind: LinearKind):
         """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
         source = x if dropped is None else dropped
-        with record_function("lora: adapter down"):
+        with products.named("lora: adapter down"):
             narrow = product(source, lora_a)
         matrix = base_matrix(weight, lora_a, lora_b, kind)
         y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, backward=False)
         if not kind.combine:
-            with record_function("lora: adapter up"):
+            with products.named("lora: adapter up"):
                 add_product(y, narrow, lora_b.t(), kind.scaling)
         ctx.kind, ctx.has_dropout = kind, dropped is not None
         # A tensor goes the way of saved tensors, so that hooks on them see it; an object is held as it is.
@@ -166,12 +165,12 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         weight = weight if ctx.frozen is None else ctx.frozen
         matrix = base_matrix(weight, lora_a, lora_b, kind).t() if wants_x else None
-        with record_function("lora: adapter backward"):
+        with products.named("lora: adapter backward"):
             grad_b = outer_sum(dy, narrow, kind.scaling)
             grad_narrow = product(dy, lora_b.t()).mul_(kind.scaling)
         grad_x, grad_narrow = multiply_and_send(dy, grad_narrow, matrix, None, kind, backward=True)
         grad_dropped = None
-        with record_function("lora: adapter backward"):
+        with products.named("lora: adapter backward"):
             grad_a = outer_sum(grad_narrow, source)
             if wants_x and not ctx.has_dropout and not kind.combine:
                 add_product(grad_x, grad_narrow, lora_a)

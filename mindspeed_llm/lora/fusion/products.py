@@ -16,6 +16,7 @@ Extends "communication over computation" (Wang et al., ASPLOS 2023). docs/lora-f
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ ONE_AFTER_THE_OTHER = ("gloo",)
 SCATTERS_BY_EXCHANGE = ("gloo",)
 
 
+_UNNAMED = contextlib.nullcontext()
+
+
+def named(name: str) -> contextlib.AbstractContextManager:
+    """A range in the trace of a profiler; nothing where none runs, since small layers would feel it."""
+    return record_function(name) if torch.autograd._profiler_enabled() else _UNNAMED
+
+
 def cut(rows: int, chunks: int) -> list[slice]:
     """Consecutive parts of `rows`, as equal as can be; at least one, none empty beside others."""
     chunks = max(min(chunks, rows), 1)
@@ -43,7 +52,7 @@ def cut(rows: int, chunks: int) -> list[slice]:
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x W^T: [..., k] and [n, k] -> [..., n], into a tensor without gaps."""
-    with record_function("lora: base product"):
+    with named("lora: base product"):
         torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=out.view(-1, out.shape[-1]))
 
 
@@ -62,13 +71,13 @@ class _Gathering:
             torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
         )
         self.whole = self.sent.new_empty(group.size() * self.sent.numel())
-        with record_function("lora: start all-gather"):
+        with named("lora: start all-gather"):
             self.work = dist.all_gather_into_tensor(self.whole, self.sent, group=group, async_op=True)
         self.ranks = group.size()
 
     def wait(self) -> list[list[Tensor]]:
         """For each rank its tensors."""
-        with record_function("lora: wait for all-gather"):
+        with named("lora: wait for all-gather"):
             self.work.wait()
         sizes = [shape.numel() for shape in self.shapes]
         rows = self.whole.view(self.ranks, -1)
@@ -97,7 +106,7 @@ class _Scattering:
 
     def start(self) -> None:
         """Send what has been written."""
-        with record_function("lora: start reduce-scatter"):
+        with named("lora: start reduce-scatter"):
             if self.exchanges:
                 self.received = torch.empty_like(self.sent)
                 sizes = [sum(self.sizes) * (rank != self.me) for rank in range(self.group.size())]
@@ -112,7 +121,7 @@ class _Scattering:
 
     def wait(self) -> list[Tensor]:
         """The sums for this rank's rows, its own share left out."""
-        with record_function("lora: wait for reduce-scatter"):
+        with named("lora: wait for reduce-scatter"):
             self.work.wait()
         total = self.received[0]
         for more in self.received[1:]:
@@ -213,14 +222,14 @@ def reduced_product(x: Tensor, narrow: Tensor, weight: Tensor, group: Any, sched
         end = begin + y[rows].numel() + (narrow.numel() if begin == 0 else 0)
         flying.append(_start_reduce(buffer[begin:end], group))
         begin = end
-    with record_function("lora: wait for all-reduce"):
+    with named("lora: wait for all-reduce"):
         for work in flying:
             work.wait()
     return y, summed
 
 
 def _start_reduce(tensor: Tensor, group: Any) -> Any:
-    with record_function("lora: start all-reduce"):
+    with named("lora: start all-reduce"):
         return dist.all_reduce(tensor, group=group, async_op=True)
 
 
