@@ -11,6 +11,7 @@ Sources: arXiv 2305.14314 (NF4), arXiv 1511.04561 (dynamic values).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +41,10 @@ NF4 = (
 BLOCK_SIZE = 64
 # Scales that share a scale of their own.
 SCALE_BLOCK_SIZE = 256
-# Blocks that are taken out of NF4 at once on a CPU: their numbers in fp32 (256 KiB) stay in its cache.
-PIECE_BLOCKS = 1024
+# Blocks that a thread of a CPU works on at once: their numbers in fp32 (128 KiB) stay in its cache.
+PIECE_BLOCKS = 512
+# Cells of [-1, 1] in the search for the nearest value: few enough for a small table, with one middle each at most.
+CELLS = 64
 # A block of zeros has no scale to divide by.
 SMALLEST_SCALE = 1e-38
 
@@ -146,27 +149,81 @@ def _by_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
 
 @register("quantize_nf4", "torch")
 def torch_quantize_nf4(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """uint8 [numel / 2] and fp32 [blocks], by binary search among the middles of neighbouring values."""
-    codes, scales = _nearest(x, torch.tensor(NF4, device=x.device), block_size)
-    if codes.numel() % 2:
+    """uint8 [numel / 2] and fp32 [blocks], a piece at a time."""
+    flat, count = x.reshape(-1), x.numel()
+    blocks = -(-count // block_size)
+    codes = torch.empty(blocks * block_size, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(blocks, dtype=torch.float32, device=x.device)
+    for start, stop in _pieces(blocks, x.device):
+        piece = flat[start * block_size : stop * block_size].float()
         # The half byte after the last number holds the code of zero.
-        codes = torch.nn.functional.pad(codes, (0, 1), value=NF4.index(0.0))
+        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % block_size)).view(-1, block_size)
+        torch.amax(piece.abs(), -1, out=scales[start:stop])
+        scaled = (piece * (1.0 / scales[start:stop].clamp(min=SMALLEST_SCALE))[:, None]).clamp_(-1, 1)
+        codes[start * block_size : stop * block_size] = _nearest_codes(scaled.view(-1))
+    codes = codes[: count + count % 2]
     return (codes[::2] << 4) | codes[1::2], scales
+
+
+def block_maxima(x: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
+    """Largest absolute value of each block, fp32 [blocks], of a contiguous tensor that is whole blocks."""
+    by_block = x.view(-1, block_size)
+    scales = torch.empty(len(by_block), dtype=torch.float32, device=x.device)
+    for start, stop in _pieces(len(by_block), x.device):
+        torch.amax(by_block[start:stop].float().abs(), -1, out=scales[start:stop])
+    return scales
+
+
+def _pieces(blocks: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the blocks that are worked on at once: all of them but on a CPU."""
+    step = PIECE_BLOCKS * torch.get_num_threads() if device.type == "cpu" else max(blocks, 1)
+    for start in range(0, blocks, step):
+        yield start, min(start + step, blocks)
+
+
+def _nearest_codes(scaled: Tensor) -> Tensor:
+    """uint8 index of the value nearest to each number within [-1, 1]; of two equally near ones the smaller.
+
+    The code is the number of middles between neighbouring values that are below x. [-1, 1] is divided into cells of
+    which none has two middles: for a cell a table knows how many lie in the cells before, and the one inside, if any,
+    is compared. Which cell a number is in grows with the number however it is rounded, so the count is exact.
+    """
+    before, inside = _cells(scaled.device)
+    cells = _cell_of(scaled)
+    return before.index_select(0, cells).add_(scaled > inside.index_select(0, cells))
+
+
+def _cell_of(scaled: Tensor) -> Tensor:
+    return scaled.add(1.0).mul_(CELLS / 2).int()
+
+
+@functools.lru_cache(maxsize=8)
+def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each cell: how many middles lie before it, uint8, and the one in it, fp32, or infinity."""
+    table = torch.tensor(NF4)
+    middles = (table[:-1] + table[1:]) / 2
+    cells = _cell_of(middles).tolist()
+    assert len(set(cells)) == len(cells), "two middles in a cell"
+    before = torch.tensor([sum(cell < at for cell in cells) for at in range(CELLS + 1)], dtype=torch.uint8)
+    inside = torch.full((CELLS + 1,), torch.inf)
+    inside[torch.tensor(cells)] = middles
+    return before.to(device), inside.to(device)
 
 
 @register("dequantize_nf4", "torch")
 def torch_dequantize_nf4(packed: Tensor, scales: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
     """[count] of dtype: both numbers of a byte are looked up at once, in a table of 256 pairs, a piece at a time."""
-    pairs = _pairs(packed.device)
-    blocks = scales.numel()
+    pairs, blocks = _pairs(packed.device), scales.numel()
     out = torch.empty(blocks * block_size, dtype=dtype, device=packed.device)
-    packed = torch.nn.functional.pad(packed, (0, out.numel() // 2 - packed.numel()))
-    step = PIECE_BLOCKS if packed.device.type == "cpu" else max(blocks, 1)
-    for start in range(0, blocks, step):
-        stop = min(start + step, blocks)
-        bytes_of_piece = packed[start * block_size // 2 : stop * block_size // 2]
-        values = pairs.index_select(0, bytes_of_piece.int()).view(torch.float32).view(-1, block_size)
-        torch.mul(values, scales[start:stop, None], out=values)
+    if 2 * packed.numel() < out.numel():
+        packed = torch.nn.functional.pad(packed, (0, out.numel() // 2 - packed.numel()))
+    looked_up = None
+    for start, stop in _pieces(blocks, packed.device):
+        piece = packed[start * block_size // 2 : stop * block_size // 2].int()
+        if looked_up is None or looked_up.numel() != piece.numel():
+            looked_up = torch.empty(piece.numel(), dtype=torch.int64, device=packed.device)
+        values = torch.index_select(pairs, 0, piece, out=looked_up).view(torch.float32).view(-1, block_size)
+        values.mul_(scales[start:stop, None])
         out[start * block_size : stop * block_size].copy_(values.view(-1))
     return out[:count]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.ops.nf4 import BLOCK_SIZE, SCALE_BLOCK_SIZE, dynamic_codes, quantize_scales
+from mindspeed_llm.ops.nf4 import BLOCK_SIZE, SCALE_BLOCK_SIZE, block_maxima, dynamic_codes, quantize_scales
 from mindspeed_llm.ops.registry import implementation
 
 
@@ -110,22 +110,21 @@ def quantize_matrix(x: Tensor, dim: int = 0, start: int = 0, stop: int | None = 
     """
     out, columns = x.shape
     check_blocks(columns, "matrix")
-    stop = x.shape[dim] if stop is None else stop
-    x = x.detach().contiguous()
-    part = x[start:stop] if dim == 0 else x[:, start:stop]
-    per_row = columns // BLOCK_SIZE
-    whole = quantize_scales(x.view(-1, BLOCK_SIZE).abs().amax(-1).float())
+    stop, per_row, x = x.shape[dim] if stop is None else stop, columns // BLOCK_SIZE, x.detach().contiguous()
+    cut = (start, stop) != (0, x.shape[dim])
+    if cut and dim == 1:
+        check_blocks(start, "cut")
+        check_blocks(stop, "cut")
+    codes, maxima = implementation("quantize_nf4")(x.narrow(dim, start, stop - start), BLOCK_SIZE)
+    whole = quantize_scales(block_maxima(x) if cut else maxima)
     groups = torch.stack((whole.scales, whole.mean.expand_as(whole.scales)), dim=1)
     first = torch.arange(out, dtype=torch.int32, device=x.device) * per_row
     scales = whole.codes.view(out, per_row)
     if dim == 0:
         scales, first = scales[start:stop].contiguous(), first[start:stop]
     else:
-        check_blocks(start, "cut")
-        check_blocks(stop, "cut")
         scales, first = scales[:, start // BLOCK_SIZE : stop // BLOCK_SIZE].contiguous(), first + start // BLOCK_SIZE
-    codes, _ = implementation("quantize_nf4")(part, BLOCK_SIZE)
-    return Nf4Matrix(codes.view(part.shape[0], -1), scales, first, groups)
+    return Nf4Matrix(codes.view(len(scales), -1), scales, first, groups)
 
 
 def join(matrices: Sequence[Nf4Matrix], order: Tensor | None = None) -> Nf4Matrix:
