@@ -8,8 +8,12 @@ import platform
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from mindspeed_llm.accelerator import profiling
+from mindspeed_llm.config.profiling import ProfilingConfig
 
 
 class HostEvent:
@@ -137,6 +141,9 @@ class CPU:
     def peak_resident_memory(self) -> int:
         """Highest resident set size of the process so far, bytes (ru_maxrss is in KiB on Linux)."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def profiler(self, options: ProfilingConfig, worker: str) -> Any:
+        return profiling.torch_profiler(options, worker, "cpu")
 
     def empty_cache(self) -> None:
         """The host allocator keeps no cache of ours."""

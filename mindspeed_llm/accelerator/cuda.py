@@ -5,8 +5,12 @@ from __future__ import annotations
 import resource
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from mindspeed_llm.accelerator import profiling
+from mindspeed_llm.config.profiling import ProfilingConfig
 
 # Dense tensor-core FLOP/s of bf16/fp16 from NVIDIA's data sheets (without sparsity), keyed by a word of the device
 # name; the SXM parts, since PCIe parts carry "PCIe" in theirs and are left out rather than guessed.
@@ -70,6 +74,9 @@ class CUDA:
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
+
+    def profiler(self, options: ProfilingConfig, worker: str) -> Any:
+        return profiling.torch_profiler(options, worker, "cuda")
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()

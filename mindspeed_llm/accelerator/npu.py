@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.accelerator import npu_environment
+from mindspeed_llm.accelerator import npu_environment, profiling
 from mindspeed_llm.config.hccl_groups import OTHER_GROUPS, short_name
+from mindspeed_llm.config.profiling import ProfilingConfig
 
 # Generation of a chip, by what its name starts with (the first that fits), as `torch.npu.get_device_name` spells it.
 GENERATIONS = (("Ascend910B", "A2"), ("Ascend910_93", "A3"), ("Ascend910_95", "A5"), ("Ascend950", "A5"))
@@ -103,6 +104,9 @@ class NPU:
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
+
+    def profiler(self, options: ProfilingConfig, worker: str) -> Any:
+        return profiling.npu_profiler(options, worker)
 
     def empty_cache(self) -> None:
         torch.npu.empty_cache()

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from mindspeed_llm.config.profiling import ProfilingConfig
+
 
 class Accelerator(Protocol):
     """A device type: where tensors live, which collectives it has, how its streams, generators and memory are read.
@@ -72,6 +74,9 @@ class Accelerator(Protocol):
 
     def resident_memory(self) -> int:
         """Bytes of host memory resident for this process."""
+
+    def profiler(self, options: ProfilingConfig, worker: str) -> Any:
+        """A profiler with `start` and `stop`, which writes the trace under the name `worker`."""
 
     def empty_cache(self) -> None:
         """Return cached blocks to the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from mindspeed_llm.config.run import RunConfig, all_options
+from mindspeed_llm.plan.profiling import profiling_problems
 
 # Option that asks for a service -> the package that speaks to it.
 PACKAGES = {"wandb_project": "wandb", "swanlab_project": "swanlab"}
@@ -22,7 +23,7 @@ COMPANIONS = {
 
 def monitoring_problems(config: RunConfig) -> list[str]:
     """A line for each option that is refused."""
-    problems = [*_missing_packages(config), *_missing_companions(config)]
+    problems = [*_missing_packages(config), *_missing_companions(config), *profiling_problems(config)]
     log, p = config.logging, config.parallel
     if log.log_local_norms and p.overlap_grad_reduce:
         problems.append(

@@ -23,7 +23,7 @@ FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_
 
 
 def train(swaps=None, budget=ALL, **recompute):
-    """Losses and gradients of some steps, and the highest memory of forward and backward beyond weights and gradients."""
+    """Losses and gradients of some steps, and the highest memory beyond weights and gradients."""
     from mindspeed_llm.models.build import BuildOptions, build_model
     from mindspeed_llm.parallel.setup import initialize_distributed
 

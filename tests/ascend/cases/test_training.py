@@ -25,6 +25,7 @@ LAYOUTS = {
     "tensor": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pipeline": "--pipeline-model-parallel-size 2",
     "ring": "--context-parallel-size 2",
+    "experts": "--expert-model-parallel-size 2",
     "data": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }
 ON_ONE = ["pretrain", "packed", "lora", "experts", "experts one by one"]
@@ -35,8 +36,10 @@ ON_TWO = [
     ("pretrain", "ring"),
     ("pretrain", "data"),
     ("experts", "tensor"),
+    ("experts", "experts"),
 ]
 KERNELS = {"npu_fusion_attention", "npu_fusion_attention_grad", "npu_rms_norm", "npu_swiglu", "npu_rotary_mul"}
+EXPERT_KERNELS = {"npu_moe_gating_top_k_softmax_v2", "_npu_moe_token_unpermute_with_routing_map"}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,7 @@ def test_one_process_gives_the_losses_of_the_cpu(job, on_cpu, name):
     found = run(*job(name))
     agree(found, on_cpu(name))
     assert ("npu_grouped_matmul" in found["kernels"]) == (name == "experts")
+    assert (found["kernels"] >= EXPERT_KERNELS) == name.startswith("experts")
 
 
 @pytest.mark.parametrize("name, layout", ON_TWO)
@@ -114,14 +118,23 @@ def test_the_comparison_notices_another_seed(job, on_cpu):
     assert found["train"] != pytest.approx(on_cpu("pretrain")["train"], rel=1e-5)
 
 
-def test_a_resumed_run_goes_on_bit_by_bit(job, tmp_path):
-    door, words, cache = job("pretrain", "--hidden-dropout 0.1 --attention-dropout 0.1")
+def on_one(*arguments):
+    return run(*arguments)
+
+
+def on_two(*arguments):
+    return pool(2, join_on_npu).run(run, *arguments, timeout=400)[-1]
+
+
+@pytest.mark.parametrize("train, layout", [(on_one, ""), (on_two, LAYOUTS["tensor"])], ids=["one", "two"])
+def test_a_resumed_run_goes_on_bit_by_bit(job, tmp_path, train, layout):
+    door, words, cache = job("pretrain", f"--hidden-dropout 0.1 --attention-dropout 0.1 {layout}")
     words = words.replace("--train-iters 3", "--train-iters 4").replace("--eval-iters 1", "--eval-iters 0")
-    whole = run(door, words, cache)
+    whole = train(door, words, cache)
     out = tmp_path / "out"
-    run(door, f"{words} --save {out} --exit-interval 2", cache)
+    train(door, f"{words} --save {out} --exit-interval 2", cache)
     model = words.split("--load ")[1].split()[0]
-    rest = run(door, f"{words.replace(model, str(out))} --save {out}", cache)
+    rest = train(door, f"{words.replace(model, str(out))} --save {out}", cache)
     assert len(rest["train"]) == 2 and rest["train"] == whole["train"][2:]
 
 
