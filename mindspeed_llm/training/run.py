@@ -28,6 +28,7 @@ from mindspeed_llm.training.monitor.monitor import Monitor
 from mindspeed_llm.training.monitor.saves import SaveEvents
 from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
+from mindspeed_llm.training.profiling import Profiler
 from mindspeed_llm.training.report import LossHistory, Reporter
 from mindspeed_llm.training.resume import go_back, resume
 from mindspeed_llm.training.saving import Saver, SaveSchedule
@@ -102,7 +103,8 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     _say_start(plan, model, data, train_iters, progress)
     reporter = make_reporter(plan, train_iters, progress.iteration)
     schedule, events, monitor = SaveSchedule(plan.config), SaveEvents(reporter), Monitor(plan, model)
-    hooks: list[LoopHook] = [stop, schedule, events, monitor]
+    profiler = Profiler(plan.config.profiling)
+    hooks: list[LoopHook] = [stop, schedule, events, monitor, profiler]
     saver, save, changing = None, None, nullcontext
     if plan.config.checkpoint.save:
         saver = Saver(plan, model, optimizer, scheduler, data)
@@ -121,6 +123,7 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
         with orderly_end(saver, watch):
             loop.run()
         events.look()
+        profiler.close(progress.iteration)
     finally:
         monitor.close()
         reporter.close(plan.config.logging.loss_curve)
