@@ -15,6 +15,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement
 from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.plan.show import show_adapters
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.dying import DyingBreath
@@ -191,6 +192,7 @@ def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[
         dtype=DTYPES[plan.dtype_name],
         distributed=c.parallel.use_distributed_optimizer,
         overlap_param_gather=c.parallel.overlap_param_gather,
+        loraplus_lr_ratio=1.0 if plan.adapters is None else plan.adapters.loraplus_lr_ratio,
     )
     if plan.dtype_name == "fp16":
         # The schedules multiply the loss by it; the optimizer divides the gradients again.
@@ -229,6 +231,8 @@ def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters
         f"per epoch; {trained:,} of {total:,} parameters on this rank are trained in {plan.dtype_name}",
         flush=True,
     )
+    if plan.adapters is not None:
+        show_adapters(plan)
     for line in data_lines(data, progress, train_iters):
         print(line, flush=True)
     if evaluation_iterations(data, plan.config.training.eval_iters) == 0:
