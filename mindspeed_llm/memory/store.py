@@ -84,11 +84,12 @@ class Rooms:
     def lend(self, copy: object, size: int, room: Any, nbytes: int) -> None:
         """Count the room as used until `copy` is no more."""
         self.held += nbytes
+        self._free.setdefault(size, [])  # here, since rooms come back at any time, during a look at all sizes too
         weakref.finalize(copy, self._give_back, size, room, nbytes).atexit = False
 
     def _give_back(self, size: int, room: Any, nbytes: int) -> None:
         self.held -= nbytes
-        self._free.setdefault(size, []).append(room)
+        self._free[size].append(room)
 
 
 def rounded(nbytes: int, smallest: int = 4096) -> int:

@@ -120,7 +120,8 @@ class ActivationSwap:
     Args:
         store: where tensors go.
         allowance: how much may go; `UpToHostBytes` or `WhatHides`.
-        long_lived: parameters and buffers, as they lie now: neither they nor what shares their storage goes.
+        long_lived: parameters and buffers, asked for when training begins: neither they nor what shares their storage
+            goes.
         say: called with a line for the log.
         small: storages below so many bytes stay.
 
@@ -151,12 +152,12 @@ class ActivationSwap:
         self._leaving: LayerPass | None = None
         self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
         self._count = self._rounds = 0
-        self._parameters: set[int] = set()
+        self._parameters: set[int] | None = None
         self._staying: set[int] = set()
 
     def begin_chunk(self, given: Iterable[Tensor]) -> None:
         """The forward pass of a chunk begins; its caller holds what it was given, so moving that frees nothing."""
-        if not self._outstanding:
+        if self._parameters is None:
             self._parameters = {t.untyped_storage()._cdata for t in self._long_lived()}
         self._staying = self._parameters | {t.untyped_storage()._cdata for t in given}
 

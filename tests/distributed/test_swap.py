@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.peak = 0
+        self.peak = self._total = 0
         self._live = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
@@ -68,9 +68,13 @@ class LiveBytes(TorchDispatchMode):
         result = function(*arguments, **keywords)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and (address := tensor.untyped_storage()._cdata) not in given:
-                self._live[address] = StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()
-        self._live = {address: entry for address, entry in self._live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+                storage = tensor.untyped_storage()
+                self._live[address] = StorageWeakRef(storage), storage.nbytes()
+                self._total += storage.nbytes()
+        if self._total > self.peak:  # as if nothing had been freed since the last look
+            self._live = {address: entry for address, entry in self._live.items() if not entry[0].expired()}
+            self._total = sum(size for _, size in self._live.values())
+            self.peak = max(self.peak, self._total)
         return result
 
 

@@ -64,7 +64,7 @@ def test_the_dry_run_says_what_goes(plan, capsys, monkeypatch):
     monkeypatch.setattr(memory, "SMALL_BYTES", 0)
     swapping = plan("--swap-attention --swap-modules mlp")
     show_plan(swapping)
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     found = plan_memory(swapping)
     assert found.swapped > 0
     assert f"swapped to the host {found.swapped / 2**20:.1f} MiB of what mlp save" in shown
