@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind, dense
+from mindspeed_llm.lora.function import LinearKind, adapted_linear, dense
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.plan.adaptable import Adaptable
 from mindspeed_llm.plan.adapters import AdapterSettings
@@ -157,9 +157,7 @@ class LoraMixin:
             return self.forward_one_after_the_other(x)
         own_bias = None if self.skip_bias_add or not self.kind.column else self.bias
         bias = None if self.uses_dora else own_bias
-        out = FrozenLinearWithAdapter.apply(
-            x, self.dropped_input(x), self.weight, bias, self.lora_A, self.stacked_b(), self.kind
-        )
+        out = adapted_linear(x, self.dropped_input(x), self.weight, bias, self.lora_A, self.stacked_b(), self.kind)
         if self.uses_dora:
             out = out * self.gains()
             out = out if own_bias is None else out + own_bias

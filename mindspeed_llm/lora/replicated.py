@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mindspeed_llm.lora.function import FrozenLinearWithAdapter
+from mindspeed_llm.lora.function import adapted_linear
 from mindspeed_llm.lora.layers import LoraMixin
 from mindspeed_llm.models.latent_attention import ReplicatedLinear
 from mindspeed_llm.models.moe.router import Router
@@ -41,7 +41,7 @@ class LoraReplicatedLinear(LoraReplicatedMixin, ReplicatedLinear):
         if self.weight.requires_grad:
             return ReplicatedLinear.forward(self, x)[0] + self.adapter_output(x), None
         factors = (self.lora_A, self.stacked_b())
-        out = FrozenLinearWithAdapter.apply(x, self.dropped_input(x), self.weight, None, *factors, self.kind)
+        out = adapted_linear(x, self.dropped_input(x), self.weight, None, *factors, self.kind)
         return out * self.gains() if self.uses_dora else out, None
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind
+from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind, adapted_linear
 from mindspeed_llm.lora.fusion.cost import (
     CHUNKS,
     FORMS,
@@ -124,6 +124,19 @@ def test_one_rank_computes_the_formula(combine, wraps):
     if wraps:
         assert frozen.made == 2
     assert not torch.allclose(out, plain(x, weight, bias, a, b, scaling=1.0))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_torch_s_own_functions_give_the_same(dropout):
+    x, weight, bias, a, b, dy = problem()
+    keep = (torch.rand_like(x) > 0.3) / 0.7
+    outs = [
+        run(x, x * keep if dropout else None, weight, bias, a, b, LinearKind(True, False, None, 1, 2.0))
+        for run in (FrozenLinearWithAdapter.apply, adapted_linear)
+    ]
+    torch.testing.assert_close(*outs)
+    for found, expected in zip(*(gradients(out, dy, x, a, b) for out in outs)):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_weight_that_is_an_object_is_all_that_waits_for_the_backward_pass():
