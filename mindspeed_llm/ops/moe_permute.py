@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks
+
+# What the CPU's kernel for sums of embeddings adds in fp32.
+BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_order(routing_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,12 +90,15 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         rows, sources, weights = ctx.saved_tensors
-        by_row = grad.index_select(0, sources)
         if weights is None:
-            return by_row, None, None, None
+            return grad.index_select(0, sources), None, None, None
+        grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
         wide = torch.promote_types(rows.dtype, torch.float32)
-        grad_weights = torch.linalg.vecdot(by_row.to(wide), rows.to(wide)).to(weights.dtype)
-        return (by_row * weights.unsqueeze(1)).to(rows.dtype), None, None, grad_weights
+        for block in row_blocks(*rows.shape, rows, wide):
+            by_row = grad.index_select(0, sources[block]).to(wide)
+            grad_weights[block] = torch.linalg.vecdot(by_row, rows[block].to(wide))
+            grad_rows[block] = by_row.mul_(weights[block, None])
+        return grad_rows, None, None, grad_weights
 
 
 def _sums(rows: Tensor, sources: Tensor, num_tokens: int, weights: Tensor | None) -> Tensor:
@@ -99,10 +106,22 @@ def _sums(rows: Tensor, sources: Tensor, num_tokens: int, weights: Tensor | None
 
     On a CPU one row after another. Elsewhere in no fixed order, unless torch is told to be deterministic.
     """
+    if weights is None and rows.device.type == "cpu" and rows.dtype in BAG_DTYPES and len(rows):
+        return _bags(rows, sources, num_tokens)
     wide = torch.promote_types(rows.dtype, torch.float32)
     out = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide)
-    scaled = rows.to(wide) if weights is None else rows.to(wide) * weights.to(wide).unsqueeze(1)
-    return out.index_add_(0, sources, scaled).to(rows.dtype)
+    for block in row_blocks(*rows.shape, rows, wide):
+        own = rows[block].to(wide)
+        out.index_add_(0, sources[block], own if weights is None else own * weights[block, None].to(wide))
+    return out.to(rows.dtype)
+
+
+def _bags(rows: Tensor, sources: Tensor, num_tokens: int) -> Tensor:
+    """As sums of embeddings, whose kernel reads a row and writes a sum once and adds in fp32."""
+    order = sources.argsort(stable=True)
+    starts = torch.bincount(sources, minlength=num_tokens).cumsum(0).roll(1)
+    starts[:1] = 0
+    return torch.nn.functional.embedding_bag(order, rows.contiguous(), starts, mode="sum")
 
 
 @register("moe_permute", REFERENCE, priority=-1)

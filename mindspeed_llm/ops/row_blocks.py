@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Bytes of a block in the type it is computed in, per thread: what a core's second cache holds beside two others.
-BLOCK_BYTES = 2**18
+BLOCK_BYTES = 2**19
 
 
 def row_blocks(rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Iterator[slice]:
