@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def model_from_plan(plan: Plan) -> LoadedModel:
     settle_precision(plan)
     from mindspeed_llm.data.templates import load_template
     from mindspeed_llm.data.tokenizer import load_tokenizer
+
+    accelerator.show_to_megatron(plan.config.runtime.device)
     from mindspeed_llm.inference.loaded import LoadedModel, recorded_stop_tokens
 
     config, t = plan.config, plan.config.tokenizer

@@ -69,6 +69,22 @@ def select(name: str) -> Accelerator:
     return chosen
 
 
+def show_to_megatron(name: str = "auto") -> None:
+    """Let megatron-core find the device called `name` (`auto`: this process's), and no packages of another.
+
+    To be called before any of megatron-core is loaded: it looks for optional packages while it loads.
+
+    Raises:
+        UserError: the device does not exist or is not available here.
+    """
+    from mindspeed_llm.accelerator import torch_facade
+
+    if name == "auto":
+        torch_facade.install(current())
+    else:
+        select(name)  # which shows it too
+
+
 def _available(name: str, asked_by: str) -> Accelerator:
     chosen = get(name)
     if not chosen.is_available():

@@ -31,15 +31,22 @@ class StandIns:
     """Names of packages that are not installed, and the modules that answer for them."""
 
     def __init__(
-        self, modules: Mapping[str, str], namespace: Mapping[str, Any], only: Mapping[str, Sequence[str]] | None = None
+        self,
+        modules: Mapping[str, str],
+        namespace: Mapping[str, Any],
+        only: Mapping[str, Sequence[str]] | None = None,
+        hidden: frozenset[str] = frozenset(),
     ):
         """Args:
-        modules: name of a package -> dotted name of the module that answers; packages that exist are left out.
+        modules: name of a package -> dotted name of the module that answers; packages that exist are left out,
+            unless they are `hidden`.
         namespace: `__builtins__` that modules run anew see.
         only: for some packages, the modules that are answered; any other is told that the package is absent.
         """
         self._only = dict(only or {})
-        self.modules = {name: target for name, target in modules.items() if importlib.util.find_spec(name) is None}
+        self.modules = {
+            name: target for name, target in modules.items() if name in hidden or importlib.util.find_spec(name) is None
+        }
         self._namespace = namespace
         self._changed: list[tuple[types.ModuleType, str, Any]] = []
         self._asked: set[str] = set()

@@ -29,6 +29,14 @@ from mindspeed_llm.accelerator.stand_ins import StandIns
 from mindspeed_llm.accelerator.torch_namespace import TorchFacade
 
 DEFAULT_PREFIXES = ("megatron",)
+# Packages that load on any machine and compute on CUDA only. Megatron prefers them wherever they can be imported: on
+# other devices it does not find them.
+CUDA_ONLY = frozenset((
+    "amp_C", "apex", "causal_conv1d", "deep_ep", "fast_hadamard_transform", "fast_layer_norm", "flash_attn",
+    "flash_attn_3", "flash_attn_interface", "flash_mla", "flashattn_hopper", "flashinfer", "fused_layer_norm_cuda",
+    "fused_weight_gradient_mlp_cuda", "grouped_gemm", "mamba_ssm", "scaled_masked_softmax_cuda", "scaled_softmax_cuda",
+    "scaled_upper_triang_masked_softmax_cuda", "transformer_engine", "transformer_engine_torch",
+))  # fmt: skip
 
 
 def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> Any:
@@ -38,6 +46,9 @@ def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -
     caller = "" if globals is None else globals.get("__name__", "")
     if level == 0 and (found := _installed.stand_ins.find(name, fromlist, caller)) is not None:
         return found
+    if level == 0 and (root := name.partition(".")[0]) in _installed.hidden:
+        device = _installed.accelerator.name
+        raise ModuleNotFoundError(f"No module named {root!r} on {device}: it computes on CUDA only", name=root)
     module = _plain_import(name, globals, locals, fromlist, level)
     return _installed.answers.get(module, module) if isinstance(module, types.ModuleType) else module
 
@@ -62,6 +73,7 @@ class _Installation:
         # On CUDA torch is what megatron expects; only absent packages are answered.
         self.facade = None if accelerator.device_type == "cuda" else TorchFacade(accelerator)
         self.answers = {theirs: ours for ours, theirs in self.pairs()}
+        self.hidden = frozenset() if self.facade is None else CUDA_ONLY
         self.stand_ins = StandIns({}, _BUILTINS)
         self.members = Members()
         self.finder = Finder(self.members, _BUILTINS)
@@ -204,7 +216,7 @@ def provide(modules: Mapping[str, str], only: Mapping[str, Sequence[str]] | None
         raise RuntimeError("install the torch facade before providing packages")
     if _installed.stand_ins.modules:
         return
-    _installed.stand_ins = StandIns(modules, _BUILTINS, only)
+    _installed.stand_ins = StandIns(modules, _BUILTINS, only, _installed.hidden)
     _installed.stand_ins.ask_again(_installed.members.loaded)
 
 

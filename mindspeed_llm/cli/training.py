@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.cli.door import say_notes
 from mindspeed_llm.cli.hub import download_models
 from mindspeed_llm.config.parser import Parsed
@@ -44,6 +45,7 @@ def run_door(parsed: Parsed) -> RunResult | None:
     prefixes = prepare_data(plan, tokenizer)
     if config.logging.show_samples:
         _show_samples(plan, prefixes, tokenizer)
+    accelerator.show_to_megatron(plan.config.runtime.device)
     from mindspeed_llm.training.run import run_training
 
     result = run_training(plan, prefixes, _padding_token(tokenizer))
@@ -60,6 +62,7 @@ def _dry_run(plan: Plan) -> None:
     show_plan(plan)
     rank = plan.config.logging.check_rank
     if rank is not None:
+        accelerator.show_to_megatron(plan.config.runtime.device)
         from mindspeed_llm.training.check_rank import check_rank
 
         print(f" {check_rank(plan, rank)}")

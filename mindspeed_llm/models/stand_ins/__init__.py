@@ -1,7 +1,7 @@
 """What megatron finds under the names of compiled packages that are not installed: their interface over our operators.
 
 Only modules of a Megatron program are answered (accelerator.stand_ins); `import transformer_engine` anywhere else fails
-as before. A package that is really installed is never stood in for.
+as before. A package that is really installed is not stood in for, unless it computes on another device only.
 """
 
 from __future__ import annotations
