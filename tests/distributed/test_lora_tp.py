@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adapters import AdapterSettings, resolve_targets
+from mindspeed_llm.plan.adapters import AdapterSettings
+from mindspeed_llm.plan.targets import resolve_targets
 from mindspeed_llm.testing.pool import pool
 
 # Groups < heads, head_dim != hidden / heads, a vocabulary that 2 does not divide, biases in front of the adapters.
@@ -17,7 +18,7 @@ LAYOUTS = [(2, False), (2, True)]
 
 
 def settings(targets):
-    return AdapterSettings(rank=4, alpha=8.0, dropout=0.0, targets=resolve_targets(TARGETS[targets]))
+    return AdapterSettings(rank=4, alpha=8.0, dropout=0.0, targets=resolve_targets(TARGETS[targets], SHAPE).targets)
 
 
 def batch():
