@@ -240,7 +240,7 @@ CASES: dict[str, Case] = {
     "no_shuffle": case(True),
     # memory
     "swap_attention": case(True),
-    "swap_modules": case("self_attention", before="mlp", swap_attention=True, seq_length=8192),
+    "swap_modules": case("self_attention", before="mlp", swap_attention=True),
     "swap_layer_input": case(True, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     "swap_budget": case("0.5", swap_attention=True),
     # optimizer
