@@ -115,6 +115,27 @@ def check_pattern(word: str) -> None:
         ) from None
 
 
+def check_excluded(words: Sequence[str], shape: ModelShape) -> None:
+    """Refuse words that take nothing away from any target.
+
+    Raises:
+        UserError: there is one.
+    """
+    linears = adaptable_linears(shape)
+    for word in words:
+        check_pattern(word)
+        if not any(
+            _excluded(linear, part, layer, expert, [word])
+            for linear in linears
+            for layer in linear.layers or (0,)
+            for expert in sorted({0, max(linear.experts - 1, 0)})
+            for part in linear.parts
+        ):
+            raise UserError(
+                f"--lora-exclude-modules: {word!r} matches no linear of this model; legal: {there(linears)}"
+            )
+
+
 def there(linears: Sequence[Adaptable]) -> str:
     """The names that a model has, for a message."""
     modules = [linear.module for linear in linears]

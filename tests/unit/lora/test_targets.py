@@ -205,6 +205,7 @@ def test_the_table_names_linears_and_what_is_trained(toy_llama, capsys):
         ("--lora-target-modules c_attn", "target 'c_attn' matches no linear of this model"),
         ("--lora-r 4 --lora-rank-pattern lm_head=2", "rank pattern 'lm_head' matches no adapter"),
         ("--lora-rank-pattern q_proj=2 --use-dora", "--lora-rank-pattern, --use-dora: no meaning without --lora-r"),
+        ("--lora-r 4 --lora-exclude-modules c_attn", "--lora-exclude-modules: 'c_attn' matches no linear"),
         ("--loraplus-lr-ratio 4", "--loraplus-lr-ratio: no meaning without --lora-r"),
         ("--lora-r 4 --lora-layers-to-transform 9", "--lora-layers-to-transform: 9 is wrong"),
     ],
