@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.accelerator.protocol import Accelerator
+from mindspeed_llm.errors import UserError
 from mindspeed_llm.memory.store import Rooms
 
 
@@ -15,7 +16,13 @@ class _Room:
     """Page-locked memory, and the event after which the last copy to or from it is done."""
 
     def __init__(self, size: int):
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        try:
+            self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"swap: {size} bytes more of page-locked memory is wrong, because the host has none "
+                f"({str(error).splitlines()[0]}); try: a smaller --swap-budget GB"
+            ) from None
         self.last: Any = None
 
 
@@ -49,7 +56,11 @@ class PinnedStore:
         return sum(begin.elapsed_time(end) for begin, end in self._timed) / 1e3
 
     def send(self, source: Tensor) -> _PinnedCopy:
-        """Begin to copy uint8 [n] out, after the work submitted so far."""
+        """Begin to copy uint8 [n] out, after the work submitted so far.
+
+        Raises:
+            UserError: the host has no page-locked memory left.
+        """
         size, room = self._rooms.take(source.numel())
         room = room or _Room(size)
         self._out.wait_stream(self.device.current_stream())

@@ -156,6 +156,6 @@ def check_version(tensor: Tensor, version: int) -> None:
     """
     if tensor._version != version:
         raise RuntimeError(
-            "swap: a tensor needed for gradient computation has been modified by an inplace operation: it is at version "
-            f"{tensor._version}; expected version {version} instead"
+            "swap: a tensor needed for gradient computation has been modified by an inplace operation: it has version "
+            f"{tensor._version}; expected {version} instead"
         )

@@ -150,3 +150,11 @@ def test_copies_are_timed_on_request(store):
     assert 0 < store.seconds_sending() < 1
     store.measure(False)
     assert store.seconds_sending() == 0
+
+
+def test_a_host_without_page_locked_memory_is_said():
+    """A CPU's torch can lock none."""
+    from mindspeed_llm.memory.pinned_store import _Room
+
+    with pytest.raises(UserError, match="swap: 4096 bytes more of page-locked memory .*try: a smaller --swap-budget"):
+        _Room(4096)
