@@ -12,7 +12,7 @@ from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adaptable import adaptable_linears
-from mindspeed_llm.plan.targets import ALL_LINEAR, resolve_pattern, resolve_targets
+from mindspeed_llm.plan.targets import ALL_LINEAR, check_excluded, resolve_pattern, resolve_targets
 
 Number = TypeVar("Number", int, float)
 
@@ -104,6 +104,7 @@ def adapters_asked_for(config: RunConfig, shape: ModelShape) -> AdapterSettings 
     lora = config.lora
     if lora.lora_r is None and lora.lora_target_modules is None:
         return None
+    check_excluded(lora.lora_exclude_modules or (), shape)
     resolved = resolve_targets(
         lora.lora_target_modules or [ALL_LINEAR],
         shape,
