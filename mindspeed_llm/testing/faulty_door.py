@@ -90,6 +90,20 @@ def kill_in_update() -> None:
     Standing.before_update = faulty
 
 
+def kill_before_update() -> None:
+    """This process ends when the others know all gradients and go on."""
+    from mindspeed_llm.training.standing import Standing
+
+    before = Standing.before_update
+
+    def faulty(self, loop):
+        if loop.progress.iteration == int(AT) and first_time():
+            os.kill(os.getpid(), signal.SIGKILL)
+        before(self, loop)
+
+    Standing.before_update = faulty
+
+
 def at_stage(act) -> None:
     """Do it at a stage of a save; "written:2" is the second time that this rank passes it."""
     from mindspeed_llm.checkpoint import directory

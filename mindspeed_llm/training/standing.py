@@ -9,7 +9,7 @@ those of a rank that was killed are known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -56,6 +56,7 @@ class Standing(LoopHook):
     def __init__(self, rank: int, store: Any) -> None:
         self.rank, self.store = rank, store
         self.finished: Finished | None = None
+        self._coming = 0
         self._changing = threading.Lock()
         self._holds = False
 
@@ -64,10 +65,19 @@ class Standing(LoopHook):
         if self.finished is None or self.finished.progress != loop.progress:
             self._share_streams(loop.progress.iteration)
             self._take(loop)
+        self._coming = loop.progress.iteration + 1
+
+    def flags(self) -> Mapping[str, float]:
+        """Nothing; but the random states after the coming iteration are known from here on, and are told.
+
+        Before the collective that ends the backward pass, so that no rank finishes an iteration of which another one,
+        killed meanwhile, has not told them.
+        """
+        self._share_streams(self._coming)
+        return {}
 
     def before_update(self, loop: TrainingLoop) -> None:
-        """From here the state is of no iteration; its random states are those of the coming one already."""
-        self._share_streams(loop.progress.iteration + 1)
+        """From here the state is of no iteration."""
         self._changing.acquire()  # never returns once the state is frozen
         self._holds = True
 

@@ -22,6 +22,7 @@ FAULTS = [
     Fault("a rank is killed", "kill", resumes_at=3, says="rank 1 on "),
     Fault("the first rank is killed", "kill", rank=0, resumes_at=3, says="its process "),
     Fault("killed between two iterations' weights", "kill_in_update", rank=0, resumes_at=4),
+    Fault("killed when the others begin to update", "kill_before_update", rank=0, resumes_at=4),
     Fault("a rank raises", "raises", resumes_at=3, says="rank 1 | reading shard 7"),
     Fault("a rank raises, optimizer spread", "raises", flags=SPREAD, resumes_at=3, says="OSError: storage is gone"),
     Fault("a rank is killed, optimizer spread", "kill", at="5", flags=f"{SPREAD} --save-interval 2", resumes_at=4,

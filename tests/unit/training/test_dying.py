@@ -52,6 +52,7 @@ def loop(monkeypatch):
 
 def iterate(standing, loop):
     standing.before_batch(loop)
+    standing.flags()
     standing.before_update(loop)
     loop.progress.iteration += 1
     standing.after_step(loop, None, 1.0)
