@@ -39,7 +39,7 @@ ON_TWO = [
     ("experts", "experts"),
 ]
 KERNELS = {"npu_fusion_attention", "npu_fusion_attention_grad", "npu_rms_norm", "npu_swiglu", "npu_rotary_mul"}
-EXPERT_KERNELS = {"npu_moe_gating_top_k_softmax_v2", "_npu_moe_token_unpermute_with_routing_map"}
+EXPERT_KERNELS = {"npu_moe_gating_top_k", "_npu_moe_token_unpermute_with_routing_map"}
 
 
 @pytest.fixture(scope="module")
