@@ -285,7 +285,8 @@ class Draws:
 
     def quantize_nf4(self) -> Row:
         h = self.shapes.hidden
-        return Row("quantize_nf4", (self.data(h, h), 64), ((self.size + 0.5) * h * h,) * 2)
+        # The formula compares every number with all values.
+        return Row("quantize_nf4", (self.data(h, h), 64), ((self.size + 0.5) * h * h,) * 2, reference=h < 1024)
 
     def dequantize_nf4(self) -> Row:
         h = self.shapes.hidden

@@ -3,12 +3,15 @@
 
     python benchmarks/operators.py [--shapes llama3-8b qwen3-30b-a3b] [--dtypes fp32 bf16] [--tokens N] [--ranks N]
                                    [--rounds N] [--only rms_norm ...] [--json FILE]
+                                   [--clock cpu]
 
 Every row is a layer of the named model for `--tokens` tokens (8192; 2048 on a CPU), its vocabulary and experts divided
 among `--ranks` ranks (1; 8 on a CPU). The forward pass and forward and backward together are timed apart. All sides of
 a row take turns, and one of them is the limit: a copy of as many bytes as a perfect kernel reads and writes, into
 memory that is there already, or a matrix product whose rate bounds the row's own. Shares of the limit and ratios are
-medians over the rounds, of figures of the same round. The operators that need several ranks are not measured.
+medians over the rounds, of figures of the same round. `--clock cpu` counts the processor's seconds of this process
+instead of those that pass: for one thread on a machine that others use, too. Operators of several ranks are not
+measured.
 
 Prints a JSON line per row, then a table (`*` is what is chosen on this device), then what is slower than the reference
 or torch although it is chosen. Implementations are those of the package, Liger-Kernel's and others' where installed.
@@ -21,6 +24,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.ops import registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LIMIT = "limit"
 PRODUCT_SIZE = {"cpu": 768, "cuda": 8192, "npu": 8192}
 # A chosen implementation that takes this many times as long as another is reported.
@@ -83,7 +88,7 @@ def sides_of(row: Row, device_type: str) -> dict[str, Callable[..., Any]]:
     return sides | row.peers
 
 
-def measure(row: Row, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+def measure(row: Row, dtype: torch.dtype, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """One record for each side: ms, share of the limit and times the chosen one's, forward and both."""
     device = accelerator.current()
     functions = sides_of(row, device.device_type)
@@ -93,7 +98,7 @@ def measure(row: Row, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     for part, key in enumerate(("forward", "both")[: 1 + differentiated]):
         at_best, times = limit(row, part, dtype, device.synchronize)
         runs = {name: runner(f, row, part == 1, device.synchronize) for name, f in functions.items()}
-        seconds = interleaved({LIMIT: at_best} | runs, rounds)
+        seconds = interleaved({LIMIT: at_best} | runs, rounds, clock)
         amount, unit = (row.moved, "GB_per_s") if row.moved else (row.flop, "GFLOP_per_s")
         best = statistics.median(seconds[LIMIT]) * times
         for record in records:
@@ -158,6 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048 if on_cpu else 8192)
     parser.add_argument("--ranks", type=int, default=8 if on_cpu else 1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--only", nargs="+", metavar="OPERATOR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and records there, too")
     return parser.parse_args()
@@ -168,7 +174,7 @@ def main() -> None:
     device = accelerator.current()
     machine = {"device": device.model(), "torch": torch.__version__, "python": platform.python_version()}
     machine |= {"threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
-    machine |= {name: getattr(options, name) for name in ("tokens", "ranks", "rounds")}
+    machine |= {name: getattr(options, name) for name in ("tokens", "ranks", "rounds", "clock")}
     print(json.dumps(machine))
     records = []
     for name in options.shapes:
@@ -177,7 +183,7 @@ def main() -> None:
             for operator, make in draws.rows().items():
                 if options.only and operator not in options.only:
                     continue
-                for record in measure(make(), DTYPES[kind], options.rounds):
+                for record in measure(make(), DTYPES[kind], options.rounds, CLOCKS[options.clock]):
                     records.append({"shapes": name, "dtype": kind} | record)
                     print(json.dumps(records[-1]), flush=True)
     show(records)

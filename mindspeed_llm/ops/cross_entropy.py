@@ -150,15 +150,17 @@ class _Problem:
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         # One chunk's product has full precision already; sums over chunks are kept wide.
         sum_dtype = weight.dtype if len(pieces) <= 1 else _wide(weight.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
-        for rows, target in pieces:
+        grad_weight = torch.empty_like(weight, dtype=sum_dtype) if needs_weight else None
+        if needs_weight:
+            grad_weight[self.own_rows if pieces else 0 :].zero_()
+        for number, (rows, target) in enumerate(pieces):
             chunk = hidden if rows.numel() == hidden.shape[0] else hidden[rows]
             logits = torch.mm(chunk, own.t(), out=buffer[: rows.numel()])
             loss += self._loss(logits, target, needs_hidden or needs_weight, factor)
             if needs_hidden:
                 grad_hidden.index_copy_(0, rows, logits @ own)
             if needs_weight:
-                grad_weight[: self.own_rows] += logits.t() @ chunk
+                _add_product(grad_weight[: self.own_rows], logits.t(), chunk, beginning=number == 0)
         return loss, grad_hidden, grad_weight
 
     def _loss(self, logits: Tensor, target: Tensor, needs_gradient: bool, factor: Tensor | None) -> Tensor:
@@ -174,6 +176,16 @@ class _Problem:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beginning: bool) -> None:
+    """total + a b, or a b at the beginning, into `total`; without a tensor beside it where the types agree."""
+    if total.dtype != a.dtype:
+        total.copy_(a @ b) if beginning else total.add_(a @ b)
+    elif beginning:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def _shared_log_sum(logits: Tensor, rows: Tensor, columns: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

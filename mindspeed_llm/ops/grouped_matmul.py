@@ -88,7 +88,7 @@ def by_group(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     return _ByGroup.apply(x, weight, group_sizes.tolist())
 
 
-@register("grouped_matmul", "grouped_mm", devices=("cuda",), priority=1)
+@register("grouped_matmul", "grouped_mm", devices=("cuda", "cpu"), priority=1)
 def grouped_mm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     """torch's grouped kernel, which takes bfloat16 with rows of a multiple of 16 bytes; anything else goes by group."""
     aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0

@@ -64,6 +64,37 @@ def fused_neighbour_rotary(x: Tensor, table: Tensor) -> Tensor:
     return _Rotate.apply(x, table, True)
 
 
+@register("neighbour_rotary", "complex", devices=("cpu",), priority=1)
+def complex_neighbour_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """One product of complex numbers each way, in fp32 at least; nothing but the table is saved."""
+    return _Turn.apply(x, table)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turned(x, *table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.saved_tensors[0]
+        return _turned(grad, cos, -sin), None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring channels of x [s, b, n, d] as complex numbers times cos + i sin."""
+    turning, wide = 2 * cos.shape[-1], torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    turn = torch.complex(cos.to(wide), sin.to(wide))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for block in row_blocks(x.shape[0], x[:1].numel(), x, wide):
+        pairs = x[block, ..., :turning].to(wide).contiguous().unflatten(-1, (turning // 2, 2))
+        turned = torch.view_as_complex(pairs) * turn[block]
+        out[block, ..., :turning] = torch.view_as_real(turned).flatten(-2)
+        out[block, ..., turning:] = x[block, ..., turning:]
+    return out
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, interleaved: bool) -> Tensor:

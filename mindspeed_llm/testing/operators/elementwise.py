@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {
     "swiglu": ("reference", "torch", "liger", "npu_swiglu"),
     "gated_activation": ("reference", "torch", "liger"),
     "rotary": ("reference", "fused", "npu_rotary_mul"),
-    "neighbour_rotary": ("reference", "fused"),
+    "neighbour_rotary": ("reference", "fused", "complex"),
     "split_qkv_rotary": ("reference", "fused", "liger", "npu_rotary_mul"),
     "scaled_masked_softmax": ("reference", "torch"),
     "linear_cross_entropy_sum": ("reference", "chunked", "liger"),
