@@ -136,6 +136,30 @@ def test_a_collective_that_is_not_waited_for_is_noticed(column, merge):
     assert min(pool(2).run(compare, column, False, False, False, 4, merge, True, True)) > 1e-3
 
 
+def kept(chunks, merge):
+    """Bytes that saved tensors hold beyond their own, in every form."""
+    t, surplus = dist.get_world_size(), []
+    for column, sequence_parallel in itertools.product((True, False), (True, False)):
+        x = torch.randn(8, 2, 12, requires_grad=True)
+        a, b = torch.randn(3, 12, requires_grad=True), torch.randn(10, 3, requires_grad=True)
+        kind = Fixed(column, sequence_parallel, dist.group.WORLD, t, 2.0)
+        object.__setattr__(kind, "planned", Schedule(chunks, merge))
+
+        def pack(tensor):
+            surplus.append(tensor.untyped_storage().nbytes() - tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            FrozenLinearWithAdapter.apply(x, None, torch.randn(10, 12), None, a, b, kind)
+    return surplus
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_what_waits_for_the_backward_pass_holds_no_more_than_itself(chunks):
+    for merge in (True, False):
+        assert all(set(found) == {0} and len(found) == 20 for found in pool(2).run(kept, chunks, merge))
+
+
 def test_a_wrong_scaling_is_noticed():
     assert min(pool(2).run(compare, True, True, False, False, 2, True, False, False, True)) > 1e-2
 

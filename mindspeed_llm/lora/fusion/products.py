@@ -225,7 +225,8 @@ def reduced_product(x: Tensor, narrow: Tensor, weight: Tensor, group: Any, sched
     with named("lora: wait for all-reduce"):
         for work in flying:
             work.wait()
-    return y, summed
+    # A copy: what is kept of it for the backward pass must not hold the product.
+    return y, summed.clone()
 
 
 def _start_reduce(tensor: Tensor, group: Any) -> Any:
