@@ -12,7 +12,7 @@ from mindspeed_llm.patches.core.fusions import (
     fused_mla_yarn_rope_apply,
     fused_pad_routing_map,
 )
-from mindspeed_llm.patches.core.optimizer import distrib_optimizer
+from mindspeed_llm.patches.core.optimizer import distrib_optimizer, hybrid_optimizer
 from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
 from mindspeed_llm.patches.core.transformer.moe import moe_utils
@@ -31,6 +31,7 @@ def catalogue() -> tuple[Patch, ...]:
         layers,
         mappings,
         distrib_optimizer,
+        hybrid_optimizer,
         torch_norm,
         dot_product_attention,
         moe_utils,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_llm.accelerator import gloo_device
 from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.accelerator.tensor_methods import is_cuda
 
@@ -45,8 +46,10 @@ class DistributedNamespace(types.ModuleType):
     def __init__(self, accelerator: Accelerator):
         super().__init__("torch.distributed")
         self.__path__ = torch.distributed.__path__
-        for name in ("init_process_group", "new_group"):
+        for name in ("init_process_group", "new_group", "new_subgroups", "new_subgroups_by_enumeration"):
             self.__dict__[name] = self._with_backend(getattr(torch.distributed, name), accelerator)
+        for name in ("all_gather_into_tensor", "_all_gather_base", "reduce_scatter_tensor", "_reduce_scatter_base"):
+            self.__dict__[name] = _of_any_shape(getattr(torch.distributed, name))
         mesh = torch.distributed.device_mesh
         self.__dict__["init_device_mesh"] = _on_accelerator(mesh.init_device_mesh, accelerator)
         self.__dict__["device_mesh"] = Overlay(
@@ -66,6 +69,8 @@ class DistributedNamespace(types.ModuleType):
 
         @functools.wraps(function)
         def with_backend(*args: Any, **kwargs: Any) -> Any:
+            if (replaced := getattr(torch.distributed, function.__name__)) is not function:
+                return replaced(*args, **kwargs)  # somebody stands in for torch's, as tests do
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments
             if isinstance(given.get("backend"), str):
@@ -77,9 +82,25 @@ class DistributedNamespace(types.ModuleType):
             if given.get("device_id") is not None:
                 # torch binds groups to accelerators alone.
                 given["device_id"] = None if accelerator.device_type == "cpu" else accelerator.current_device()
-            return function(*bound.args, **bound.kwargs)
+            with gloo_device.shared():
+                return function(*bound.args, **bound.kwargs)
 
         return with_backend
+
+
+def _of_any_shape(function: Callable) -> Callable:
+    """A collective between a tensor and its share, for which nccl asks numbers of elements and gloo shapes."""
+
+    @functools.wraps(function)
+    def collective(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group") or next(
+            (arg for arg in args if isinstance(arg, torch.distributed.ProcessGroup)), None
+        )
+        if torch.distributed.get_backend(group) == "gloo" and output.is_contiguous() and input.is_contiguous():
+            output, input = output.view(-1), input.view(-1)
+        return function(output, input, *args, **kwargs)
+
+    return collective
 
 
 def _on_accelerator(function: Callable, accelerator: Accelerator) -> Callable:

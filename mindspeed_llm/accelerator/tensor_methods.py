@@ -47,6 +47,7 @@ def changes(accelerator: Accelerator, is_ours: Callable[[str], bool]) -> list[tu
 
     return [
         *_moving(accelerator, called_by_ours),
+        *_copying(accelerator, called_by_ours),
         *_asking(accelerator, called_by_ours),
         *_pinning(accelerator, called_by_ours),
         *_making(accelerator, called_by_ours),
@@ -85,12 +86,40 @@ def _moving(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> lis
             return subject.to(accelerator.current_device()) if called_by_ours() else _cuda(subject, *args, **kwargs)
 
         def to_of(subject, *args: Any, _to=to, **kwargs: Any) -> Any:
-            if called_by_ours():
-                args, kwargs = on_accelerator(accelerator, args, kwargs)
-            return _to(subject, *args, **kwargs)
+            if not called_by_ours():
+                return _to(subject, *args, **kwargs)
+            args, kwargs = on_accelerator(accelerator, args, kwargs)
+            moved = _to(subject, *args, **kwargs)
+            return _apart(subject, moved) if _names_host(args, kwargs) else moved
 
         found += [(owner, "cuda", functools.wraps(cuda)(cuda_of)), (owner, "to", functools.wraps(to)(to_of))]
     return found
+
+
+def _copying(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:
+    """`tensor.cpu()`: where host and device are one, a copy all the same; see `_apart`."""
+    cpu = torch.Tensor.cpu
+
+    @functools.wraps(cpu)
+    def cpu_of_tensor(tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        moved = cpu(tensor, *args, **kwargs)
+        return _apart(tensor, moved) if called_by_ours() else moved
+
+    return [(torch.Tensor, "cpu", cpu_of_tensor)]
+
+
+def _apart(tensor: Any, moved: Any) -> Any:
+    """What was moved to the host, in memory of its own.
+
+    megatron frees what it has copied so (`offload_to_cpu`) or goes on training it (checkpoints written beside it).
+    """
+    return moved.clone() if moved is tensor and isinstance(tensor, torch.Tensor) else moved
+
+
+def _names_host(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether `to` is told the host, by that word: as an object, the host is `torch.cuda.current_device()` as well."""
+    named = args[0] if args else kwargs.get("device")
+    return isinstance(named, str) and named == "cpu"
 
 
 def _asking(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> list[tuple[type, str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_llm.accelerator import host_random
 from mindspeed_llm.accelerator.cuda_namespace import CudaNamespace
 from mindspeed_llm.accelerator.distributed_namespace import DistributedNamespace, Overlay
 from mindspeed_llm.accelerator.protocol import Accelerator
@@ -60,7 +61,8 @@ class TorchFacade(types.ModuleType):
         self.__dict__["Generator"] = _generator_class(accelerator)
         self.__dict__["set_default_device"] = _set_default_device(accelerator)
         if accelerator.device_type == "cpu":
-            self.__dict__.update(_host_generator())
+            self.__dict__.update(host_random.names())
+            self.__dict__["random"] = Overlay(torch.random, **host_random.names())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -135,17 +137,3 @@ def _set_default_device(accelerator: Accelerator) -> Callable:
         torch.set_default_device(accelerator.current_device() if is_cuda(device) else device)
 
     return set_default_device
-
-
-def _host_generator() -> dict[str, Callable]:
-    """`torch.get_rng_state` and its like, as the stream beside the device's that megatron saves and checks.
-
-    A CPU's kernels draw from torch's default generator, which is therefore the *device* generator of a CPU run.
-    megatron also keeps the host's stream and complains when work under its tracker moves it, so here the host's stream
-    is a generator of its own.
-    """
-    host = torch.Generator()
-    return {
-        "get_rng_state": host.get_state,
-        "set_rng_state": host.set_state,
-    }

@@ -37,9 +37,11 @@ def test_it_trains_on_one_process_and_on_two_with_either_kind_of_layer():
 
 @pytest.mark.slow
 def test_an_optimizer_that_keeps_its_own_copies_of_parameters_takes_the_same_steps():
-    usual, aware = losses(run(PROGRAM, 2)), losses(run(PROGRAM, 2, "--precision-aware"))
+    # Where gradients are clipped, megatron rounds them to the buffer's bf16 for the one and computes in fp32 for the
+    # other, which moves these losses by 6e-5.
+    usual, aware = (losses(run(PROGRAM, 2, "--clip-grad", "0", *more)) for more in ((), ("--precision-aware",)))
     assert len(usual) == 4 and usual[-1] < usual[0] - 0.1
-    assert aware == pytest.approx(usual, abs=1e-3)  # three updates change the loss by 0.9
+    assert aware == usual
 
 
 @pytest.mark.slow

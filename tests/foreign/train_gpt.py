@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--impl", default="transformer_engine")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--precision-aware", action="store_true")
+    parser.add_argument("--clip-grad", type=float, default=1.0)
     arguments = parser.parse_args()
     start(arguments.tp)
     model = build(arguments.impl, arguments.tp)
@@ -114,6 +115,7 @@ def main() -> None:
             bf16=True,
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=True,
+            clip_grad=arguments.clip_grad,
             use_precision_aware_optimizer=arguments.precision_aware,
         ),
         [model],
@@ -139,7 +141,7 @@ def main() -> None:
         assert updated and begin.elapsed_time(end) > 0
         mean = sum(each["loss"] for each in losses) / MICRO_BATCHES
         if torch.distributed.get_rank() == 0:
-            print(f"step {step} loss {mean.item():.4f} memory {torch.cuda.memory_allocated() >= 0}", flush=True)
+            print(f"step {step} loss {mean.item():.9f} memory {torch.cuda.memory_allocated() >= 0}", flush=True)
     optimizer.load_state_dict(optimizer.state_dict())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator import host_random
 from mindspeed_llm.patching import Patch
 
 
@@ -21,7 +22,27 @@ def _advice_given_without_cuda(original: Callable[..., Tensor]) -> Callable[...,
     return linear
 
 
+def _drawn_from_the_hosts_stream(original: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    if accelerator.current().device_type != "cpu":
+        return original
+
+    @functools.wraps(original)
+    def initialize(*args, **kwargs) -> Tensor | None:
+        with host_random.drawing():
+            return original(*args, **kwargs)
+
+    return initialize
+
+
 PATCHES = (
+    Patch(
+        name="initial-weights-of-the-host",
+        target="megatron.core.tensor_parallel.layers:_initialize_affine_weight_cpu",
+        why="with use_cpu_initialization every rank draws the whole weight from the host's stream, which ranks have in "
+        "common; a CPU's one stream is the device's, which may be seeded by rank",
+        wrap=_drawn_from_the_hosts_stream,
+        fingerprints={"0.15.3": "a5a12c75888a", "0.16.1": "a5a12c75888a"},
+    ),
     Patch(
         name="no-cuda-connection-advice",
         target="megatron.core.tensor_parallel.layers:linear_with_grad_accumulation_and_async_allreduce",

@@ -49,7 +49,9 @@ def _fused_when_causal(original: Callable[..., Tensor]) -> Callable[..., Tensor]
             return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         cu_seqlens, layout = None, "SBND"
         if packed_seq_params is not None:
-            cu_seqlens, layout = packed_seq_params.cu_seqlens_q, "TND"
+            # Under causal order no token sees the padding that follows its document.
+            padded = packed_seq_params.cu_seqlens_q_padded
+            cu_seqlens, layout = packed_seq_params.cu_seqlens_q if padded is None else padded, "TND"
         dropout = self.attention_dropout.p if self.training else 0.0
         # Under sequence parallelism megatron's TransformerBlock has forked the stream already.
         fork = dropout and not self.config.sequence_parallel

@@ -125,3 +125,18 @@ def test_a_foreign_local_model_takes_packed_documents(megatron_adaptor):
     together = model(ids, torch.arange(12)[None], None, packed_seq_params=packed)
     second = model(ids[:, 5:], torch.arange(7)[None], None)
     torch.testing.assert_close(together[:, 5:], second, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_may_be_padded(megatron_adaptor):
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    megatron_adaptor.patch()
+    model = foreign_model()
+    ids = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    lengths, starts = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 5, 11], [0, 6, 12]))
+    packed = PackedSeqParams("thd", lengths, lengths, starts, starts, 6, 6)
+    together = model(ids, torch.arange(12)[None], None, packed_seq_params=packed)
+    for rows in (slice(0, 5), slice(6, 12)):
+        alone = model(ids[:, rows], torch.arange(rows.stop - rows.start)[None], None)
+        torch.testing.assert_close(together[:, rows], alone, rtol=1e-5, atol=1e-5)

@@ -167,7 +167,7 @@ class DotProductAttention(nn.Module):
         """q [s, b, n, d], k [s_k, b, g, d], v [s_k, b, g, e] -> [s, b, n * e]; bshd and thd likewise in their order.
 
         Raises:
-            UserError: ALiBi or biases before scaling, packed documents or dropout over several ranks.
+            UserError: ALiBi or biases before scaling; over ranks, dropout or packed documents with others' keys.
             ValueError: an unknown type of mask.
         """
         mask_type = attn_mask_type or self.attn_mask_type
@@ -217,11 +217,13 @@ class DotProductAttention(nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[Tensor | None]) -> Tensor:
         """Documents one after the other, each by itself: [t, n, d] -> [t, n * e], zero between documents."""
-        if self.cp_group is not None and self.cp_group.size() > 1:
-            raise refuse("packed documents over context-parallel ranks", "context_parallel_size=1")
         of_q, of_kv = bounds[0].tolist(), (bounds[1] if bounds[1] is not None else bounds[0]).tolist()
         at_q = of_q if bounds[2] is None else bounds[2].tolist()
         at_kv = of_kv if bounds[3] is None else bounds[3].tolist()
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            if (of_q, at_q) != (of_kv, at_kv):
+                raise refuse("cross attention between packed documents over ranks", "context_parallel_size=1")
+            return self._packed_over_ranks(query, key, value, of_q, at_q)
         pieces, end = [], 0
         for index, (start, start_k) in enumerate(zip(at_q[:-1], at_kv[:-1])):
             length, length_k = of_q[index + 1] - of_q[index], of_kv[index + 1] - of_kv[index]
@@ -232,6 +234,40 @@ class DotProductAttention(nn.Module):
                 document = (query[rows].unsqueeze(1), key[keys].unsqueeze(1), value[keys].unsqueeze(1))
                 pieces.append(self._attend(*document, None, None).squeeze(1))
             end = start + length
+        if end < query.shape[0]:
+            pieces.append(query.new_zeros(query.shape[0] - end, query.shape[1] * value.shape[2]))
+        return torch.cat(pieces)
+
+    def _packed_over_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], starts: list[int]
+    ) -> Tensor:
+        """As `_packed`, where each rank has its chunks of every document, one document after the other.
+
+        Args:
+            lengths: bounds of the documents, padding not counted.
+            starts: bounds of the documents with their padding, on all ranks together.
+
+        Raises:
+            ValueError: the ranks cannot share the padded length of a document.
+        """
+        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        causal, pieces = "causal" in self._problem[0], []
+        if not causal:
+            self._problem = ("padding", self._problem[1])
+        for index, (start, stop) in enumerate(zip(starts, starts[1:])):
+            if stop == start:
+                continue
+            length, whole = lengths[index + 1] - lengths[index], stop - start
+            rows = slice(start // ranks, stop // ranks)
+            held = torch.cat([torch.arange(*held) for held in SequenceSplit(ranks).ranges(rank, whole)])
+            padding = (torch.arange(whole) >= length).to(query.device)
+            # No token sees what comes after it; without causal order the padded keys have to be hidden.
+            mask = None if causal or length == whole else padding.view(1, 1, 1, whole)
+            document = self._attend(
+                query[rows].unsqueeze(1), key[rows].unsqueeze(1), value[rows].unsqueeze(1), mask, None
+            )
+            pieces.append(document.squeeze(1).masked_fill(padding[held.to(query.device)].unsqueeze(1), 0.0))
+        end = starts[-1] // ranks
         if end < query.shape[0]:
             pieces.append(query.new_zeros(query.shape[0] - end, query.shape[1] * value.shape[2]))
         return torch.cat(pieces)

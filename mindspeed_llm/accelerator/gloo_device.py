@@ -1,0 +1,63 @@
+"""One network device for all gloo groups of a process.
+
+torch gives each gloo group a device of its own, whose thread wakes a hundred times a second whether or not the group is
+used: about 1 ms of a core per second and group (measured, torch 2.13). megatron makes some fifty groups per process,
+and lets go of them without destroying them, so that eight processes on one host that change their layout a few times
+are busy with that alone. A device serves any number of groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
+
+_lock = threading.RLock()
+# By process: threads do not survive a fork.
+_devices: dict[int, list[Any]] = {}
+
+
+def _devices_of_process() -> list[Any]:
+    """The devices that torch would make for a group: one per interface that GLOO_SOCKET_IFNAME names."""
+    gloo, process = torch.distributed.ProcessGroupGloo, os.getpid()
+    if process not in _devices:
+        interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        made = [gloo.create_device(interface=name) for name in interfaces]
+        _devices[process] = made or [gloo.create_default_device()]
+    return _devices[process]
+
+
+def _group_class() -> type:
+    gloo = torch.distributed.ProcessGroupGloo
+
+    class GlooOnSharedDevice(gloo):
+        """torch's gloo group, on the devices of this process."""
+
+        def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta):
+            options = gloo._Options()
+            options._devices, options._timeout = _devices_of_process(), timeout
+            options._threads = 2 * len(options._devices)  # as torch has it
+            super().__init__(store, rank, size, options)
+
+    return GlooOnSharedDevice
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Within it, torch.distributed makes gloo groups on one device; it has no argument for that."""
+    if not torch.distributed.is_gloo_available():
+        yield
+        return
+    with _lock:
+        plain = distributed_c10d.ProcessGroupGloo
+        distributed_c10d.ProcessGroupGloo = _group_class()
+        try:
+            yield
+        finally:
+            distributed_c10d.ProcessGroupGloo = plain
