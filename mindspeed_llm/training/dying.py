@@ -136,9 +136,10 @@ class DyingBreath:
 
     def _streams(self, iteration: int) -> dict[str, bytes]:
         """Random states of all ranks after an iteration, those excepted that did not tell them."""
-        found: dict[str, bytes] = {}
+        found, finished = {}, self.standing.finished
+        told_as = finished.streams_of if finished.progress.iteration == iteration else iteration
         for rank in range(self.layout.world_size):
-            found |= self.standing.streams_of(rank, iteration)
+            found |= self.standing.streams_of(rank, told_as)
         return found
 
 

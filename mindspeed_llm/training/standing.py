@@ -36,6 +36,7 @@ class Finished:
         buffers: copies of the model's persistent buffers by the address of the live ones.
         device: that of the training thread.
         ready: event after which the device has computed the state.
+        streams_of: iteration whose random states these are: the one before, if the batch was left out.
     """
 
     progress: Progress
@@ -44,6 +45,7 @@ class Finished:
     buffers: dict[int, torch.Tensor]
     device: torch.device
     ready: Any
+    streams_of: int
 
 
 class Standing(LoopHook):
@@ -64,7 +66,7 @@ class Standing(LoopHook):
         """The first iteration, and any that does not follow the last one, stands on a state that was loaded."""
         if self.finished is None or self.finished.progress != loop.progress:
             self._share_streams(loop.progress.iteration)
-            self._take(loop)
+            self._take(loop, loop.progress.iteration)
         self._coming = loop.progress.iteration + 1
 
     def flags(self) -> Mapping[str, float]:
@@ -83,10 +85,12 @@ class Standing(LoopHook):
 
     def after_step(self, loop: TrainingLoop, result: BatchResult, grad_norm: float) -> None:
         """The state is of one iteration again."""
-        if not self._holds:  # a batch that was left out
+        streams_of = loop.progress.iteration
+        if not self._holds:  # a batch that was left out, after which random states are those before it
+            streams_of -= 1
             self._share_streams(loop.progress.iteration)
             self._changing.acquire()
-        self._take(loop)
+        self._take(loop, streams_of)
         self._holds = False
         self._changing.release()
 
@@ -107,13 +111,13 @@ class Standing(LoopHook):
             return None
         return self.finished.progress.iteration
 
-    def _take(self, loop: TrainingLoop) -> None:
+    def _take(self, loop: TrainingLoop, streams_of: int) -> None:
         buffers = {b.data_ptr(): b.detach().clone() for chunk in loop.model.chunks for b in persistent_buffers(chunk)}
         progress, schedule = deepcopy(loop.progress), dict(loop.scheduler.state_dict())
         device = accelerator.current()
         ready = device.current_stream().record_event()
         scaler = grad_scaler_state(loop.optimizer)
-        self.finished = Finished(progress, schedule, scaler, buffers, device.current_device(), ready)
+        self.finished = Finished(progress, schedule, scaler, buffers, device.current_device(), ready, streams_of)
 
     def _share_streams(self, iteration: int) -> None:
         """Tell the random states after an iteration; ranks are at most one apart, so two are kept."""

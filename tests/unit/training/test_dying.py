@@ -110,6 +110,26 @@ def test_random_states_of_two_iterations_are_known_to_all(loop):
     assert other.streams_of(1, 1) == {} == other.streams_of(3, 3)
 
 
+def test_random_states_after_a_batch_left_out_are_those_before_it(loop):
+    """Another rank may be killed before it can say that it has put its own back."""
+    store = dist.HashStore()
+    standing, other = Standing(1, store), Standing(0, store)
+    iterate(standing, loop)
+    before = torch.get_rng_state()
+    standing.before_batch(loop)
+    torch.rand(3)
+    standing.flags()
+    torch.set_rng_state(before)
+    loop.progress.iteration += 1
+    (wrong,) = other.streams_of(1, 2).values()
+    assert not torch.equal(torch.load(io.BytesIO(wrong), weights_only=True)[0]["torch"], before)
+    standing.after_step(loop, None, 1.0)
+    assert standing.finished.streams_of == 1
+    for iteration in (1, 2):
+        (content,) = other.streams_of(1, iteration).values()
+        assert torch.equal(torch.load(io.BytesIO(content), weights_only=True)[0]["torch"], before)
+
+
 def test_persistent_buffers_alone_are_copied():
     module = torch.nn.Module()
     module.register_buffer("kept", torch.ones(1))
