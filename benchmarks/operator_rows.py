@@ -154,7 +154,7 @@ class Draws:
     def neighbour_rotary(self) -> Row:
         t, n, d = self.tokens, self.shapes.heads, self.shapes.head
         inputs = self.leaf(t, 1, n, d), self.table()
-        return Row("neighbour_rotary", inputs, self.moved(t * n * d, 2, 4), peers={"complex": _complex})
+        return Row("neighbour_rotary", inputs, self.moved(t * n * d, 2, 4), peers={"view_as_complex": _complex})
 
     def split_qkv_rotary(self) -> Row:
         t, n, g, d = self.tokens, self.shapes.heads, self.shapes.groups, self.shapes.head
