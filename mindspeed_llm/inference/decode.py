@@ -197,7 +197,7 @@ def applied(linear: nn.Module) -> Linear:
 def _output(model: LanguageModel) -> Linear:
     """[b, h] -> logits [b, padded v] of all ranks."""
     weight = model.output_weight()
-    if model.tp_group.size() == 1:
+    if model.tp_group.size() == 1 and not hasattr(model.output_layer, "lora_A"):
         return lambda x: F.linear(x, weight)
     return lambda x: model.output_layer(x[None], weight=weight, runtime_gather_output=True)[0][0]
 

@@ -11,6 +11,7 @@ from mindspeed_llm.lora.experts import WEIGHTS, ExpertFactors
 from mindspeed_llm.lora.initial import initial_a
 from mindspeed_llm.lora.layers import LoraColumnParallelLinear, LoraMixin, LoraRowParallelLinear
 from mindspeed_llm.lora.replicated import LoraReplicatedLinear, LoraRouter
+from mindspeed_llm.lora.vocabulary import LoraEmbedding, LoraOutputLayer, LoraVocabularyMixin
 from mindspeed_llm.models.initialize import global_name
 from mindspeed_llm.models.latent_attention import ReplicatedLinear
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
@@ -28,7 +29,9 @@ ADAPTED: dict[type[nn.Module], type[LoraMixin]] = {
     ReplicatedLinear: LoraReplicatedLinear,
     Router: LoraRouter,
 }
-Adapted = LoraMixin | ExpertFactors
+# By megatron-core's name: an output layer is of the same class as other linears there.
+OF_VOCABULARY = {"word_embeddings": LoraEmbedding, "output_layer": LoraOutputLayer}
+Adapted = LoraMixin | LoraVocabularyMixin | ExpertFactors
 
 
 def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 1234) -> list[str]:
@@ -54,6 +57,12 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
             continue
         name = global_name(path, model.config, model.vp_stage, model.pp_group.rank())
         if not settings.adapts(kind, layer_of(name, model.config.shape)):
+            continue
+        if kind in OF_VOCABULARY:
+            module.__class__ = OF_VOCABULARY[kind]
+            module.add_adapter(linears[kind], settings)
+            module.initialize_adapter(name, seed)
+            names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
             continue
         module.__class__ = adapted_class(module, path)
         if settings.use_dora and module.weight.requires_grad:

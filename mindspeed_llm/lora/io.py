@@ -13,6 +13,7 @@ from mindspeed_llm.lora.inject import adapted_modules
 from mindspeed_llm.lora.layers import LoraMixin
 from mindspeed_llm.lora.peft_format import read_peft
 from mindspeed_llm.lora.tensors import AdapterTensors, read_adapters, read_trained_base
+from mindspeed_llm.lora.vocabulary import LoraVocabularyMixin
 from mindspeed_llm.models.initialize import global_name
 from mindspeed_llm.plan.adapters import AdapterSettings
 
@@ -59,7 +60,7 @@ def fill_adapter(module: LoraMixin | ExpertFactors, path: str, tensors: AdapterT
     Args:
         path: of the linear in the whole model.
     """
-    if isinstance(module, ExpertFactors):
+    if isinstance(module, ExpertFactors | LoraVocabularyMixin):
         return module.fill(path, tensors)
     kind = module.kind
     parts = [tensors[path, part] for part in module.adapter_parts]
@@ -86,5 +87,7 @@ def merge_adapters(model: nn.Module) -> int:
         module.weight.copy_(module.merged_weight().to(module.weight.dtype))
         for name in [name for name, _ in module.named_children() if name.startswith("lora_")] + ["lora_A"]:
             delattr(module, name)
-        module.__class__ = next(base for base in type(module).__bases__ if not issubclass(base, LoraMixin))
+        module.__class__ = next(
+            base for base in type(module).__bases__ if not issubclass(base, LoraMixin | LoraVocabularyMixin)
+        )
     return experts + len(modules)

@@ -273,14 +273,21 @@ class LanguageModel(GPTModel):
             losses.append(self._loss_sum(hidden_states, targets))
         return torch.stack(losses)
 
+    def output_operands(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied for the logits: [..., h] and [v_local, h], or both wider for an adapter's rank."""
+        weight = self.output_weight()
+        join = getattr(self.output_layer, "joined_operands", None)
+        return (hidden_states, weight) if join is None else join(hidden_states, weight)
+
     def _loss_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        hidden_states, weight = self.output_operands(hidden_states)
         return linear_cross_entropy_sum(
             hidden_states.flatten(0, 1),
-            self.output_weight(),
+            weight,
             labels.t().reshape(-1),
             vocab_size=self.config.shape.vocab_size,
             group=self.tp_group,

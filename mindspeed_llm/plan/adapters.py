@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adaptable import adaptable_linears
 from mindspeed_llm.plan.targets import ALL_LINEAR, check_excluded, resolve_pattern, resolve_targets
 
@@ -127,17 +128,6 @@ def adapters_asked_for(config: RunConfig, shape: ModelShape) -> AdapterSettings 
     )
 
 
-def vocabulary_problems(settings: AdapterSettings | None) -> list[str]:
-    """Adapters of embedding and output layer are merged into them, not computed beside them."""
-    asked = [module for module in ("word_embeddings", "output_layer") if settings and module in settings.targets]
-    if not asked:
-        return []
-    return [
-        f"lora: {', '.join(asked)} with an adapter beside the weight is not implemented; legal: linears inside the "
-        "layers; try: convert_ckpt.py --lora-load to merge such adapters, --trainable REGEX to train the matrix itself"
-    ]
-
-
 def check_tied_embedding(shape: ModelShape, settings: AdapterSettings) -> None:
     """Refuse an adapter of an embedding that is the output layer too: it would change one of the two uses only.
 
@@ -148,6 +138,19 @@ def check_tied_embedding(shape: ModelShape, settings: AdapterSettings) -> None:
         raise UserError(
             "lora: word_embeddings has an adapter that changes the input alone, but the output layer is the same "
             "matrix (tie_word_embeddings); legal: adapters of other linears; try: an untied copy of the base"
+        )
+
+
+def check_copied_embedding(shape: ModelShape, settings: AdapterSettings, layout: ParallelLayout) -> None:
+    """Refuse an adapter of an embedding that two pipeline stages hold.
+
+    Raises:
+        UserError: there is one.
+    """
+    if shape.mtp_num_layers and layout.pp > 1 and "word_embeddings" in settings.targets:
+        raise UserError(
+            "lora: word_embeddings has an adapter, and with multi-token prediction the first and the last stage hold "
+            "the embedding; legal: one stage, or --mtp-num-layers 0; try: other targets"
         )
 
 

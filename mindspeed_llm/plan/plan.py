@@ -15,7 +15,13 @@ from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layers_of_options
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan.adapters import AdapterSettings, adapter_parameters, adapters_asked_for, vocabulary_problems
+from mindspeed_llm.plan.adapters import (
+    AdapterSettings,
+    adapter_parameters,
+    adapters_asked_for,
+    check_copied_embedding,
+    check_tied_embedding,
+)
 from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import continue_run, unknown_changes
@@ -154,7 +160,9 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     plan.quantized = quantized_base(config, weights, adapter_source, adapters is not None, problems)
     if plan.holds_nf4:
         plan.rules += quantization_rules(shape, layout)
-    problems += vocabulary_problems(adapters)
+    if adapters is not None:
+        _try(problems, lambda: check_tied_embedding(shape, adapters), None)
+        _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
     problems += expert_problems(config, shape, layout)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:

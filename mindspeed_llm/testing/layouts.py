@@ -252,12 +252,17 @@ def assemble(parts: Sequence[tuple[Coordinates, Tensors]], shape: ModelShape) ->
 
 def _whole(name: str, tensors: list[Tensor], shape: ModelShape) -> Tensor:
     dim, factor = layout_of(_linear_of(name)).tp_dim, name.partition(".lora_")[2][:1]
+    if factor and name.startswith(EMBEDDING.removesuffix("weight")):
+        dim = 1  # what is looked up has its tokens in A
     # Of a column-parallel linear B and magnitudes are cut by rows, of a row-parallel one A by its columns.
     if dim is None or (factor and (factor == "A") == (dim == 0)):
         for copy in tensors[1:]:
             _check_copies(name, tensors[0], copy)
         return tensors[0]
-    return torch.cat(tensors, dim) if factor else unshard(tensors, name, shape)
+    if not factor:
+        return unshard(tensors, name, shape)
+    whole = torch.cat(tensors, dim)
+    return whole.narrow(dim, 0, shape.vocab_size) if layout_of(_linear_of(name)).packing == "vocab" else whole
 
 
 def _linear_of(name: str) -> str:

@@ -21,6 +21,7 @@ EXPERT_LAYOUTS = {
     "experts, context": (4, "--expert-model-parallel-size 2 --context-parallel-size 2"),
     "experts, replicas": (4, "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-grouped-gemm"),
 }
+VOCABULARY = "--micro-batch-size 1 --lora-r 4 --lora-alpha 12 --lora-target-modules embed_tokens lm_head q_proj "
 LATENT_LAYOUTS = {
     "tensor": (2, SEQUENCE),
     "pipeline": (2, "--pipeline-model-parallel-size 2"),
@@ -82,6 +83,31 @@ def test_down_projections_train_alike_without_sequence_shards(rows, tmp_path):
     words = LORA.replace("all-router", "")
     found = pool(2).run(train, dense, words + "--tensor-model-parallel-size 2", rows)[0]
     assert_same(found, pool(1).run(train, dense, words, rows)[0])
+
+
+VOCABULARY_LAYOUTS = {
+    "tensor": "--tensor-model-parallel-size 2",
+    "tensor, sequence": SEQUENCE,
+    "pipeline": "--pipeline-model-parallel-size 2",
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return str(make_toy("llama", tmp_path_factory.mktemp("lora") / "llama", num_hidden_layers=2))
+
+
+@pytest.fixture(scope="module")
+def vocabulary_alone(dense, rows):
+    return pool(1).run(train, dense, VOCABULARY, rows)[0]
+
+
+@pytest.mark.parametrize("layout", VOCABULARY_LAYOUTS)
+def test_adapters_of_embedding_and_output_layer_train_as_in_one_process(layout, dense, rows, vocabulary_alone):
+    names = {name.split(".lora_")[0] for name in vocabulary_alone.gradients[0]}
+    assert {"embedding.word_embeddings", "output_layer"} <= names
+    found = pool(2).run(train, dense, VOCABULARY + VOCABULARY_LAYOUTS[layout], rows)[0]
+    assert_same(found, vocabulary_alone)
 
 
 MISTAKES = {

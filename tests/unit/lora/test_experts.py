@@ -111,7 +111,7 @@ def largest_difference(grouped):
 
     initialize_distributed()
     shape = ModelShape(
-        "qwen_moe", 1, 32, 48, 4, 2, 8, 131, 64, num_moe_experts=2, moe_ffn_hidden_size=24, moe_router_topk=1
+        "qwen_moe", 1, 32, 48, 4, 2, 8, 131, 64, num_moe_experts=2, moe_ffn_hidden_size=24, moe_router_topk=2
     )
     model = build_model(shape, BuildOptions(experts=ExpertOptions(grouped_gemm=grouped), vocab_divisible_by=1))
     model.requires_grad_(False)
