@@ -87,6 +87,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turning, wide = 2 * cos.shape[-1], torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     turn = torch.complex(cos.to(wide), sin.to(wide))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.dtype == wide and turning == x.shape[-1]:
+        source, target = (torch.view_as_complex(y.unflatten(-1, (turning // 2, 2))) for y in (x.contiguous(), out))
+        torch.mul(source, turn, out=target)
+        return out
     for block in row_blocks(x.shape[0], x[:1].numel(), x, wide):
         pairs = x[block, ..., :turning].to(wide).contiguous().unflatten(-1, (turning // 2, 2))
         turned = torch.view_as_complex(pairs) * turn[block]
