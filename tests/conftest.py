@@ -20,9 +20,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """What is patched while tests are collected is patched in all of them: the adaptor would answer for every optimizer."""
+    """What is patched while tests are collected is patched in all of them."""
     if "mindspeed_llm.megatron_adaptor" in sys.modules:
-        raise pytest.UsageError("a test module imports mindspeed_llm.megatron_adaptor at its top: import it in the test")
+        raise pytest.UsageError("mindspeed_llm.megatron_adaptor is imported at the top of a test module: not there")
 
 
 @pytest.fixture(scope="session")

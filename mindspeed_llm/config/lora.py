@@ -93,7 +93,7 @@ class LoraConfig:
     )
     qlora_merge_base: str = option(
         "dequantized",
-        help="what adapters of a base in 4 bits are merged into: that base, which they were trained on, or the original",
+        help="what adapters on 4 bits are merged into: that base, which they were trained on, or its original",
         choices=("dequantized", "original"),
         doors=("pretrain", "posttrain", "convert", "inference"),
         level="advanced",
