@@ -196,7 +196,8 @@ def _weights(plan: Plan) -> tuple[Any, Any]:
     from mindspeed_llm.lora.inject import inject_adapters
     from mindspeed_llm.lora.io import load_adapters, merge_adapters
     from mindspeed_llm.models.build import build_model
-    from mindspeed_llm.training.setup import build_options, load_weights, start_processes
+    from mindspeed_llm.training.build_options import build_options
+    from mindspeed_llm.training.setup import load_weights, start_processes
 
     start_processes(plan)
     options = dataclasses.replace(build_options(plan, initialize=False), sequence_parallel=False)

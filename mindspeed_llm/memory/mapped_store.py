@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.memory.store import Rooms
+from mindspeed_llm.memory.rooms import Rooms
 
 
 class _Room:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.memory.store import Rooms
+from mindspeed_llm.memory.rooms import Rooms
 
 
 class _Room:

@@ -283,7 +283,8 @@ class Difference:
 
     Attributes:
         loss: largest |d| / loss over the steps.
-        gradients: largest max|d| / max|g| over the steps, by tensor.
+        gradients: largest max|d| / max|g| over the steps, by tensor; that of step k counts as its k-th part, since the
+            weights of two layouts differ by rounding from the second step on, and training amplifies that.
     """
 
     loss: float
@@ -309,11 +310,11 @@ def compare(found: Trained, expected: Trained) -> Difference:
     assert found.trained_tokens == expected.trained_tokens, (found.trained_tokens, expected.trained_tokens)
     loss = max(abs(a - b) / abs(b) for a, b in zip(found.losses, expected.losses, strict=True))
     gradients: dict[str, float] = {}
-    for step, whole in zip(found.gradients, expected.gradients, strict=True):
+    for number, (step, whole) in enumerate(zip(found.gradients, expected.gradients, strict=True), start=1):
         odd = sorted(step.keys() ^ whole.keys())
         assert not odd, f"only one of the two has {', '.join(odd[:5])}"
         for name, tensor in whole.items():
-            gradients[name] = max(gradients.get(name, 0.0), _ratio(step[name], tensor))
+            gradients[name] = max(gradients.get(name, 0.0), _ratio(step[name], tensor) / number)
     return Difference(loss, gradients)
 
 

@@ -105,7 +105,7 @@ def _build_without_memory(plan: Plan) -> tuple[int, int]:
     """(parameters, tensors) of the rank's part of the model."""
     from mindspeed_llm.models.build import build_chunks
     from mindspeed_llm.models.nf4_weight import nf4_weights
-    from mindspeed_llm.training.setup import build_options
+    from mindspeed_llm.training.build_options import build_options
 
     with _on_meta():
         chunks = build_chunks(plan.shape, build_options(plan, initialize=False))

@@ -16,6 +16,7 @@ from mindspeed_llm.parallel.launch import check_agreement
 from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.show import show_adapters
+from mindspeed_llm.training.build_options import DTYPES
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
 from mindspeed_llm.training.data_lines import data_lines
 from mindspeed_llm.training.dying import DyingBreath
@@ -33,14 +34,7 @@ from mindspeed_llm.training.profiling import Profiler
 from mindspeed_llm.training.report import LossHistory, Reporter
 from mindspeed_llm.training.resume import go_back, resume
 from mindspeed_llm.training.saving import Saver, SaveSchedule
-from mindspeed_llm.training.setup import (
-    DTYPES,
-    TrainingModel,
-    build,
-    is_leader,
-    is_logger,
-    start_processes,
-)
+from mindspeed_llm.training.setup import TrainingModel, build, is_leader, is_logger, start_processes
 from mindspeed_llm.training.standing import Standing
 from mindspeed_llm.training.stopping import StopRequest
 

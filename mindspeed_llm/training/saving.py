@@ -22,9 +22,10 @@ from mindspeed_llm.plan.base import base_record
 from mindspeed_llm.plan.continuity import recorded_options
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.restart import started_from
+from mindspeed_llm.training.build_options import DTYPES
 from mindspeed_llm.training.data import TrainingData
 from mindspeed_llm.training.hooks import LoopHook, Wish
-from mindspeed_llm.training.setup import DTYPES, TrainingModel, gather_parameters, is_leader
+from mindspeed_llm.training.setup import TrainingModel, gather_parameters, is_leader
 
 if TYPE_CHECKING:
     from mindspeed_llm.checkpoint.async_save import AsyncSave

@@ -5,7 +5,7 @@ import pytest
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import resolve
-from mindspeed_llm.training.setup import build_options
+from mindspeed_llm.training.build_options import build_options
 
 SEQUENCE = "--tensor-model-parallel-size 2 --sequence-parallel"
 
