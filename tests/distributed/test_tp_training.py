@@ -133,7 +133,8 @@ def test_two_ranks_train_as_one(one_rank, family, tp, sequence_parallel):
     for found_initial, found_losses, found_gradients in pool(2).run(train, SHAPES[family], tp, sequence_parallel):
         assert all(torch.equal(found_initial[name], initial[name]) for name in initial)
         assert found_losses == pytest.approx(losses, rel=1e-5)
-        assert worst(found_gradients, gradients) < 1e-5
+        # Of the third step: the weights differ by rounding by then, see testing.layouts.Difference.
+        assert worst(found_gradients, gradients) < 3e-5
     assert losses[2] < losses[0]
 
 

@@ -11,7 +11,8 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.memory import mapped_store
 from mindspeed_llm.memory.mapped_store import MappedStore
-from mindspeed_llm.memory.store import open_store, rounded
+from mindspeed_llm.memory.rooms import rounded
+from mindspeed_llm.memory.store import open_store
 
 MEGABYTE = 2**20
 

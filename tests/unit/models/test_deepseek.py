@@ -244,7 +244,6 @@ def test_what_contradicts_the_checkpoint_is_refused(with_prediction):
     for flags, words in {
         "--mtp-num-layers 3": "--mtp-num-layers: 3 contradicts",
         "--v-head-dim 64": "--v-head-dim: 64 contradicts",
-        "--lora-r 4": "lora: adapters for latent attention",
     }.items():
         with pytest.raises(UserError, match=words):
             resolved(load + flags)
