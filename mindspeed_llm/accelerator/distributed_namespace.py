@@ -47,7 +47,7 @@ class DistributedNamespace(types.ModuleType):
         super().__init__("torch.distributed")
         self.__path__ = torch.distributed.__path__
         for name in ("init_process_group", "new_group", "new_subgroups", "new_subgroups_by_enumeration"):
-            self.__dict__[name] = self._with_backend(getattr(torch.distributed, name), accelerator)
+            self.__dict__[name] = self._with_backend(name, accelerator)
         for name in ("all_gather_into_tensor", "_all_gather_base", "reduce_scatter_tensor", "_reduce_scatter_base"):
             self.__dict__[name] = _of_any_shape(getattr(torch.distributed, name))
         mesh = torch.distributed.device_mesh
@@ -63,13 +63,14 @@ class DistributedNamespace(types.ModuleType):
         return getattr(torch.distributed, name)
 
     @staticmethod
-    def _with_backend(function: Callable, accelerator: Accelerator) -> Callable:
+    def _with_backend(name: str, accelerator: Accelerator) -> Callable:
+        function = getattr(torch.distributed, name)
         signature = inspect.signature(function)
         ours = accelerator.distributed_backend
 
         @functools.wraps(function)
         def with_backend(*args: Any, **kwargs: Any) -> Any:
-            if (replaced := getattr(torch.distributed, function.__name__)) is not function:
+            if (replaced := getattr(torch.distributed, name)) is not function:
                 return replaced(*args, **kwargs)  # somebody stands in for torch's, as tests do
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments

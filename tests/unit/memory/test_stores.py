@@ -1,6 +1,7 @@
 """Where swapped tensors lie: what comes back is what went, waits are needed, and room is used again."""
 
 import errno
+import mmap
 import threading
 import weakref
 
@@ -88,7 +89,8 @@ def test_before_the_wait_nothing_has_arrived(store, gate):
 
 def test_memory_of_the_process_falls(store):
     size = 64 * MEGABYTE
-    source = bytes_of(size)
+    # Memory of its own: what malloc does with a tensor that is freed depends on all that the process did before.
+    source = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).copy_(bytes_of(size))
     content = source[::4097].clone()
     before = accelerator.current().resident_memory()
     copy = sent(store, source)

@@ -71,11 +71,11 @@ def test_rows_of_different_lengths_cannot_be_gathered(toy):
         planned(words + "--expert-model-parallel-size 2", "posttrain")
 
 
-def test_adapters_go_to_attention_and_not_to_experts(toy):
+def test_adapters_go_to_attention_and_to_experts(toy):
     words = f"--load {toy} --train-iters 1 --global-batch-size 8 --lora-r 4 "
-    assert planned(words + "--lora-target-modules q_proj linear_proj", "posttrain").adapters is not None
-    with pytest.raises(UserError, match="--lora-target-modules: linear_fc1, linear_fc2 of a model with experts"):
-        planned(words, "posttrain")
+    few = planned(words + "--lora-target-modules q_proj linear_proj", "posttrain").adapters
+    assert set(few.targets) == {"linear_qkv", "linear_proj"}
+    assert {"experts.linear_fc1", "experts.linear_fc2"} < set(planned(words, "posttrain").adapters.targets)
 
 
 def test_a_dense_model_refuses_options_of_experts(toy_llama):
