@@ -58,6 +58,10 @@ def faults(rounds: int, draw: random.Random) -> Iterator[Fault]:
             dying = at if layout in REPLICATED else None
             every = "" if layout in REPLICATED else "--save-interval 1"
             yield Fault(f"{layout}: killed", "kill", str(at), rank, ranks, f"{flags} {every}", dying)
+            if dying:
+                # Rank 0: the log is the last rank's, and so are the losses that are compared.
+                words = (str(at), 0, ranks, flags, at + 1)
+                yield Fault(f"{layout}: killed before its update", "kill_before_update", *words)
             yield Fault(f"{layout}: raises", "raises", str(at), rank, ranks, flags, at)
             if ranks > 1:
                 yield Fault(f"{layout}: sleeps", "sleeps", str(at), rank, ranks, f"{flags} --hang-timeout 5", at)

@@ -39,6 +39,7 @@ def error_of_effect(size: float, in_rows_of_a: bool, combine: bool) -> float:
 
 
 def main() -> None:
+    """Measure and print."""
     rows = [
         {"size": size, "in_rows_of_a": inside, "apart": error_of_effect(size, inside, False)}
         | {"combined": error_of_effect(size, inside, True)}

@@ -261,6 +261,7 @@ def plot(results: list[dict], file: str) -> None:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabits", type=float, nargs="+", default=[100, 200, 400, 800, 1600, 0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])

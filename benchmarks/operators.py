@@ -156,6 +156,7 @@ def behind(records: list[dict[str, Any]]) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     on_cpu = accelerator.current().device_type == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama3-8b", "qwen3-30b-a3b"])
@@ -170,6 +171,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure and print."""
     options = arguments()
     device = accelerator.current()
     machine = {"device": device.model(), "torch": torch.__version__, "python": platform.python_version()}

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.checksum import FileSum
@@ -53,7 +53,7 @@ observers: list[Callable[[str], None]] = []
 """Called with the name of each stage that this process passes; fault injection hangs here."""
 
 ASIDE, FORMER = ".tmp", ".old"
-_DYING = ".dying"
+_DYING, _GIVEN_UP = ".dying", ".given_up"
 
 
 def reached(stage: str) -> None:
@@ -146,10 +146,20 @@ def discarding(aside: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as wrong:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove_shared(aside)
         if isinstance(wrong, OSError):
             raise UserError(failure_line(aside, wrong)) from wrong
         raise
+
+
+def _remove_shared(aside: Path) -> None:
+    """Remove a directory that other ranks may be about to make files in: under another name none can be made."""
+    given_up = aside.with_name(aside.name.removesuffix(ASIDE) + _GIVEN_UP + ASIDE)
+    with suppress(OSError):
+        shutil.rmtree(given_up, ignore_errors=True)
+        os.replace(aside, given_up)
+    for path in (given_up, aside):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def failure_line(aside: Path, wrong: OSError) -> str:
@@ -281,7 +291,7 @@ def _restore_former(root: Path) -> None:
 
 def _named(root: Path, suffix: str) -> list[Path]:
     found = sorted(root.glob(f"iter_*{suffix}"))
-    return [p for p in found if iteration_of(p.name[: -len(suffix)].removesuffix(_DYING)) is not None]
+    return [p for p in found if iteration_of(p.name.partition(".")[0]) is not None]
 
 
 def aside_of(root: str | Path, iteration: int) -> Path:

@@ -221,7 +221,9 @@ def _softmax_blocks(logits: Tensor, target: Tensor) -> Iterator[tuple[slice, Ten
         probabilities = widened[: own.shape[0]]
         torch.softmax(own if own.dtype == wide else probabilities.copy_(own), dim=-1, out=probabilities)
         at_target = probabilities.gather(1, target[block, None]).squeeze(1)
-        if at_target.numel() and float(at_target.min()) < SMALLEST_PROBABILITY:
+        # Looking at the smallest would wait for a device, which takes the exact way.
+        on_device = logits.device.type != "cpu"
+        if on_device or (at_target.numel() and float(at_target.min()) < SMALLEST_PROBABILITY):
             losses = own.to(wide).logsumexp(-1) - own.gather(1, target[block, None]).squeeze(1)
         else:
             losses = at_target.log().neg_()

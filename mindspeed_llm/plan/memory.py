@@ -179,10 +179,11 @@ def estimate(
             held += max(here, default=0)
             going = kept if swapping.layer_inputs else []
         else:
+            sizes = [len(_layers(layout, stage, v)) for v in range(layout.layers.vpp)]
+            places = range(len(indices)) if dropping.per_rank else [place for size in sizes for place in range(size)]
             dropped = [
                 dropped_bytes_per_token(shape, layout, layer, place, dropping, shares=shares, dtype_bytes=dtype_bytes)
-                for v in range(layout.layers.vpp)
-                for place, layer in enumerate(_layers(layout, stage, v))
+                for place, layer in zip(places, indices)
             ]
             kept = [sum(layer_parts[layer].values()) - sum(gone.values()) for layer, gone in zip(indices, dropped)]
             # While a layer's backward pass runs, it has what was dropped.
@@ -275,7 +276,7 @@ def dropped_bytes_per_token(
     """Of `activation_bytes_per_token`, what a layer drops and computes once more, by the part that would save it.
 
     Args:
-        place: of the layer in its chunk, from 0.
+        place: of the layer in what the numbers of `options` count, a chunk or a rank, from 0.
     """
     hidden, is_moe, gone = shape.hidden_size / shares, shape.is_moe_layer(layer), {}
     mlp = _mlp_bytes(shape, layout, layer, shares, dtype_bytes) / dtype_bytes

@@ -27,6 +27,7 @@ from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import continue_run, unknown_changes
 from mindspeed_llm.plan.experts import expert_problems
 from mindspeed_llm.plan.quantization import quantization_rules, quantized_base
+from mindspeed_llm.plan.recompute import recompute_problems
 from mindspeed_llm.plan.recorded_adapters import recorded_adapters, settings_in
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
 from mindspeed_llm.plan.source import find_adapters
@@ -164,6 +165,7 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         _try(problems, lambda: check_tied_embedding(shape, adapters), None)
         _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
     problems += expert_problems(config, shape, layout)
+    problems += recompute_problems(config, shape)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
     if problems:
         raise UserError("\n".join(problems))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mindspeed_llm.config.recompute import RecomputeConfig
+from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
+from mindspeed_llm.models.shape import ModelShape
 
 # Modules of --recompute-modules that our layers recompute; megatron-core does the others.
 OWN_RECOMPUTE_MODULES = ("layernorm", "moe_act", "mla_up_proj")
@@ -36,3 +38,26 @@ def recompute_options(r: RecomputeConfig) -> RecomputeOptions:
         latent="all" if r.mla_zero_memory else "up" if up else "",
         per_rank=r.enable_recompute_layers_per_pp_rank,
     )
+
+
+def recompute_problems(config: RunConfig, shape: ModelShape) -> list[str]:
+    """A line for each part that is to be recomputed and that no layer of the model has."""
+    r, modules = config.recompute, recompute_modules(config.recompute)
+    moe = [shape.is_moe_layer(layer) for layer in range(shape.num_layers)]
+    absent = {
+        "experts": (not any(moe), {"moe_act", "moe"}, {"moe_zero_memory": r.moe_zero_memory != "disable"}),
+        "shared experts": (not shape.moe_shared_expert_intermediate_size, {"shared_experts"}, {}),
+        "dense layers": (all(moe), {"mlp"}, {}),
+        "latent attention": (
+            not shape.multi_latent_attention,
+            {"mla_up_proj"},
+            {"mla_zero_memory": r.mla_zero_memory, "recompute_mla_up_proj": r.recompute_mla_up_proj},
+        ),
+    }
+    problems = []
+    for what, (is_absent, names, switches) in absent.items():
+        given = [all_options()[name].flags[0] for name, on in switches.items() if on]
+        given += [f"--recompute-modules {name}" for name in modules if name in names]
+        if is_absent and given:
+            problems.append(f"{', '.join(given)}: no meaning for a model without {what}; leave out")
+    return problems

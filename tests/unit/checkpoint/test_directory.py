@@ -1,9 +1,12 @@
 """Directories of checkpoints: complete or ignored, whatever ends a save, and never the last good one lost."""
 
+import errno
 import json
 import os
 import resource
 import signal
+import threading
+from contextlib import suppress
 
 import pytest
 
@@ -303,6 +306,25 @@ def test_a_failing_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert not aside.exists() and find_newest(tmp_path).name == "iter_0000001"
+
+
+def test_what_is_given_up_is_gone_while_others_still_make_files_in_it(tmp_path):
+    aside, made = begin(tmp_path, 2), []
+
+    def keep_writing():
+        with suppress(FileNotFoundError):
+            while len(made) < 100_000:
+                made.append(aside / f"late{len(made)}")
+                made[-1].write_text("x")
+
+    other = threading.Thread(target=keep_writing)
+    with pytest.raises(UserError, match="iter_0000002 cannot be written"), discarding(aside):
+        other.start()
+        while len(made) < 10:
+            pass
+        raise OSError(errno.ENOSPC, "No space left on device")
+    other.join()
+    assert len(made) < 100_000 and not list(tmp_path.iterdir())
 
 
 def test_the_manifest_lists_every_file_with_size_and_checksum(tmp_path):

@@ -98,3 +98,17 @@ def test_options_that_repeat_the_model_may_be_given_and_others_contradict(toy):
 def test_layer_patterns():
     assert layer_pattern("2", 4) == [True, False, True, False]
     assert layer_pattern("([0]*1 + [1]*2 + [0])", 4) == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--moe-zero-memory level0", "--recompute-granularity selective --recompute-modules moe"]
+)
+def test_a_dense_model_refuses_to_recompute_experts(toy_llama, flags):
+    words = f"--load {toy_llama} --train-iters 1 --global-batch-size 8 "
+    with pytest.raises(UserError, match="no meaning for a model without experts"):
+        planned(words + flags)
+    with pytest.raises(UserError, match="no meaning for a model without latent attention"):
+        planned(words + "--mla-zero-memory")
+    with pytest.raises(UserError, match="no meaning for a model without shared experts"):
+        planned(words + "--recompute-granularity selective --recompute-modules shared_experts")
+    assert planned(words + "--recompute-granularity selective --recompute-modules mlp layernorm") is not None
