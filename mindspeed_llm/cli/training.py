@@ -49,10 +49,13 @@ def run_door(parsed: Parsed) -> RunResult | None:
     from mindspeed_llm.training.run import run_training
 
     result = run_training(plan, prefixes, _padding_token(tokenizer))
-    if config.checkpoint.save_hf and not result.stopped:
-        from mindspeed_llm.cli.save_hf import save_final_as_hf
+    if config.checkpoint.save_hf and not config.checkpoint.save_hf_each_checkpoint and not result.stopped:
+        import torch.distributed as dist
 
-        save_final_as_hf(plan)
+        from mindspeed_llm.training.hf_export import export_as_hf
+
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            export_as_hf(plan)
     return result
 
 

@@ -70,6 +70,11 @@ class CheckpointConfig:
         doors=TRAINING_DOORS,
     )
     save_hf: bool = option(help="write the final model as a Hugging Face directory too", doors=TRAINING_DOORS)
+    save_hf_each_checkpoint: bool = option(
+        help="with --save-hf: renew that directory after every checkpoint, beside training",
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )
     hub: str = option(
         "hf",
         help="where a hub name is looked up",

@@ -226,6 +226,7 @@ def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
             "--no-save-optim has no meaning without --save",
         ),
         (c.save_hf and c.save is None, "--save-hf has no meaning without --save"),
+        (c.save_hf_each_checkpoint and not c.save_hf, "--save-hf-each-checkpoint has a meaning with --save-hf only"),
     )
 
 

@@ -164,6 +164,7 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if adapters is not None:
         _try(problems, lambda: check_tied_embedding(shape, adapters), None)
         _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
+    problems += _export_problems(plan)
     problems += expert_problems(config, shape, layout)
     problems += recompute_problems(config, shape)
     problems += [rule.problem() for rule in plan.rules if not rule.ok]
@@ -186,6 +187,17 @@ def _adapters(
     if source is None:
         return adapters_asked_for(config, shape)
     return recorded_adapters(config, source, shape, problems)
+
+
+def _export_problems(plan: Plan) -> list[str]:
+    """Why `--save-hf` could not write what was trained."""
+    if not plan.config.checkpoint.save_hf:
+        return []
+    if plan.adapters is not None and plan.weights is None:
+        return ["--save-hf: the base of the adapters is random and nowhere on disk; try: --load"]
+    if plan.hf_files is None:
+        return ["--save-hf: no config.json of a Hugging Face model is known; try: --hf-config DIR"]
+    return []
 
 
 def _further_adapters(

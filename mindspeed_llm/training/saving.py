@@ -24,6 +24,7 @@ from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.restart import started_from
 from mindspeed_llm.training.build_options import DTYPES
 from mindspeed_llm.training.data import TrainingData
+from mindspeed_llm.training.hf_export import HfExport
 from mindspeed_llm.training.hooks import LoopHook, Wish
 from mindspeed_llm.training.setup import TrainingModel, gather_parameters, is_leader
 
@@ -107,6 +108,7 @@ class Saver(LoopHook):
         self.num_bytes = bytes_of_all_ranks(bytes_to_write(self.state(None)))
         refuse_together(self._room_problem)
         self.background = self._background() if plan.config.checkpoint.async_save else None
+        self.export = HfExport(plan) if plan.config.checkpoint.save_hf_each_checkpoint and is_leader() else None
 
     def __call__(self, progress: Progress) -> None:
         """Save the state after `progress.iteration`."""
@@ -114,50 +116,56 @@ class Saver(LoopHook):
         from mindspeed_llm.checkpoint.training_state import rng_states
 
         refuse_together(lambda: space_problem(self.root, self.num_bytes, "a checkpoint's files"))
+        if self.export is not None:
+            self.export.wait()  # the checkpoint that it reads may be removed by this one
         gather_parameters(self.model)
         state, order = self.state(rng_states()), self.order(progress)
         if self.background is not None:
             self.background.start(order, state)
         else:
             save_training(order, state)
-            self._say(order)
+            self._completed(order)
         self.last = order.final
 
     def before_batch(self, loop: TrainingLoop) -> None:
-        """Stop the run when the checkpoint that it believes to be under way will never come."""
-        if self.background is not None:
-            self.background.check()
+        """Stop the run when the checkpoint or export that it believes to be under way will never come."""
+        for beside in (self.background, self.export):
+            if beside is not None:
+                beside.check()
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is complete.
+        """Wait until the last checkpoint is complete, and what is exported of it.
 
         Raises:
             UserError: it could not be written.
         """
-        if self.background is not None:
-            self.background.wait()
+        for beside in (self.background, self.export):
+            if beside is not None:
+                beside.wait()
 
     def settle(self) -> None:
         """Let a save in the background end, on the way out after a failure of something else."""
-        if self.background is None:
-            return
-        try:
-            self.background.wait(SETTLE_SECONDS)
-        except UserError as failed:
-            print(f"warning: {failed}", flush=True)
+        for beside in (self.background, self.export):
+            try:
+                if beside is not None:
+                    beside.wait(SETTLE_SECONDS)
+            except UserError as failed:
+                print(f"warning: {failed}", flush=True)
 
     def _background(self) -> AsyncSave:
         from mindspeed_llm.checkpoint.async_save import AsyncSave
 
-        background = AsyncSave(self._say)
+        background = AsyncSave(self._completed)
         background.reserve(self.state(None))
         return background
 
-    def _say(self, order: SaveOrder) -> None:
+    def _completed(self, order: SaveOrder) -> None:
         if is_leader():
             resumable = not self.plan.config.checkpoint.no_save_optim
             note = "" if resumable else " (no optimizer state: it can be tuned from, not resumed)"
             print(f" saved checkpoint at iteration {order.iteration} to {order.final}{note}", flush=True)
+        if self.export is not None:
+            self.export.start()
 
     def state(self, rng: Mapping[str, Any] | None) -> TrainingState:
         """What this rank holds; needs no other rank."""
@@ -222,6 +230,8 @@ class Saver(LoopHook):
         needed = more * self.num_bytes
         if c.save_hf:
             exported = self.plan.shape.num_parameters() * DTYPES[self.plan.dtype_name].itemsize
+            # A renewed one is complete before the one before it goes.
+            exported *= 1 + c.save_hf_each_checkpoint
             what, needed = f"{what} and a Hugging Face model of {in_units(exported)}", needed + exported
         return space_problem(self.root, needed, what)
 

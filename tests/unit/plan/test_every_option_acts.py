@@ -306,6 +306,9 @@ ELSEWHERE = {
     "load_healthy": "tests/unit/training/test_saving.py::test_the_newest_healthy_one_can_be_resumed",
     "verify_checkpoint": "tests/unit/training/test_saving.py::test_verify_checkpoint_save_reads_everything_back",
     "save_hf": "tests/unit/plan/test_options_of_a_run.py::test_save_hf_writes_what_was_trained",
+    "save_hf_each_checkpoint": (
+        "tests/unit/plan/test_options_of_a_run.py::test_save_hf_each_checkpoint_renews_the_export_beside_training"
+    ),
     "qlora": "tests/unit/lora/test_quantized.py::test_a_run_records_its_base_in_nf4_and_resumes_on_it",
     "qlora_merge_base": "tests/unit/lora/test_quantized.py::test_merging_into_either_base",
     "show_samples": "tests/unit/plan/test_options_of_a_run.py::test_show_samples_prints_rows",

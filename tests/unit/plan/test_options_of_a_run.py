@@ -5,9 +5,11 @@ import random
 import re
 import shutil
 import threading
+import time
 
 import pytest
 
+from mindspeed_llm.checkpoint.directory import find_newest
 from mindspeed_llm.errors import UserError
 
 FLAGS = (
@@ -131,6 +133,49 @@ def test_save_hf_writes_what_was_trained(door, toy_llama, tmp_path):
     assert (out / "hf" / "model.safetensors").is_file()
     exported, trained = open_source(out / "hf"), open_source(out)
     assert all(torch.equal(exported.read(name), trained.read(name)) for name in trained.names())
+
+
+@pytest.mark.parametrize("beside", ["", "--async-save --keep-last 1"])
+def test_save_hf_each_checkpoint_renews_the_export_beside_training(door, toy_llama, tmp_path, monkeypatch, beside):
+    import torch
+
+    from mindspeed_llm.checkpoint.detect import open_source
+    from mindspeed_llm.training import hf_export
+
+    out, seen, export = tmp_path / "out", [], hf_export.export_as_hf
+
+    def watched(plan, quiet=False):
+        time.sleep(0.2)  # the next checkpoint is due meanwhile
+        newest, target = find_newest(out), export(plan, quiet)
+        exported, trained = open_source(target), open_source(newest)
+        same = all(torch.equal(exported.read(name), trained.read(name)) for name in trained.names())
+        seen.append((newest.name, same, threading.current_thread() is threading.main_thread()))
+        return target
+
+    monkeypatch.setattr(hf_export, "export_as_hf", watched)
+    flags = f"--load {toy_llama} --train-iters 3 --save {out} --save-interval 1 --progress lines {beside}"
+    door(flags, "--save-hf --save-hf-each-checkpoint")
+    assert seen == [(f"iter_000000{n}", True, False) for n in (1, 2, 3)]
+
+
+def test_a_failing_export_ends_the_run_and_leaves_the_checkpoint(door, toy_llama, tmp_path, monkeypatch):
+    from mindspeed_llm.training import hf_export
+
+    def failing(plan, quiet=False):
+        raise UserError("convert: the disk is full")
+
+    monkeypatch.setattr(hf_export, "export_as_hf", failing)
+    flags = f"--load {toy_llama} --train-iters 3 --save {tmp_path} --save-interval 1 --progress lines"
+    with pytest.raises(UserError, match="the disk is full"):
+        door(flags, "--save-hf --save-hf-each-checkpoint")
+    assert find_newest(tmp_path) is not None
+
+
+def test_what_cannot_be_exported_is_refused_before_training(door, toy_llama, tmp_path):
+    with pytest.raises(UserError, match="--save-hf: the base of the adapters is random and nowhere on disk"):
+        door(f"--hf-config {toy_llama} --train-iters 1 --save {tmp_path} --save-hf --lora-r 2")
+    with pytest.raises(UserError, match="--save-hf-each-checkpoint has a meaning with --save-hf only"):
+        door(f"--load {toy_llama} --train-iters 1 --save {tmp_path} --save-hf-each-checkpoint")
 
 
 def test_show_samples_prints_rows(door, toy_llama, capsys):
