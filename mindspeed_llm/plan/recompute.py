@@ -6,6 +6,7 @@ from mindspeed_llm.config.recompute import RecomputeConfig
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.plan.activations import WholeLayers
 
 # Modules of --recompute-modules that our layers recompute; megatron-core does the others.
 OWN_RECOMPUTE_MODULES = ("layernorm", "moe_act", "mla_up_proj")
@@ -19,6 +20,13 @@ def recompute_modules(r: RecomputeConfig) -> list[str]:
 def megatron_modules(r: RecomputeConfig) -> list[str]:
     """Those of them that megatron-core recomputes."""
     return [name for name in recompute_modules(r) if name not in OWN_RECOMPUTE_MODULES]
+
+
+def whole_layers(r: RecomputeConfig) -> WholeLayers:
+    """Which layers `--recompute-granularity full` means."""
+    if r.recompute_method == "block":
+        return WholeLayers(count=r.recompute_num_layers or ALL_LAYERS)
+    return WholeLayers(at_once=r.recompute_num_layers or 1)
 
 
 def recompute_options(r: RecomputeConfig) -> RecomputeOptions:

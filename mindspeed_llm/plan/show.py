@@ -12,23 +12,26 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import adapted_linears
 from mindspeed_llm.plan.grid import grid_tables
-from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate
+from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate_stages
 from mindspeed_llm.plan.plan import Plan
-from mindspeed_llm.plan.recompute import recompute_options
+from mindspeed_llm.plan.recompute import recompute_options, whole_layers
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def plan_memory(plan: Plan) -> MemoryEstimate:
-    """The memory estimate of a training plan."""
+    """The memory estimate of a training plan: of its fullest stage."""
+    return max(stages_memory(plan), key=lambda stage: stage.total)
+
+
+def stages_memory(plan: Plan) -> list[MemoryEstimate]:
+    """The memory estimate of every pipeline stage of a training plan."""
     from mindspeed_llm.ops.cross_entropy import CHUNK_BYTES
 
     local_vocabulary = plan.padded_vocab_size // plan.tensor_parallel_size
     loss_chunk = max(1, CHUNK_BYTES // (DTYPE_BYTES[plan.dtype_name] * local_vocabulary))
     t, o = plan.config.training, plan.config.operators
-    if not o.cross_entropy_loss_fusion:
-        loss_chunk = t.micro_batch_size * plan.seq_length
-    return estimate(
+    return estimate_stages(
         plan.shape,
         plan.layout,
         padded_vocab=plan.padded_vocab_size,
@@ -39,7 +42,8 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=plan.config.recompute.recompute_granularity,
-        loss_chunk=o.loss_chunk_size or loss_chunk,
+        loss_chunk=(o.loss_chunk_size or loss_chunk) if o.cross_entropy_loss_fusion else None,
+        whole_layers=whole_layers(plan.config.recompute),
         quantized=plan.holds_nf4,
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
@@ -247,7 +251,8 @@ def _data_set(source: WeightedPath) -> list[tuple[str, str]]:
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     m = plan_memory(plan)
     parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer)]
-    rows = [*parts, ("activations (estimate)", m.activations), ("together", m.total)]
+    rows = [*parts, ("activations (estimate)", m.activations)]
+    rows += [("temporary (estimate)", m.temporary), ("together", m.total)]
     sizes = [(name, _size(count)) for name, count in rows]
     if what := swapped_parts(plan.config.memory):
         condition = "" if plan.config.memory.swap_budget != "auto" else ", if that transfers while layers compute"

@@ -1,0 +1,219 @@
+"""What layers save for the backward pass, counted from the shape: bytes of a token, by the part that saves them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindspeed_llm.config.memory import SMALL_BYTES
+from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.parallel.layout import ParallelLayout
+
+# What layers that are recomputed as a whole keep.
+LAYER_INPUTS = "layer inputs"
+
+
+@dataclass(frozen=True)
+class Swapping:
+    """What activation swap moves: `--swap-attention` with its modules, `--swap-layer-input`, and the bytes allowed."""
+
+    modules: tuple[str, ...] = ()
+    layer_inputs: bool = False
+    limit: int | None = None
+
+    def away(self, layers: list[float], micro_batches: float) -> int:
+        """Bytes on the host at the peak, of layers that each let so many bytes go, for so many micro-batches at once.
+
+        The layer that runs and the one before or behind it have theirs on the device (`memory.swap`).
+        """
+        everything = sum(layers) * micro_batches - sum(sorted(layers)[-2:])
+        return int(max(min(everything, self.limit or everything), 0))
+
+
+@dataclass(frozen=True)
+class WholeLayers:
+    """Layers that are recomputed as a whole.
+
+    Attributes:
+        count: of each pipeline chunk (or rank, where those are counted), from its first on.
+        at_once: layers that keep one input together.
+    """
+
+    count: int = ALL_LAYERS
+    at_once: int = 1
+
+
+ALL_WHOLE, NONE_WHOLE = WholeLayers(), WholeLayers(count=0)
+NOTHING_SWAPPED = Swapping()
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What the layers of a stage save, by the options of a run.
+
+    Attributes:
+        dtype_bytes: of activations.
+        whole: layers that keep their input alone.
+        dropping: parts of the others that are computed once more.
+        swapping: what goes to the host.
+    """
+
+    shape: ModelShape
+    layout: ParallelLayout
+    sequence_parallel: bool
+    dtype_bytes: int
+    whole: WholeLayers
+    dropping: RecomputeOptions
+    swapping: Swapping
+
+    @property
+    def shares(self) -> int:
+        """Ranks that share the rows of what is not cut by heads or channels."""
+        return self.layout.tp if self.sequence_parallel else 1
+
+    def of_stage(self, stage: int, tokens: int, in_flight: float) -> tuple[dict[str, int], int]:
+        """Bytes by part at the peak of a stage, and bytes on the host then.
+
+        Args:
+            tokens: of a micro-batch on this rank.
+            in_flight: micro-batches whose activations are held at once.
+        """
+        layers = [self._layer(layer, place) for layer, place in self._places(stage)]
+        kept = [each for each, _ in layers]
+        modules = (*self.swapping.modules, *[LAYER_INPUTS] * self.swapping.layer_inputs)
+        if tokens * self.shape.hidden_size * self.dtype_bytes / self.shares < SMALL_BYTES:
+            modules = ()
+        going = [sum(each.get(part, 0) for part in modules) * tokens for each in kept]
+        swapped = self.swapping.away(going, in_flight)
+        total: Counter[str] = Counter()
+        for each in kept:
+            total.update({part: size * tokens * in_flight for part, size in each.items()})
+        everything = sum(total[part] for part in modules)
+        for part in modules:
+            total[part] *= 1 - swapped / max(everything, 1)
+        # While the backward pass of layers runs, they have what was dropped.
+        total["recomputed layer"] = max((again for _, again in layers), default=0) * tokens
+        return {part: int(size) for part, size in total.items() if size}, swapped
+
+    def _layer(self, layer: int, place: int) -> tuple[dict[str, float], float]:
+        """What a layer keeps, and what comes back for its backward pass, for each token."""
+        saved = activation_bytes_per_token(
+            self.shape, self.layout, layer, sequence_parallel=self.sequence_parallel, dtype_bytes=self.dtype_bytes
+        )
+        if place < self.whole.count:
+            first = place % self.whole.at_once == 0
+            kept = {LAYER_INPUTS: self.shape.hidden_size * self.dtype_bytes / self.shares} if first else {}
+            return kept, sum(saved.values()) * self.whole.at_once
+        gone = dropped_bytes_per_token(
+            self.shape,
+            self.layout,
+            layer,
+            place - self.whole.count,
+            self.dropping,
+            shares=self.shares,
+            dtype_bytes=self.dtype_bytes,
+        )
+        return {part: size - gone.get(part, 0) for part, size in saved.items()}, sum(gone.values())
+
+    def _places(self, stage: int) -> Iterator[tuple[int, int]]:
+        """The stage's layers, and their places in what the options count: a chunk or a rank."""
+        before = 0
+        for chunk in range(self.layout.layers.vpp):
+            layers = list(self.layout.layers.layers(stage, chunk).values())
+            yield from zip(layers, range(before, before + len(layers)))
+            before += len(layers) if self.dropping.per_rank else 0
+
+
+def micro_batches_in_flight(layout: ParallelLayout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once; with virtual stages, in units of all its chunks.
+
+    1F1B runs (stages behind this one) + 1 forward passes before the first backward pass. The interleaved schedule runs
+    2 (stages behind) + (chunks - 1) stages + 1 of them, each of one chunk (Narayanan et al. 2021, section 2.2, and
+    megatron-core's `get_pp_rank_microbatches`).
+    """
+    behind = layout.pp - 1 - stage
+    chunks = layout.layers.vpp
+    if chunks == 1:
+        return min(behind + 1, micro_batches)
+    return min(2 * behind + (chunks - 1) * layout.pp + 1, micro_batches * chunks) / chunks
+
+
+def activation_bytes_per_token(
+    shape: ModelShape, layout: ParallelLayout, layer: int, *, sequence_parallel: bool, dtype_bytes: int
+) -> dict[str, float]:
+    """Saved tensors of one layer for each of this rank's tokens, by the part that saves them (`--swap-modules`).
+
+    Norm inputs and outputs, q, k, v, attention output, inputs and outputs of the activation function; of experts also
+    the rows sent to them and back, with an even spread of the tokens. The counting of Korthikanti et al., "Reducing
+    Activation Recomputation in Large Transformer Models" (2022), section 4, for a gated MLP, an attention without
+    stored scores and no dropout masks.
+    """
+    shares = layout.tp if sequence_parallel else 1
+    hidden = shape.hidden_size / shares
+    return {
+        "input_norm": hidden * dtype_bytes,
+        "self_attention": (hidden + _attention_values(shape, layout.tp, shares)) * dtype_bytes,
+        "post_attention_norm": hidden * dtype_bytes,
+        "mlp": hidden * dtype_bytes + _mlp_bytes(shape, layout, layer, shares, dtype_bytes),
+    }
+
+
+def _mlp_bytes(shape: ModelShape, layout: ParallelLayout, layer: int, shares: int, dtype_bytes: int) -> float:
+    """Saved bytes of a rank's part of an MLP or of experts, per token, without its input."""
+    tp = layout.tp
+    width = 3 if shape.gated_linear_unit else 2
+    if not shape.is_moe_layer(layer):
+        return width * shape.ffn_hidden_size / tp * dtype_bytes
+    rows = 2 * shape.hidden_size + width * shape.moe_ffn_hidden_size / layout.expert_tp
+    values = shape.moe_router_topk * rows * layout.expert_tp / tp
+    values += width * (shape.moe_shared_expert_intermediate_size or 0) / tp
+    return values * dtype_bytes + 4 * shape.num_moe_experts / shares
+
+
+def dropped_bytes_per_token(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    layer: int,
+    place: int,
+    options: RecomputeOptions,
+    *,
+    shares: int,
+    dtype_bytes: int,
+) -> dict[str, float]:
+    """Of `activation_bytes_per_token`, what a layer drops and computes once more, by the part that would save it.
+
+    Args:
+        place: of the layer in what the numbers of `options` count, a chunk or a rank, from 0.
+    """
+    hidden, is_moe, gone = shape.hidden_size / shares, shape.is_moe_layer(layer), {}
+    mlp = _mlp_bytes(shape, layout, layer, shares, dtype_bytes) / dtype_bytes
+    parts = 3 if shape.gated_linear_unit else 2  # in and out of the activation function
+    if place < options.norm:
+        gone = {"self_attention": hidden, "mlp": hidden}
+    if is_moe and place < options.expert_layer:
+        gone["mlp"] = gone.get("mlp", 0) + mlp
+    elif is_moe and place < options.experts:
+        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * parts * shape.moe_ffn_hidden_size / layout.tp
+    elif is_moe and place < max(options.activation, options.expert_activation):
+        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * shape.moe_ffn_hidden_size / layout.tp
+    elif not is_moe and place < options.activation:
+        gone["mlp"] = gone.get("mlp", 0) + shape.ffn_hidden_size / layout.tp
+    if options.latent:
+        made = shape.num_attention_heads * (2 * shape.kv_channels + shape.v_head_dim)
+        made += shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
+        latents = 2 * ((shape.q_lora_rank or 0) + shape.kv_lora_rank) if options.latent == "all" else 0
+        gone["self_attention"] = gone.get("self_attention", 0) + made / layout.tp + latents / shares
+    return {part: values * dtype_bytes for part, values in gone.items()}
+
+
+def _attention_values(shape: ModelShape, tp: int, shares: int) -> float:
+    """Saved values of a rank's part of an attention per token; what is not cut by heads is cut into `shares`."""
+    n, d = shape.num_attention_heads, shape.kv_channels
+    if not shape.multi_latent_attention:
+        return (2 * n + 2 * shape.num_query_groups) * d / tp
+    # q, k, v, the output, the up-projected keys and values that k and v were cut from, and the latent vectors.
+    up = n * (shape.qk_head_dim + shape.v_head_dim)
+    latent = 2 * ((shape.q_lora_rank or 0) + shape.kv_lora_rank) + shape.qk_pos_emb_head_dim
+    return (2 * n * d + 2 * n * shape.v_head_dim + up) / tp + latent / shares
