@@ -151,6 +151,7 @@ class ActivationSwap:
         self._outstanding: weakref.WeakSet[LayerPass] = weakref.WeakSet()
         self._leaving: LayerPass | None = None
         self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
+        self._every: weakref.WeakSet[SavedStorage] = weakref.WeakSet()
         self._count = self._rounds = 0
         self._parameters: set[int] | None = None
         self._staying: set[int] = set()
@@ -177,7 +178,12 @@ class ActivationSwap:
     def remember(self, tensor: Tensor) -> SavedStorage:
         """A saved tensor's storage, for the tensors on it that are saved later."""
         storage = self._storages[tensor.untyped_storage()._cdata] = SavedStorage(tensor)
+        self._every.add(storage)
         return storage
+
+    def device_bytes(self) -> int:
+        """Bytes of what was saved that are on the device, or on their way there."""
+        return sum(storage.device_bytes for storage in list(self._every))
 
     def begin_layer(self, place: Hashable) -> LayerPass:
         """The forward pass of a layer begins."""

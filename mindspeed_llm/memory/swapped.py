@@ -80,6 +80,13 @@ class SavedStorage:
         """Whether the content is on the host alone, and nobody has asked for it yet."""
         return self._content is None and not self._fetching
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of it that are on the device, or on their way there."""
+        if self._content is None:
+            return self.nbytes if self._fetching else 0
+        return self._content.untyped_storage().nbytes()
+
     def fetch(self) -> None:
         """Begin to bring the content back, if it is away."""
         if self.is_away:
@@ -148,14 +155,17 @@ class SavedWhole:
         return self.value
 
 
-def check_version(tensor: Tensor, version: int) -> None:
+def check_version(tensor: Tensor, version: int, who: str = "swap") -> None:
     """What autograd checks itself when it saves without hooks.
+
+    Args:
+        who: saves by hooks.
 
     Raises:
         RuntimeError: the tensor was written to since it had that version.
     """
     if tensor._version != version:
         raise RuntimeError(
-            "swap: a tensor needed for gradient computation has been modified by an inplace operation: it has version "
-            f"{tensor._version}; expected {version} instead"
+            f"{who}: a tensor needed for gradient computation has been modified by an inplace operation: it has "
+            f"version {tensor._version}; expected {version} instead"
         )

@@ -13,6 +13,10 @@ from mindspeed_llm.parallel.layout import ParallelLayout
 
 # What layers that are recomputed as a whole keep.
 LAYER_INPUTS = "layer inputs"
+# What was dropped, of the layers whose backward pass runs.
+RECOMPUTED = "recomputed layers"
+# What embedding, final norm, output layer and loss save.
+OUTSIDE = "outside the layers"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class LayerActivations:
         for part in modules:
             total[part] *= 1 - swapped / max(everything, 1)
         # While the backward pass of layers runs, they have what was dropped.
-        total["recomputed layer"] = max((again for _, again in layers), default=0) * tokens
+        total[RECOMPUTED] = max((again for _, again in layers), default=0) * tokens
         return {part: int(size) for part, size in total.items() if size}, swapped
 
     def _layer(self, layer: int, place: int) -> tuple[dict[str, float], float]:

@@ -20,6 +20,7 @@ from mindspeed_llm.plan.activations import (
     ALL_WHOLE,
     NONE_WHOLE,
     NOTHING_SWAPPED,
+    OUTSIDE,
     LayerActivations,
     Swapping,
     WholeLayers,
@@ -43,7 +44,8 @@ class MemoryEstimate:
         temporary: the loss's logits of one chunk; a weight in NF4 made dense.
         stage: number of the pipeline stage.
         swapped: bytes of activations that lie on the host at the peak; those of `activations` are without them.
-        parts: of `activations`, by what saves them: a part of the layers, "recomputed layer" or "output and loss".
+        parts: of `activations`, by what saves them: modules of the layers (`--swap-modules`), and the names that stand
+            in `plan.activations`.
     """
 
     weights: int
@@ -176,7 +178,7 @@ def estimate_stages(
         if stage == layout.pp - 1:
             rows = padded_vocab // layout.tp
             head = rows * shape.hidden_size if adapter_parameters is None else 0
-            parts["output and loss"], logits = _loss_bytes(layers, tokens, rows, head, loss_chunk)
+            parts[OUTSIDE], logits = _loss_bytes(layers, tokens, rows, head, loss_chunk)
         estimates.append(
             MemoryEstimate(
                 weights=int((local.total - in_nf4[stage].total) * dtype_bytes + in_nf4[stage].total * NF4_BYTES),

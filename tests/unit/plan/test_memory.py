@@ -8,6 +8,7 @@ import torch
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layer_map
 from mindspeed_llm.parallel.layout import ParallelLayout
+from mindspeed_llm.plan.activations import RECOMPUTED
 from mindspeed_llm.plan.memory import estimate, micro_batches_in_flight, parameters_by_stage
 
 SHAPE = ModelShape("llama", 4, 128, 320, 8, 4, 16, 1009, 256)
@@ -73,7 +74,7 @@ def test_activations_are_right_within_a_factor(recompute, request):
     assert loss.isfinite()
     found = estimated(recompute=recompute)
     # while one layer is computed again its tensors come on top
-    said = found.activations - found.parts.get("recomputed layer", 0)
+    said = found.activations - found.parts.get(RECOMPUTED, 0)
     assert held / FACTOR < said < held * FACTOR, (held, said)
 
 
