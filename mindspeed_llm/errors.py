@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     Doors print it and exit with status 1; as a ValueError it behaves normally for callers of the Python API.
     """
+
+
+class OutOfMemory(UserError):
+    """The device has no memory left, with what would have fitted; what the run has trained so far is sound."""

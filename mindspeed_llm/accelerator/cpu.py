@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import resource
 import time
 from pathlib import Path
@@ -133,6 +134,13 @@ class CPU:
 
     def memory_total(self) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def memory_room(self) -> int:
+        page, pages = resource.getpagesize(), Path("/proc/self/statm").read_text().split()
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        room = int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # counts what is mapped, resident or not
+        return room if limit == resource.RLIM_INFINITY else min(room, limit - int(pages[0]) * page)
 
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -71,6 +71,10 @@ class CUDA:
     def memory_total(self) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
+    def memory_room(self) -> int:
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()

@@ -101,6 +101,10 @@ class NPU:
     def memory_total(self) -> int:
         return torch.npu.mem_get_info()[1]
 
+    def memory_room(self) -> int:
+        unused = torch.npu.memory_reserved() - torch.npu.memory_allocated()
+        return torch.npu.mem_get_info()[0] + unused
+
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()

@@ -72,6 +72,9 @@ class Accelerator(Protocol):
     def memory_total(self) -> int:
         """Bytes of memory the device has."""
 
+    def memory_room(self) -> int:
+        """Bytes that this process can still take for tensors; on a host that several share, its part of them."""
+
     def resident_memory(self) -> int:
         """Bytes of host memory resident for this process."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from mindspeed_llm.errors import UserError
+from mindspeed_llm.errors import OutOfMemory, UserError
 from mindspeed_llm.parallel.last_lines import LastLines, listening
 from mindspeed_llm.parallel.stacks import all_stacks, late_line, whereabouts
 from mindspeed_llm.parallel.survivors import Alarm, LastWill, Survivors, has_ended, one_line, sign_of_life
@@ -99,11 +99,11 @@ class Watch:
     def report(self, error: BaseException) -> bool:
         """Tell everybody that this rank failed; whether it is the first to."""
         own = is_own(error)
-        savable = not isinstance(error, UserError)  # a refusal may be of the very state
+        refusal = isinstance(error, UserError) and not isinstance(error, OutOfMemory)  # maybe of the very state
         told = f"rank {self.rank} on {socket.gethostname()} failed first: {one_line(error)}"
         self.lines.stop()
         self._tell_lines()  # those that came since the last sign of life; whoever ends the log reads them
-        first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable))
+        first = self.survivors.give_alarm(Alarm(self.rank, told, own, savable=not refusal))
         self.alerted.set()
         return first
 
