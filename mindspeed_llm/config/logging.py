@@ -14,6 +14,12 @@ class LoggingConfig:
     log_memory: bool = option(
         help="add the device's peak and the process's resident memory to the log line", level="advanced"
     )
+    memory_report: bool = option(
+        True,
+        help="after the second iteration, print where each device's memory goes, predicted beside measured; "
+        "no other iteration is touched",
+        level="advanced",
+    )
     metrics_jsonl: str | None = option(
         help="file for the figures of every log line, one JSON object a line; default: metrics.jsonl in --save"
     )

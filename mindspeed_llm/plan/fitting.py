@@ -1,0 +1,192 @@
+"""Which changes of a plan would make it fit into less memory, the cheapest first; each is planned before it is named.
+
+The cost of a change is what a step takes longer, as a share of its time: measured ones are those of docs/benchmarks.md,
+others are said where they stand. They order the changes; nothing else rests on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mindspeed_llm.checkpoint.space import in_units
+from mindspeed_llm.config.memory import SWAP_MODULES
+from mindspeed_llm.config.run import all_options
+from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.plan import Plan, resolve
+from mindspeed_llm.plan.show import pipeline_idle_share, plan_memory
+
+MOST_AT_ONCE = 3
+SMALLER_LOSS_CHUNK = 256
+# What is said of a cost instead of a share of the time.
+IF_HIDDEN = "no slower where transfers hide behind computation"
+COMMUNICATION = "slower by what its communication takes"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options to set, and what that costs.
+
+    Attributes:
+        options: name -> value.
+        cost: share of a step's time, for the order and, without `says`, for the reader.
+        says: what it costs, in words.
+        processes: times as many are needed.
+    """
+
+    options: dict[str, Any]
+    cost: float
+    says: str = ""
+    processes: int = 1
+
+    def words(self) -> str:
+        """As flags of a command line."""
+        flags = " ".join(_flag(name, value) for name, value in self.options.items())
+        return flags + (f" on {self.processes} times as many devices" if self.processes > 1 else "")
+
+    def price(self) -> str:
+        """What a reader is told of the cost."""
+        return self.says or (f"about {100 * self.cost:.0f} % slower" if self.cost >= 0.01 else "no slower")
+
+    def __and__(self, other: Change) -> Change:
+        says = ", ".join(dict.fromkeys(each for each in (self.says, other.says) if each))
+        if says and not (self.says and other.says):
+            says += f", {(self if not self.says else other).price()}"
+        both = self.options | other.options
+        return Change(both, self.cost + other.cost, says, self.processes * other.processes)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A change whose plan fits.
+
+    Attributes:
+        total: predicted bytes of the fullest device.
+        saved: fewer than now.
+    """
+
+    change: Change
+    total: int
+    saved: int = field(default=0)
+
+    def line(self) -> str:
+        """For the error message."""
+        return f"{self.change.words()} (saves about {in_units(self.saved)}, {self.change.price()})"
+
+
+def _flag(name: str, value: Any) -> str:
+    option = all_options()[name]
+    if value is True:
+        return option.flags[0]
+    return option.off_flags[0] if value is False else f"{option.flags[0]} {value}"
+
+
+def changes(plan: Plan) -> list[Change]:
+    """What could be changed alone without changing what is learned, whether it is possible or not."""
+    c, layout = plan.config, plan.layout
+    micro, fits_pipelines = c.training.micro_batch_size, plan.shape.num_layers >= 2 * layout.pp
+    # Without a number of its own the global batch would follow the micro-batch and the replicas.
+    batch = {} if c.training.global_batch_size is not None else {"global_batch_size": plan.global_batch_size}
+    found = [
+        Change({"use_distributed_optimizer": True}, 0.0),
+        Change({"cross_entropy_loss_fusion": True}, 0.0),
+        Change({"sequence_parallel": True}, 0.0),
+        Change({"recompute_activation_function": True}, 0.01),
+        Change({"recompute_norm": True}, 0.01),
+        # Smaller products of the head.
+        Change({"loss_chunk_size": SMALLER_LOSS_CHUNK}, 0.02),
+        Change({"recompute_mla_up_proj": True}, 0.03),
+        Change({"mla_zero_memory": True}, 0.05),
+        Change({"swap_attention": True, "swap_modules": ",".join(SWAP_MODULES)}, 0.04, IF_HIDDEN),
+        # Smaller products; weights are read more often.
+        *[Change({"micro_batch_size": size} | batch, 0.05 * micro / size) for size in _halves(micro)],
+        # Experts' linears, two of three products of the forward pass, again.
+        Change({"moe_zero_memory": "level0"}, 0.15),
+        Change({"moe_zero_memory": "level1"}, 0.2),
+        # The forward pass again, a third of a step.
+        Change({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 0.33),
+    ]
+    # The same devices share more of the model and fewer samples. Links decide what that costs.
+    sizes = {"tensor_model_parallel_size": layout.tp, "context_parallel_size": layout.cp}
+    sizes |= {"expert_model_parallel_size": layout.ep} if plan.shape.num_moe_experts else {}
+    for name, size in sizes.items():
+        found.append(Change({name: 2 * size} | batch, 0.15, COMMUNICATION))
+        found.append(Change({name: 2 * size} | batch, 1.0, COMMUNICATION, processes=2))
+    if fits_pipelines:
+        stages = {"pipeline_model_parallel_size": 2 * layout.pp} | batch
+        found.append(Change(stages, 0.1 + _more_idle(plan), COMMUNICATION))
+        found.append(Change(stages, 1.0 + _more_idle(plan), COMMUNICATION, processes=2))
+    return [change for change in found if any(c.get(name) != value for name, value in change.options.items())]
+
+
+def _halves(size: int) -> list[int]:
+    """size / 2, size / 4, ... while they are whole."""
+    found = []
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        found.append(size)
+    return found
+
+
+def _more_idle(plan: Plan) -> float:
+    """Share of a step that twice as many stages idle more."""
+    behind = 2 * plan.layout.pp - 1
+    return behind / (plan.layout.layers.vpp * plan.num_micro_batches + behind) - pipeline_idle_share(plan)
+
+
+def planned(plan: Plan, change: Change) -> Plan | None:
+    """The plan with a change; None where the two do not go together."""
+    config = copy.deepcopy(plan.config)
+    for name, value in change.options.items():
+        config.set(name, value, "advice")
+    config.training.global_batch_size = plan.global_batch_size
+    config.logging.dry_run, config.logging.world_size = True, plan.world_size * change.processes
+    try:
+        return resolve(config, [], tokenizer_size=plan.shape.vocab_size)
+    except UserError:
+        return None
+
+
+def cheapest(plan: Plan, room: int, most: int = 3) -> list[Fitting]:
+    """The cheapest changes, alone or up to three together, that fit; none that has another one in it.
+
+    Args:
+        room: bytes of a device that the estimate may come to.
+        most: so many at most.
+    """
+    now = plan_memory(plan).total
+    useful = [change for change, total in _totals(plan, changes(plan)) if total < now]
+    found: list[Fitting] = []
+    for change in _together(useful):
+        if len(found) == most:
+            break
+        if any(known.change.options.items() <= change.options.items() for known in found):
+            continue
+        for _, total in _totals(plan, [change]):
+            if total <= room:
+                found.append(Fitting(change, total, now - total))
+    return found
+
+
+def _totals(plan: Plan, several: Sequence[Change]) -> Iterator[tuple[Change, int]]:
+    """Changes that are possible, and what their fullest device is predicted to hold."""
+    for change in several:
+        changed = planned(plan, change)
+        if changed is not None:
+            yield change, plan_memory(changed).total
+
+
+def _together(single: Sequence[Change]) -> list[Change]:
+    """One to three of them at once, cheapest first; none that contradict each other."""
+    found = []
+    for count in range(1, MOST_AT_ONCE + 1):
+        for several in itertools.combinations(single, count):
+            joined = several[0]
+            for other in several[1:]:
+                joined = joined & other
+            if all(change.options.items() <= joined.options.items() for change in several):
+                found.append(joined)
+    return sorted(found, key=lambda change: (round(change.cost, 6), len(change.options)))
