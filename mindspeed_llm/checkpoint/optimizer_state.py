@@ -11,15 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mindspeed_llm.checkpoint.boxes import Box, sharded_leaves, slice_boxes
+from mindspeed_llm.parallel.shards import Shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
+
+
+class StateElsewhere(Protocol):
+    """State that does not lie in the optimizer's own tensors: what its attribute `elsewhere` is then."""
+
+    def settle(self) -> None:
+        """Wait until the tensors of the optimizer's `state` have what the last step computed."""
+
+    def master(self, main: Tensor) -> Tensor:
+        """The fp32 weights of one of the optimizer's tensors, in its shape, to read and to write; maybe a copy."""
+
+    def accept(self, main: Tensor, values: Tensor) -> None:
+        """`master` gave this, and it has been written to."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +58,35 @@ class OwnState:
     part: Any
 
     def values(self) -> dict[str, Tensor]:
-        """Moments and, in mixed precision, the fp32 weights: those held here, without a copy."""
+        """Moments and, in mixed precision, the fp32 weights: those held here, to save from and to load into.
+
+        What is written to them counts after `accept`.
+        """
         if self.main is None:
             return {}
+        if self.elsewhere is not None:
+            self.elsewhere.settle()
         state = self.part.optimizer.state[self.main]
         held = {name: state[name] for name in MOMENTS}
-        return held | {MASTER: self.main.detach()} if is_mixed(self.parameter) else held
+        if is_mixed(self.parameter):
+            held[MASTER] = self.main.detach() if self.elsewhere is None else self.elsewhere.master(self.main)
+        return held
+
+    def accept(self, values: dict[str, Tensor]) -> None:
+        """Take what has been written to the tensors that `values` gave."""
+        if self.elsewhere is not None and MASTER in values:
+            self.elsewhere.accept(self.main, values[MASTER])
+
+    @property
+    def elsewhere(self) -> StateElsewhere | None:
+        """What holds the state, unless the optimizer's own tensors do."""
+        return getattr(self.part.optimizer, "elsewhere", None)
 
 
 def is_mixed(parameter: nn.Parameter) -> bool:
-    """Whether the optimizer keeps fp32 weights beside this parameter."""
-    return parameter.dtype != torch.float32
+    """Whether the optimizer keeps fp32 weights beside this parameter, or in its place where it is cut."""
+    shard = shard_of(parameter)
+    return (parameter.dtype if shard is None else shard.compute_dtype) != torch.float32
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
@@ -71,12 +104,19 @@ def own_states(optimizer: Any) -> Iterator[OwnState]:
             yield from _distributed_states(part)
         elif hasattr(part, "float16_groups"):
             yield from _mixed_precision_states(part)
+        elif hasattr(part, "shards"):
+            yield from (_shard_state(part, shard) for shard in part.shards)
         else:
             yield from (_whole_state(part, p, p) for group in part.optimizer.param_groups for p in group["params"])
 
 
 def _whole_state(part: Any, parameter: nn.Parameter, main: Tensor) -> OwnState:
     return OwnState(parameter, main, 0, parameter.numel(), False, part)
+
+
+def _shard_state(part: Any, shard: Shard) -> OwnState:
+    main = shard.main if shard.main.numel() else None
+    return OwnState(shard.parameter, main, shard.start, shard.stop, True, part)
 
 
 def _mixed_precision_states(part: Any) -> Iterator[OwnState]:
@@ -97,23 +137,30 @@ def _distributed_states(part: Any) -> Iterator[OwnState]:
             yield OwnState(parameter, main, start, stop, True, part)
 
 
-def optimizer_boxes(optimizer: Any, model_state: Mapping[str, Any], replicas: Callable[[Tensor], int]) -> list[Box]:
+def optimizer_boxes(
+    optimizer: Any, model_state: Mapping[str, Any], replicas: Callable[[Tensor], int]
+) -> tuple[list[Box], list[Callable[[], None]]]:
     """What this rank's optimizer holds, as boxes on its memory: the same to save from and to load into.
 
     Args:
         model_state: megatron-core's sharded state of the model (any nesting), holding every trained parameter.
         replicas: how many data-parallel ranks hold the same of a parameter.
+
+    Returns:
+        The boxes, and what is to be called when they have been filled.
     """
     allocate_moments(optimizer)
     shards = {id(sharded.data): sharded for _, sharded in sharded_leaves(model_state)}
     boxes: list[Box] = []
+    accepting: list[Callable[[], None]] = []
     for own in own_states(optimizer):
-        sharded = shards[id(own.parameter)]
-        for name, held in own.values().items():
+        sharded, values = shards[id(own.parameter)], own.values()
+        accepting.append(partial(own.accept, values))
+        for name, held in values.items():
             key = f"optimizer.state.{name}.{sharded.key}"
             same = None if own.is_slice else replicas(own.parameter)
             boxes += slice_boxes(sharded, key, held, own.start, own.stop, same)
-    return boxes
+    return boxes, accepting
 
 
 def optimizer_step(optimizer: Any) -> int:
@@ -130,7 +177,8 @@ def set_optimizer_step(optimizer: Any, step: int) -> None:
     for part in optimizer_parts(optimizer):
         if counts_by_parameter(part.optimizer):
             for state in part.optimizer.state.values():
-                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+                device = state["step"].device if "step" in state else None
+                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         else:  # whether a count is there or not: a fresh optimizer has none
             for group in part.optimizer.param_groups:
                 group["step"] = step

@@ -13,16 +13,17 @@ PROBE_BYTES = 2**16
 FP32_BYTES = 4
 
 
-def bytes_of_parameter(itemsize: int, trained: bool) -> int:
+def bytes_of_parameter(itemsize: int, trained: bool, moment_itemsize: int = FP32_BYTES) -> int:
     """Bytes of one parameter in a checkpoint.
 
     Args:
         itemsize: of the weight itself.
-        trained: with Adam's two moments, and in reduced precision the weight once more, all fp32.
+        trained: with Adam's two moments, and in reduced precision the weight once more, in fp32.
+        moment_itemsize: of a moment.
     """
     if not trained:
         return itemsize
-    return itemsize + 2 * FP32_BYTES + (FP32_BYTES if itemsize < FP32_BYTES else 0)
+    return itemsize + 2 * moment_itemsize + (FP32_BYTES if itemsize < FP32_BYTES else 0)
 
 
 def free_bytes(path: Path) -> int:

@@ -155,6 +155,8 @@ def load_training(source: Path, state: TrainingState, *, trusted: bool = False) 
     stored = StoredBoxes(source, trusted)
     _check_none_left(stored, state.boxes)
     stored.fill(state.boxes)
+    for accept in state.filled:
+        accept()
     return stored.read_common() | {key: stored.read_object(key) for key in state.objects}
 
 

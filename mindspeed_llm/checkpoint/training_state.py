@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from mindspeed_llm import accelerator
-from mindspeed_llm.checkpoint.boxes import Box, own_share, sharded_leaves, tensor_boxes
-from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state, optimizer_boxes, optimizer_step
+from mindspeed_llm.checkpoint.boxes import Box, own_share, sharded_leaves, slice_boxes, tensor_boxes
+from mindspeed_llm.checkpoint.optimizer_state import grad_scaler_state, is_mixed, optimizer_boxes, optimizer_step
 from mindspeed_llm.checkpoint.write_part import bytes_of_part, saved_bytes
+from mindspeed_llm.parallel.shards import shard_of
 
 
 @dataclass
@@ -21,12 +22,14 @@ class TrainingState:
     """One rank's part of a training state, the same to save from and to load into.
 
     Attributes:
-        boxes: everything this rank holds, replicas of others' included; views of the live tensors.
+        boxes: everything this rank holds, replicas of others' included; views of the live tensors, `rounded` excepted.
         objects: unique key -> object, of this rank alone.
         placeholders: unique keys of objects that hold nothing: megatron-core's linears ask for the state that those of
             Transformer Engine have.
         common: plain values that all ranks know alike.
         facts: values that a rank knows, or not (None): see `merge_facts`.
+        rounded: (16-bit copy in the boxes, fp32 values it stands for) of weights that are cut and held in fp32 alone.
+        filled: what is to be called when the optimizer's boxes have been filled.
     """
 
     boxes: list[Box]
@@ -34,10 +37,17 @@ class TrainingState:
     placeholders: list[str] = field(default_factory=list)
     common: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    rounded: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    filled: list[Callable[[], None]] = field(default_factory=list)
 
     def own_boxes(self) -> list[Box]:
         """The boxes that this rank writes when all ranks are there."""
         return own_share(self.boxes)
+
+    def take_rounded(self) -> None:
+        """Let what was loaded without an optimizer's fp32 weights be the weights."""
+        for loaded, weights in self.rounded:
+            weights.copy_(loaded)
 
     def packed_objects(self) -> dict[str, bytes]:
         """All objects as megatron-core stores them."""
@@ -62,17 +72,31 @@ def training_state(
         rng: random states to save (`rng_states`); None leaves them out.
     """
     model = sharded_model_state(chunks, only)
-    leaves = [sharded for _, sharded in sharded_leaves(model)]
-    state = TrainingState([box for sharded in leaves for box in tensor_boxes(sharded, data_replicas(sharded.data))])
+    state = TrainingState([])
+    for _, sharded in sharded_leaves(model):
+        state.boxes += _weight_boxes(sharded, state.rounded)
     state.placeholders = placeholder_keys(model)
     if optimizer is not None:
-        state.boxes += optimizer_boxes(optimizer, model, data_replicas)
+        boxes, state.filled = optimizer_boxes(optimizer, model, data_replicas)
+        state.boxes += boxes
         state.facts = {"optimizer_step": optimizer_step(optimizer), "grad_scaler": grad_scaler_state(optimizer)}
     if scheduler is not None:
         state.common["opt_param_scheduler"] = scheduler.state_dict()
     if rng is not None:
         state.objects[rng_key()] = dict(rng)
     return state
+
+
+def _weight_boxes(sharded: Any, rounded: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Box]:
+    """The boxes of a weight or buffer: all of it, or the part that is held here of one that is cut."""
+    shard = shard_of(sharded.data)
+    if shard is None:
+        return tensor_boxes(sharded, data_replicas(sharded.data))
+    held = shard.main.detach()
+    if is_mixed(shard.parameter) and shard.parameter.requires_grad:
+        rounded.append((held.to(shard.compute_dtype), held))
+        held = rounded[-1][0]
+    return slice_boxes(sharded, sharded.key, held, shard.start, shard.stop, None) if held.numel() else []
 
 
 def data_replicas(parameter: torch.Tensor) -> int:
@@ -105,6 +129,8 @@ def sharded_model_state(
 ) -> dict[str, dict[str, Any]]:
     """megatron-core's sharded state of the model: "model0", "model1", ... for its chunks.
 
+    Of a chunk whose parameters are cut over the data-parallel ranks it is the one from before that.
+
     The tensors in a checkpoint are named by their layers' numbers in the whole model, so that another layout finds
     them; the names of the chunks are this process's alone.
 
@@ -113,7 +139,7 @@ def sharded_model_state(
     """
     state = {}
     for number, chunk in enumerate(chunks):
-        full = chunk.sharded_state_dict(metadata=sharding_metadata())
+        full = getattr(chunk, "lasting_sharded_state", None) or chunk.sharded_state_dict(metadata=sharding_metadata())
         state[f"model{number}"] = {k: v for k, v in full.items() if only is None or k in set(only[number])}
     return state
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from mindspeed_llm.config.schema import option, section
+from mindspeed_llm.config.schema import at_least, option, section
 
 # Smaller tensors are not swapped: a transfer costs more to start than it saves. MindSpeed's limit too.
 SMALL_BYTES = 2**20
+# Values of the optimizer's state that a step makes fp32 at once; each takes some dozens of bytes meanwhile.
+STEP_VALUES = 2**22
 
 # What of a decoder layer can swap what it saves; the first three are what upstream swaps.
 SWAP_MODULES = ("input_norm", "self_attention", "post_attention_norm", "mlp")
@@ -44,7 +46,7 @@ def swapped_parts(options: MemoryConfig) -> str:
 
 @section
 class MemoryConfig:
-    """Saved tensors of layers on the host while the device does without them, see docs/memory.md."""
+    """Saved tensors and optimizer state where the device does without them, see docs/memory.md."""
 
     swap_attention: bool = option(
         help="keep what chosen modules save for the backward pass on the host until shortly before it", level="advanced"
@@ -64,4 +66,17 @@ class MemoryConfig:
         level="advanced",
         check=_is_budget,
         metavar="auto|GB",
+    )
+    swap_optimizer: bool = option(
+        help="keep fp32 weights and moments on the host; steps bring them to the device in windows", level="advanced"
+    )
+    swap_optimizer_times: int = option(
+        16,
+        help="in how many windows --swap-optimizer steps; the device holds two of them",
+        level="expert",
+        check=at_least(1),
+    )
+    reuse_fp32_param: bool = option(
+        help="with --bf16: keep of each fp32 weight only what its bf16 one lacks, to put both together for the step",
+        level="advanced",
     )

@@ -105,6 +105,11 @@ class OptimizerConfig:
         level="advanced",
         choices=("fused_adamw", "fused_torch_adamw", "adamw"),
     )
+    o2_optimizer: bool = option(
+        help="keep both moments in bf16; they are computed in fp32 and rounded, which changes results",
+        level="advanced",
+        kind="continuity",
+    )
     adam_beta1: float = option(0.9, help="decay of the first moment", level="advanced", check=at_least(0))
     adam_beta2: float = option(0.999, help="decay of the second moment", level="advanced", check=at_least(0))
     adam_eps: float = option(1e-8, help="epsilon of AdamW", level="advanced", check=above(0))

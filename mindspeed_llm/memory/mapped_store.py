@@ -113,6 +113,18 @@ class MappedStore:
         job.done.wait()
         self._arriving.pop(id(target), None)
 
+    def keep(self, nbytes: int) -> _MappedKept:
+        """See `HostStore.keep`.
+
+        Raises:
+            UserError: the file system has no room.
+        """
+        return _MappedKept(self, self._new_room(nbytes), nbytes)
+
+    def copy(self, target: Tensor, source: Tensor, room: _Room, out: bool) -> _Job:
+        """Begin to copy between memory of a room and other memory, of the same size."""
+        return self._submit(_Job(target.data_ptr(), source.data_ptr(), source.numel(), room, out))
+
     def _submit(self, job: _Job) -> _Job:
         self._jobs.put(job)
         return job
@@ -125,8 +137,8 @@ class MappedStore:
             os.posix_fallocate(self._file.fileno(), offset, size)
         except OSError as error:
             raise UserError(
-                f"swap: {tempfile.gettempdir()} is wrong, because {self._size} bytes of swapped activations do not fit "
-                f"there ({error.strerror}); legal: a directory with more room; try: TMPDIR=DIR, or --swap-budget GB"
+                f"swap: {tempfile.gettempdir()} is wrong, because {self._size} bytes of swapped tensors do not fit "
+                f"there ({error.strerror}); legal: a directory with more room; try: TMPDIR=DIR, or less that is swapped"
             ) from None
         return _Room(self._file.fileno(), offset, size)
 
@@ -163,3 +175,37 @@ class _MappedCopy:
         target, self._target = self._target, None
         self._store.await_arrival(target, self._fetching)
         return target
+
+
+class _MappedKept:
+    """See `KeptMemory`."""
+
+    def __init__(self, store: MappedStore, room: _Room, nbytes: int):
+        self.memory = room.memory[:nbytes]
+        self._store, self._room = store, room
+        self._coming: dict[int, tuple[_Job, Tensor]] = {}
+        self._going: dict[int, tuple[_Job, Tensor]] = {}
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Begin to copy out of the file."""
+        target = torch.empty(stop - start, dtype=torch.uint8)
+        self._coming[start] = self._store.copy(target, self.memory[start:stop], self._room, out=False), target
+
+    def wait_fetched(self, start: int) -> Tensor:
+        """The bytes, when they are there."""
+        job, target = self._coming.pop(start)
+        job.done.wait()
+        return target
+
+    def send(self, start: int, source: Tensor) -> None:
+        """Begin to copy into the file."""
+        target = self.memory[start : start + source.numel()]
+        self._going[start] = self._store.copy(target, source, self._room, out=True), source
+
+    def wait_sent(self, start: int) -> None:
+        """Wait for the copy."""
+        job, _ = self._going.pop(start)
+        job.done.wait()
+
+    def settle(self) -> None:
+        """Nothing: `wait_sent` has waited."""

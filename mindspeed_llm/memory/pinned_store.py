@@ -15,13 +15,13 @@ from mindspeed_llm.memory.rooms import Rooms
 class _Room:
     """Page-locked memory, and the event after which the last copy to or from it is done."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, instead: str = "a smaller --swap-budget GB"):
         try:
             self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             raise UserError(
                 f"swap: {size} bytes more of page-locked memory is wrong, because the host has none "
-                f"({str(error).splitlines()[0]}); try: a smaller --swap-budget GB"
+                f"({str(error).splitlines()[0]}); try: {instead}"
             ) from None
         self.last: Any = None
 
@@ -94,6 +94,22 @@ class PinnedStore:
         self.device.current_stream().wait_event(arrived)
         self._arriving.pop(id(target), None)
 
+    def keep(self, nbytes: int) -> _PinnedKept:
+        """See `HostStore.keep`.
+
+        Raises:
+            UserError: the host has no page-locked memory left.
+        """
+        return _PinnedKept(self, nbytes)
+
+    def copy(self, target: Tensor, source: Tensor, out: bool) -> Any:
+        """Begin to copy after the work submitted so far; an event that says when it is done."""
+        stream = self._out if out else self._back
+        stream.wait_stream(self.device.current_stream())
+        with self.device.stream(stream):
+            target.copy_(source, non_blocking=True)
+            return self._mark(stream)
+
     def _mark(self, stream: Any) -> Any:
         event = self.device.new_event(enable_timing=self._timed is not None)
         event.record(stream)
@@ -124,3 +140,40 @@ class _PinnedCopy:
         target, self._target = self._target, None
         self._store.await_arrival(target, self._arrived)
         return target
+
+
+class _PinnedKept:
+    """See `KeptMemory`."""
+
+    def __init__(self, store: PinnedStore, nbytes: int):
+        self.memory = _Room(nbytes, "more memory, or --swap-optimizer left out").memory.zero_()
+        self._store = store
+        self._coming: dict[int, tuple[Any, Tensor]] = {}
+        self._going: dict[int, tuple[Any, Tensor]] = {}
+        self._last: Any = None
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Begin to copy to the device."""
+        target = torch.empty(stop - start, dtype=torch.uint8, device=self._store.device.current_device())
+        self._coming[start] = self._store.copy(target, self.memory[start:stop], out=False), target
+
+    def wait_fetched(self, start: int) -> Tensor:
+        """The bytes; the computing queue waits for them."""
+        arrived, target = self._coming.pop(start)
+        self._store.device.current_stream().wait_event(arrived)
+        return target
+
+    def send(self, start: int, source: Tensor) -> None:
+        """Begin to copy back."""
+        target = self.memory[start : start + source.numel()]
+        self._going[start] = self._store.copy(target, source, out=True), source
+
+    def wait_sent(self, start: int) -> None:
+        """The computing queue waits for the copy."""
+        self._last, _ = self._going.pop(start)
+        self._store.device.current_stream().wait_event(self._last)
+
+    def settle(self) -> None:
+        """Wait for the last copy back; those before it went by the same queue."""
+        if self._last is not None:
+            self._last.synchronize()

@@ -24,6 +24,33 @@ class HostCopy(Protocol):
         """The content, uint8 [nbytes] on the device; what is submitted from here on sees it. `fetch` came before."""
 
 
+class KeptMemory(Protocol):
+    """Memory outside the device that stays where it is, and of which stretches are copied to the device and back.
+
+    A stretch is known by where it begins. None overlaps another between its `fetch` and its `wait_sent`.
+
+    Attributes:
+        memory: uint8 [nbytes] of the host, zeros at first; after `settle` it may be read and written there.
+    """
+
+    memory: Tensor
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Begin to copy bytes [start, stop) into new memory of the device."""
+
+    def wait_fetched(self, start: int) -> Tensor:
+        """The bytes on the device; what is submitted from here on sees them."""
+
+    def send(self, start: int, source: Tensor) -> None:
+        """Begin to copy `source`, uint8 on the device, to `start`, after the work submitted so far."""
+
+    def wait_sent(self, start: int) -> None:
+        """What is submitted from here on comes after that copy; `source` is let go."""
+
+    def settle(self) -> None:
+        """Wait on the host for every copy that `wait_sent` was called for."""
+
+
 class HostStore(Protocol):
     """Copies storages out and back beside the device's work.
 
@@ -39,6 +66,13 @@ class HostStore(Protocol):
         """Begin to copy `source`, uint8 [n] on the device, out, after the work submitted so far.
 
         The caller keeps the source until `wait_sent`.
+        """
+
+    def keep(self, nbytes: int) -> KeptMemory:
+        """Take memory that stays the caller's.
+
+        Args:
+            nbytes: above 0.
         """
 
     def measure(self, on: bool) -> None:

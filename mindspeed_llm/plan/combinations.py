@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator import host_allocator
 from mindspeed_llm.config.lora import LoraConfig
 from mindspeed_llm.config.run import RunConfig, all_options
+from mindspeed_llm.plan.fully_sharded import fully_sharded_problems
 from mindspeed_llm.plan.guarding import guarding_problems
 from mindspeed_llm.plan.monitoring import monitoring_problems
 
@@ -21,7 +23,9 @@ def combination_problems(config: RunConfig) -> list[str]:
         *_training_problems(config),
         *_recompute_problems(config),
         *_swap_problems(config),
+        *_optimizer_state_problems(config),
         *_context_parallel_problems(config),
+        *fully_sharded_problems(config),
         *_dry_run_and_tokenizer_problems(config),
         *_adapter_problems(config),
         *_operator_and_checkpoint_problems(config),
@@ -137,6 +141,26 @@ def _swap_problems(config: RunConfig) -> list[str]:
     )
 
 
+def _optimizer_state_problems(config: RunConfig) -> list[str]:
+    m, r = config.memory, config.runtime
+    names = ("o2_optimizer", "swap_optimizer", "reuse_fp32_param")
+    kept = [all_options()[name].flags[0] for name in names if config.get(name)]
+    return _lines(
+        (
+            not m.swap_optimizer and "swap_optimizer_times" in config.given,
+            "--swap-optimizer-times has no meaning without --swap-optimizer",
+        ),
+        (
+            m.reuse_fp32_param and not r.bf16,
+            "--reuse-fp32-param needs --bf16: only a bf16 weight is a half of an fp32 one",
+        ),
+        (
+            config.parallel.use_torch_fsdp2 and kept,
+            f"{', '.join(kept)}: no meaning with --use-torch-fsdp2, which cuts the state over all processes itself",
+        ),
+    )
+
+
 def _context_parallel_problems(config: RunConfig) -> list[str]:
     """Options of one algorithm that are given with another, or missing."""
     p, problems = config.parallel, []
@@ -218,6 +242,10 @@ def _operator_and_checkpoint_problems(config: RunConfig) -> list[str]:
             "--loss-chunk-size has no meaning with --no-cross-entropy-loss-fusion: all logits exist",
         ),
         (
+            o.loss_compute_mode == "chunk" and not o.cross_entropy_loss_fusion,
+            "--loss-compute-mode chunk has no meaning with --no-cross-entropy-loss-fusion: all logits exist",
+        ),
+        (
             o.coc_parallel_num > 1 and not o.use_ascend_coc,
             "--coc-parallel-num has a meaning with --use-ascend-coc only",
         ),
@@ -234,11 +262,20 @@ def _device_problems(config: RunConfig) -> list[str]:
     """Options of one kind of device that are given on another."""
     device = accelerator.current().name if config.runtime.device == "auto" else config.runtime.device
     given = [n for n in ("npu_deterministic", "hccl_group_buffer", "use_ascend_mc2") if config.get(n)]
+    problems = _allocator_problems(config.runtime.cpu_allocator, device)
     if device == "npu":
-        return _chip_problems(config)
-    return [
+        return problems + _chip_problems(config)
+    return problems + [
         f"--{n.replace('_', '-')} needs an Ascend NPU, and the device is {device}; leave the flag out" for n in given
     ]
+
+
+def _allocator_problems(wanted: str | None, device: str) -> list[str]:
+    if wanted is not None and device != "cpu":
+        return [f"--cpu-allocator has a meaning on a CPU only, and the device is {device}; leave the flag out"]
+    if wanted == "keep" and (reason := host_allocator.why_not()):
+        return [f"--cpu-allocator: keep is wrong, because {reason}; legal: system"]
+    return []
 
 
 def _chip_problems(config: RunConfig) -> list[str]:

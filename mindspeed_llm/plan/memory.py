@@ -26,6 +26,7 @@ from mindspeed_llm.plan.activations import (
     WholeLayers,
     micro_batches_in_flight,
 )
+from mindspeed_llm.plan.optimizer_memory import OptimizerForm
 
 # Adam's two moments in fp32; with 16-bit weights also their fp32 masters.
 MOMENT_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
@@ -41,8 +42,10 @@ class MemoryEstimate:
 
     Attributes:
         activations: what is saved for the backward pass.
-        temporary: the loss's logits of one chunk; a weight in NF4 made dense.
+        temporary: the loss's logits of one chunk; a weight in NF4 made dense; what the optimizer's step needs beyond
+            these and the activations, which are gone by then.
         stage: number of the pipeline stage.
+        optimizer_on_host: bytes of optimizer state in memory of the host; those of `optimizer` are without them.
         swapped: bytes of activations that lie on the host at the peak; those of `activations` are without them.
         parts: of `activations`, by what saves them: modules of the layers (`--swap-modules`), and the names that stand
             in `plan.activations`.
@@ -54,6 +57,7 @@ class MemoryEstimate:
     activations: int
     temporary: int = 0
     stage: int = 0
+    optimizer_on_host: int = 0
     swapped: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -146,6 +150,7 @@ def estimate_stages(
     swapping: Swapping = NOTHING_SWAPPED,
     dropping: RecomputeOptions = NOTHING_DROPPED,
     quantized: bool = False,
+    optimizer: OptimizerForm = OptimizerForm(),
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
 
@@ -159,8 +164,8 @@ def estimate_stages(
         swapping: what of the activations goes to the host.
         dropping: parts of layers that are computed once more.
         quantized: the linears of the layers are in NF4, and one of them is made dense at a time.
+        optimizer: how its state is kept.
     """
-    per_parameter = MOMENT_BYTES + (MASTER_BYTES if dtype_bytes == 2 else 0)
     # The distributed optimizer shares the state of a parameter among all ranks that hold a copy of it.
     copies, expert_copies = (layout.dp * layout.cp, layout.edp) if distributed_optimizer else (1, 1)
     tokens = -(-tokens_per_microbatch // layout.cp)
@@ -179,14 +184,17 @@ def estimate_stages(
             rows = padded_vocab // layout.tp
             head = rows * shape.hidden_size if adapter_parameters is None else 0
             parts[OUTSIDE], logits = _loss_bytes(layers, tokens, rows, head, loss_chunk)
+        own, activations = trained.dense / copies + trained.expert / expert_copies, sum(parts.values())
+        temporary = max(logits + dense_copy, optimizer.in_step(own, dtype_bytes) - activations)
         estimates.append(
             MemoryEstimate(
                 weights=int((local.total - in_nf4[stage].total) * dtype_bytes + in_nf4[stage].total * NF4_BYTES),
                 gradients=trained.total * GRADIENT_BYTES,
-                optimizer=int(per_parameter * (trained.dense / copies + trained.expert / expert_copies)),
-                activations=sum(parts.values()),
-                temporary=logits + dense_copy,
+                optimizer=optimizer.resident(own, dtype_bytes),
+                activations=activations,
+                temporary=temporary,
                 stage=stage,
+                optimizer_on_host=optimizer.on_host(own, dtype_bytes),
                 swapped=swapped,
                 parts=parts,
             )

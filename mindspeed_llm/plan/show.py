@@ -6,13 +6,16 @@ from pathlib import Path
 
 from mindspeed_llm.checkpoint.space import bytes_of_parameter, free_bytes, in_units
 from mindspeed_llm.config.memory import MemoryConfig, swap_budget_bytes, swapped_modules, swapped_parts
+from mindspeed_llm.config.operators import loss_chunk_rows
 from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import adapted_linears
+from mindspeed_llm.plan.fully_sharded_memory import sharded_memory
 from mindspeed_llm.plan.grid import grid_tables
 from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate_stages
+from mindspeed_llm.plan.optimizer_memory import OptimizerForm
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.recompute import recompute_options, whole_layers
 
@@ -31,7 +34,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
     local_vocabulary = plan.padded_vocab_size // plan.tensor_parallel_size
     loss_chunk = max(1, CHUNK_BYTES // (DTYPE_BYTES[plan.dtype_name] * local_vocabulary))
     t, o = plan.config.training, plan.config.operators
-    return estimate_stages(
+    stages = estimate_stages(
         plan.shape,
         plan.layout,
         padded_vocab=plan.padded_vocab_size,
@@ -42,12 +45,27 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=plan.config.recompute.recompute_granularity,
-        loss_chunk=(o.loss_chunk_size or loss_chunk) if o.cross_entropy_loss_fusion else None,
+        loss_chunk=(loss_chunk_rows(o) or loss_chunk) if o.cross_entropy_loss_fusion else None,
         whole_layers=whole_layers(plan.config.recompute),
         quantized=plan.holds_nf4,
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
+        optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),
     )
+    if not plan.config.parallel.use_torch_fsdp2:
+        return stages
+    return [
+        sharded_memory(
+            stage,
+            plan.shape,
+            plan.layout,
+            padded_vocab=plan.padded_vocab_size,
+            dtype_bytes=DTYPE_BYTES[plan.dtype_name],
+            adapter_parameters=None if plan.adapters is None else plan.trainable_parameters(),
+            reshard_after_forward=plan.config.parallel.torch_fsdp2_reshard_after_forward,
+        )
+        for stage in stages
+    ]
 
 
 def _swapping(options: MemoryConfig) -> Swapping:
@@ -166,7 +184,8 @@ def _weights(plan: Plan) -> list[tuple[str, str]]:
 def _checkpoint_size(plan: Plan) -> str:
     """Size of one checkpoint, and how much room there is; what is frozen by pattern counts as trained."""
     trained, itemsize = plan.trainable_parameters(), DTYPE_BYTES[plan.dtype_name]
-    each = trained * bytes_of_parameter(itemsize, not plan.config.checkpoint.no_save_optim)
+    moment = OptimizerForm.of(plan.config.optimizer, plan.config.memory).moment_bytes
+    each = trained * bytes_of_parameter(itemsize, not plan.config.checkpoint.no_save_optim, moment)
     free = in_units(free_bytes(Path(plan.config.checkpoint.save)))
     keep = plan.config.checkpoint.keep_last
     kept = f"the newest {keep} and one being written are kept" if keep else "all are kept"
@@ -182,6 +201,10 @@ def _layout(plan: Plan) -> list[tuple[str, str]]:
         ("sequence parallel", "yes" if plan.sequence_parallel else "no"),
         ("distributed optimizer", "yes" if p.use_distributed_optimizer else "no"),
     ]
+    if p.use_torch_fsdp2:
+        again = "again for the backward pass" if p.torch_fsdp2_reshard_after_forward else "once a step"
+        ranks = layout.dp * layout.cp
+        rows.append(("fully sharded (FSDP2)", f"over {ranks} processes; a layer is gathered for its pass, {again}"))
     if layout.cp > 1:
         rows.append(("context parallel by", p.context_parallel_algo))
     if plan.shape.num_moe_experts:
@@ -190,12 +213,20 @@ def _layout(plan: Plan) -> list[tuple[str, str]]:
             (
                 "experts",
                 f"{plan.shape.num_moe_experts} over expert parallel {layout.ep} ({share} each) x expert tensor "
-                f"{layout.expert_tp}, {layout.edp} replicas",
+                f"{layout.expert_tp}, {layout.edp} replicas" + _expert_overlap(plan),
             )
         )
     if layout.pp > 1:
         rows.append(("pipeline idles", f"{100 * pipeline_idle_share(plan):.1f} % of a step"))
     return rows
+
+
+def _expert_overlap(plan: Plan) -> str:
+    """What is computed while tokens travel."""
+    e, shared = plan.config.experts, plan.shape.moe_shared_expert_intermediate_size
+    beside = ["shared experts"] * bool(shared) + ["other experts"] * e.moe_alltoall_overlap_comm
+    on = e.moe_shared_expert_overlap or e.moe_alltoall_overlap_comm
+    return f"; tokens travel while {' and '.join(beside)} compute" if on else ""
 
 
 def pipeline_idle_share(plan: Plan) -> float:
@@ -254,6 +285,9 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     rows = [*parts, ("activations (estimate)", m.activations)]
     rows += [("temporary (estimate)", m.temporary), ("together", m.total)]
     sizes = [(name, _size(count)) for name, count in rows]
+    if m.optimizer_on_host:
+        times = plan.config.memory.swap_optimizer_times
+        sizes.append(("optimizer on the host", f"{_size(m.optimizer_on_host)}, stepped in {times} windows"))
     if what := swapped_parts(plan.config.memory):
         condition = "" if plan.config.memory.swap_budget != "auto" else ", if that transfers while layers compute"
         sizes.append(("swapped to the host", f"{_size(m.swapped)} of what {what} save{condition}"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
+from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts, own_states
+from mindspeed_llm.config.memory import MemoryConfig
 from mindspeed_llm.config.training import OptimizerConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.ops.adamw import FusedAdamW
@@ -25,6 +28,7 @@ def build_optimizer(
     dtype: torch.dtype,
     distributed: bool,
     overlap_param_gather: bool,
+    memory: MemoryConfig,
     loraplus_lr_ratio: float = 1.0,
 ) -> Any:
     """megatron-core's mixed-precision (or fp32, or distributed) AdamW over the trainable parameters of `chunks`.
@@ -32,6 +36,7 @@ def build_optimizer(
     Matrices get `weight_decay`, biases and norms none (megatron-core's own rule).
 
     Args:
+        memory: where the state is kept, and in which form.
         loraplus_lr_ratio: learning rate of the adapters' B and magnitudes over that of everything else.
     """
     from megatron.core import optimizer as megatron_optimizer
@@ -68,10 +73,54 @@ def build_optimizer(
             f"--loraplus-lr-ratio: {loraplus_lr_ratio} is wrong, because this megatron-core knows one learning rate; "
             "legal: 1; try: megatron-core 0.16"
         )
-    optimizer = megatron_optimizer.get_megatron_optimizer(settings, chunks, **rule)
-    for part in optimizer_parts(optimizer):
-        _step_by_operator(part.optimizer, config.optimizer_selection)
+    rearranged = config.o2_optimizer or memory.swap_optimizer or memory.reuse_fp32_param
+    with _gradients_given_back(chunks if rearranged else []):
+        optimizer = megatron_optimizer.get_megatron_optimizer(settings, chunks, **rule)
+        for part in optimizer_parts(optimizer):
+            _step_by_operator(part.optimizer, config.optimizer_selection)
+        if rearranged:
+            _rearrange(optimizer, config, memory)
     return optimizer
+
+
+def _rearrange(optimizer: Any, config: OptimizerConfig, memory: MemoryConfig) -> None:
+    """Keep the state as the options say, before there is any.
+
+    Raises:
+        UserError: the optimizer is another package's.
+    """
+    from mindspeed_llm.memory.optimizer_windows import StateForm, WindowedAdamW
+    from mindspeed_llm.memory.store import open_store
+
+    form = StateForm(
+        moments=torch.bfloat16 if config.o2_optimizer else torch.float32,
+        split=memory.reuse_fp32_param,
+        store=open_store() if memory.swap_optimizer else None,
+        windows=memory.swap_optimizer_times if memory.swap_optimizer else 1,
+    )
+    held = [state for state in own_states(optimizer) if state.main is not None]
+    for part in optimizer_parts(optimizer):
+        if part.optimizer is not None and not isinstance(part.optimizer, torch.optim.AdamW):
+            raise UserError(
+                "--o2-optimizer, --swap-optimizer, --reuse-fp32-param: one of them is wrong, because megatron-core "
+                f"uses {type(part.optimizer).__module__} where that is installed; legal: none of them; "
+                "try: an environment without it"
+            )
+        if states := [state for state in held if state.part is part]:
+            WindowedAdamW.rearrange(part, states, form)
+
+
+@contextmanager
+def _gradients_given_back(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Do without the memory of the gradients: megatron-core's fp32 weights are on the device before they leave it."""
+    buffers = [buffer.grad_data for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    sizes = [data.untyped_storage().nbytes() for data in buffers]
+    for data in buffers:
+        data.untyped_storage().resize_(0)
+    yield
+    for data, size in zip(buffers, sizes, strict=True):
+        data.untyped_storage().resize_(size)
+        data.zero_()
 
 
 def _step_by_operator(optimizer: Any, selection: str) -> None:

@@ -10,9 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mindspeed_llm import __version__
+from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.parallel.launch import check_agreement
+from mindspeed_llm.parallel.shards import local_values
 from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.show import show_adapters
@@ -26,10 +30,12 @@ from mindspeed_llm.training.hooks import LoopHook
 from mindspeed_llm.training.intact import with_intact_checkpoint
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.loop import Progress, TrainingLoop
+from mindspeed_llm.training.memory_report import MemoryReport
 from mindspeed_llm.training.monitor.monitor import Monitor
 from mindspeed_llm.training.monitor.saves import SaveEvents
 from mindspeed_llm.training.monitor.sinks import open_sinks
 from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
+from mindspeed_llm.training.out_of_memory import OutOfMemoryAdvice
 from mindspeed_llm.training.profiling import Profiler
 from mindspeed_llm.training.report import LossHistory, Reporter
 from mindspeed_llm.training.resume import go_back, resume
@@ -89,17 +95,24 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     data = TrainingData(plan, prefixes, pad_token_id)
     if data.train or data.valid:
         check_agreement({"data files": data.fingerprint()}, "data")
-    model = build(plan)
+    advice = OutOfMemoryAdvice(plan)
+    with advice.explaining():
+        advice.model = model = build(plan)
     if plan.config.training.eval_only:
-        return _evaluate_only(plan, model, data)
+        with advice.explaining():
+            return _evaluate_only(plan, model, data)
     train_iters = train_iterations(plan.config.training, plan.global_batch_size, data.samples_per_epoch)
-    optimizer, scheduler = make_optimizer(plan, model, train_iters)
-    progress = resume(plan, model, optimizer, scheduler, data) if plan.resume else Progress()
+    with advice.explaining():
+        optimizer, scheduler = make_optimizer(plan, model, train_iters)
+        advice.optimizer = optimizer
+        progress = resume(plan, model, optimizer, scheduler, data) if plan.resume else Progress()
     _say_start(plan, model, data, train_iters, progress)
     reporter = make_reporter(plan, train_iters, progress.iteration)
     schedule, events, monitor = SaveSchedule(plan.config), SaveEvents(reporter), Monitor(plan, model)
     profiler = Profiler(plan.config.profiling)
     hooks: list[LoopHook] = [stop, schedule, events, monitor, profiler]
+    if plan.config.logging.memory_report:
+        hooks.append(MemoryReport(plan, model))
     saver, save, changing = None, None, nullcontext
     if plan.config.checkpoint.save:
         saver = Saver(plan, model, optimizer, scheduler, data)
@@ -115,7 +128,7 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     guards.recall(progress)
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, reporter, progress, train_iters, save, hooks, guards)
     try:
-        with orderly_end(saver, watch):
+        with orderly_end(saver, watch), advice.explaining():
             loop.run()
         events.look()
         profiler.close(progress.iteration)
@@ -183,11 +196,16 @@ def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[
         c.optimizer,
         model.wrapped,
         learning_rate=learning_rate,
-        dtype=DTYPES[plan.dtype_name],
+        dtype=torch.float32 if c.parallel.use_torch_fsdp2 else DTYPES[plan.dtype_name],
         distributed=c.parallel.use_distributed_optimizer,
         overlap_param_gather=c.parallel.overlap_param_gather,
         loraplus_lr_ratio=1.0 if plan.adapters is None else plan.adapters.loraplus_lr_ratio,
+        memory=c.memory,
     )
+    if c.parallel.use_torch_fsdp2:
+        from mindspeed_llm.training.fully_sharded import shard_optimizer
+
+        shard_optimizer(optimizer_parts(optimizer))
     if plan.dtype_name == "fp16":
         # The schedules multiply the loss by it; the optimizer divides the gradients again.
         model.chunks[0].config.grad_scale_func = optimizer.scale_loss
@@ -215,8 +233,9 @@ def _say_start(plan: Plan, model: TrainingModel, data: TrainingData, train_iters
     """One block of facts before the first iteration, on rank 0."""
     from mindspeed_llm.models.nf4_weight import nf4_weights
 
-    trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
-    total = sum(p.numel() for chunk in model.chunks for p in (*chunk.parameters(), *nf4_weights(chunk).values()))
+    held = [(p.requires_grad, local_values(p).numel()) for chunk in model.chunks for p in chunk.parameters()]
+    trained, total = sum(number for is_trained, number in held if is_trained), sum(number for _, number in held)
+    total += sum(weight.numel() for chunk in model.chunks for weight in nf4_weights(chunk).values())
     if not is_leader():
         return
     start = f"resuming at iteration {progress.iteration}" if progress.iteration else "starting"

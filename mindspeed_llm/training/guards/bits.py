@@ -25,7 +25,7 @@ def hash_bits(tensor: Tensor) -> Tensor:
 
 
 def hash_all(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """[n] int64 hashes on `device`."""
+    """[n] int64 hashes on `device`, of tensors that may be on the host."""
     if not tensors:
         return torch.zeros(0, dtype=torch.int64, device=device)
-    return torch.stack([hash_bits(tensor) for tensor in tensors])
+    return torch.stack([hash_bits(tensor).to(device) for tensor in tensors])
