@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--png", metavar="FILE", help="write the curves to this picture and exit")
     command.set_defaults(run=_watch)
 
+    trace = commands.add_parser("trace", help="what --profile wrote").add_subparsers(required=True, metavar="WHAT")
+    command = trace.add_parser(
+        "summarize", help="time by phase, part of the model and operator; communication hidden and exposed; over ranks"
+    )
+    command.add_argument("places", nargs="+", metavar="DIR|FILE", help="the --profile-save-path, or traces of one run")
+    command.add_argument("--html", metavar="FILE", help="write a page with timelines too")
+    command.set_defaults(run=_summarize_traces)
+
     command = commands.add_parser("flags", help="every option as the text of docs/flags.md")
     command.set_defaults(run=_flags)
     return parser
@@ -164,6 +172,12 @@ def _watch(arguments: argparse.Namespace) -> int:
     from mindspeed_llm.cli.watch import watch
 
     return watch(arguments.place, arguments.once, arguments.png)
+
+
+def _summarize_traces(arguments: argparse.Namespace) -> int:
+    from mindspeed_llm.cli.trace import summarize_traces
+
+    return summarize_traces(arguments.places, arguments.html)
 
 
 def _flags(_: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_llm.accelerator.ranges import named
 from mindspeed_llm.lora.fusion import products
 from mindspeed_llm.lora.fusion.cost import Pass, Rates, Schedule, choose
 
@@ -123,7 +124,7 @@ def multiply_and_send(
     """x W^T + bias (None without a weight) and the adapter's narrow tensor, each through the collective of the pass."""
     form = kind.form(backward)
     if form is None:
-        with products.named("lora: base product"):
+        with named("lora: base product"):
             return None if weight is None else product(x, weight, bias), narrow
     if weight is None:
         return None, NARROW[form](narrow, kind.group)
@@ -145,12 +146,12 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     def forward(ctx, x, dropped, weight, bias, lora_a, lora_b, kind: LinearKind):
         """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
         source = x if dropped is None else dropped
-        with products.named("lora: adapter down"):
+        with named("lora: adapter down"):
             narrow = product(source, lora_a)
         matrix = base_matrix(weight, lora_a, lora_b, kind)
         y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, backward=False)
         if not kind.combine:
-            with products.named("lora: adapter up"):
+            with named("lora: adapter up"):
                 add_product(y, narrow, lora_b.t(), kind.scaling)
         ctx.kind, ctx.has_dropout = kind, dropped is not None
         # A tensor goes the way of saved tensors, so that hooks on them see it; an object is held as it is.
@@ -165,12 +166,12 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         wants_x, wants_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         weight = weight if ctx.frozen is None else ctx.frozen
         matrix = base_matrix(weight, lora_a, lora_b, kind).t() if wants_x else None
-        with products.named("lora: adapter backward"):
+        with named("lora: adapter backward"):
             grad_b = outer_sum(dy, narrow, kind.scaling)
             grad_narrow = product(dy, lora_b.t()).mul_(kind.scaling)
         grad_x, grad_narrow = multiply_and_send(dy, grad_narrow, matrix, None, kind, backward=True)
         grad_dropped = None
-        with products.named("lora: adapter backward"):
+        with named("lora: adapter backward"):
             grad_a = outer_sum(grad_narrow, source)
             if wants_x and not ctx.has_dropout and not kind.combine:
                 add_product(grad_x, grad_narrow, lora_a)
@@ -196,6 +197,8 @@ def adapted_linear(
         return FrozenLinearWithAdapter.apply(x, dropped, weight, bias, lora_a, lora_b, kind)
     rows = x.reshape(-1, x.shape[-1])
     source = rows if dropped is None else dropped.reshape(rows.shape)
-    y = torch.nn.functional.linear(rows, weight, bias)
-    y.addmm_(torch.nn.functional.linear(source, lora_a), lora_b.t(), alpha=kind.scaling)
+    with named("lora: base product"):
+        y = torch.nn.functional.linear(rows, weight, bias)
+    with named("lora: adapter down and up"):
+        y.addmm_(torch.nn.functional.linear(source, lora_a), lora_b.t(), alpha=kind.scaling)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from mindspeed_llm.accelerator.ranges import in_range
 from mindspeed_llm.models.attention import KeyValueCache, SelfAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.latent_attention import LatentAttention
@@ -279,6 +280,7 @@ class LanguageModel(GPTModel):
         join = getattr(self.output_layer, "joined_operands", None)
         return (hidden_states, weight) if join is None else join(hidden_states, weight)
 
+    @in_range("module: output_layer")
     def _loss_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_llm.accelerator.ranges import named
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 
@@ -87,19 +88,24 @@ def chunked_all_gather_matmul(
     t, rows = group.size(), x.shape[0]
     pieces = x.contiguous().chunk(chunks)
     arrived = [piece.new_empty(t * piece.shape[0], *piece.shape[1:]) for piece in pieces]
-    sending = [
-        dist.all_gather_into_tensor(whole, piece, group=group, async_op=True) for whole, piece in zip(arrived, pieces)
-    ]
+    with named("coc: start all-gathers"):
+        sending = [
+            dist.all_gather_into_tensor(whole, piece, group=group, async_op=True)
+            for whole, piece in zip(arrived, pieces)
+        ]
     if chunks == 1:
-        sending[0].wait()
+        with named("coc: wait for chunk 1 of 1"):
+            sending[0].wait()
         return product(arrived[0], weight), arrived[0]
     y = x.new_empty(t, chunks, rows // chunks, *x.shape[1:-1], weight.shape[0])
     gathered = x.new_empty(t, chunks, rows // chunks, *x.shape[1:])
     for index, (work, whole) in enumerate(zip(sending, arrived)):
-        work.wait()
+        with named(f"coc: wait for chunk {index + 1} of {chunks}"):
+            work.wait()
         by_rank = whole.unflatten(0, (t, -1))
         gathered[:, index] = by_rank
-        y[:, index] = product(by_rank, weight)
+        with named(f"coc: product of chunk {index + 1} of {chunks}"):
+            y[:, index] = product(by_rank, weight)
     return y.flatten(0, 2), gathered.flatten(0, 2)
 
 
@@ -111,11 +117,14 @@ def chunked_matmul_reduce_scatter(x: Tensor, weight: Tensor, group: dist.Process
     y = x.new_empty(chunks, by_rank.shape[2], *x.shape[1:-1], weight.shape[0])
     sending = []
     for index in range(chunks):
-        partial = product(by_rank[:, index], weight).flatten(0, 1)
+        with named(f"coc: product of chunk {index + 1} of {chunks}"):
+            partial = product(by_rank[:, index], weight).flatten(0, 1)
         # The partial sums must live until they are sent: they are kept beside the handle.
-        sending.append((dist.reduce_scatter_tensor(y[index], partial, group=group, async_op=True), partial))
-    for work, _ in sending:
-        work.wait()
+        with named("coc: start reduce-scatter"):
+            sending.append((dist.reduce_scatter_tensor(y[index], partial, group=group, async_op=True), partial))
+    with named("coc: wait for reduce-scatters"):
+        for work, _ in sending:
+            work.wait()
     return y.flatten(0, 1)
 
 

@@ -16,14 +16,13 @@ Extends "communication over computation" (Wang et al., ASPLOS 2023). docs/lora-f
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
+from mindspeed_llm.accelerator.ranges import named
 from mindspeed_llm.lora.fusion.cost import Schedule
 from mindspeed_llm.ops.parallel_matmul import chunked_all_gather_matmul, chunked_matmul_reduce_scatter
 from mindspeed_llm.ops.registry import implementation
@@ -33,14 +32,6 @@ ONE_AFTER_THE_OTHER = ("gloo",)
 
 # gloo's reduce-scatter is an all-reduce (twice the bytes); sent to each other and added up by the receiver it is not.
 SCATTERS_BY_EXCHANGE = ("gloo",)
-
-
-_UNNAMED = contextlib.nullcontext()
-
-
-def named(name: str) -> contextlib.AbstractContextManager:
-    """A range in the trace of a profiler; nothing where none runs, since small layers would feel it."""
-    return record_function(name) if torch.autograd._profiler_enabled() else _UNNAMED
 
 
 def cut(rows: int, chunks: int) -> list[slice]:

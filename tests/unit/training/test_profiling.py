@@ -37,7 +37,9 @@ class Watched:
         self.done.append(("stop", self.iteration))
 
     def train(self, profiler, first, last):
-        loop = types.SimpleNamespace(progress=types.SimpleNamespace(iteration=first))
+        loop = types.SimpleNamespace(
+            progress=types.SimpleNamespace(iteration=first), model=types.SimpleNamespace(chunks=[])
+        )
         for self.iteration in range(first + 1, last + 1):
             profiler.before_batch(loop)
             loop.progress.iteration = self.iteration
