@@ -85,6 +85,7 @@ def _devices():
     from rich.table import Table
 
     from mindspeed_llm import accelerator
+    from mindspeed_llm.accelerator import host_allocator
 
     current = accelerator.current()
     table = Table(title="devices", title_justify="left", show_header=False)
@@ -97,6 +98,7 @@ def _devices():
     table.add_row("memory", f"{current.memory_total() / 2**30:.1f} GiB")
     peak = current.peak_flops(torch.bfloat16)
     table.add_row("bf16 peak", f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown: no MFU in the log")
+    table.add_row("CPU memory", host_allocator.describe())
     table.add_row("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     return table
 

@@ -10,6 +10,7 @@ OPERATORS = (
     "attention",
     "attention_blocks",
     "attention_masked",
+    "attention_packed",
     "attention_part",
     "attention_rows",
     "cross_entropy",

@@ -13,7 +13,7 @@ Sources: soft cap: Gemma 2 (arXiv 2408.00118); sinks: gpt-oss, megatron-core's `
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def attention(
     extra = {SOFTCAP: softcap, SINKS: sinks}
     extra = {name: value for name, value in extra.items() if value is not None}
     if cu_seqlens is None:
-        run = _able(extra, dropout)
+        run = able(dropout, extra)
         return run(query, key, value, window_size, dropout, scale, **extra)
     if query.shape[1] != 1:
         raise ValueError(f"packed attention takes a batch of 1, not {query.shape[1]}")
@@ -94,7 +94,7 @@ def attention(
     return implementation("packed_attention")(query, key, value, lengths, window_size, dropout, scale)
 
 
-def _able(extra: Mapping[str, Any], dropout: float) -> Callable[..., Tensor]:
+def able(dropout: float, extra: Iterable[str] = ()) -> Callable[..., Tensor]:
     """The chosen implementation, or else the best one that can do all that a call asks for."""
     chosen, needs = implementation("attention"), frozenset(extra) | ({DROPOUT} if dropout else set())
     return _best(chosen, needs, accelerator.current().device_type) if needs else chosen
@@ -148,7 +148,7 @@ def by_document(
     **extra: Any,
 ) -> Tensor:
     """A call of the operator `attention` for each document; `lengths` are theirs, none of them 0."""
-    run = _able(extra, dropout)
+    run = able(dropout, extra)
     # split's backward is one concatenation; slicing would write a zero-filled row for every document.
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
     outs = [run(q, k, v, window_size, dropout, scale, **extra) for q, k, v in documents]

@@ -11,7 +11,7 @@ from mindspeed_llm.parallel.launch import versions
 from mindspeed_llm.plan.plan import Plan
 
 # Options that may differ from host to host: they change where something lies or how fast it is, not what is computed.
-OF_THE_HOST = ("cache_dir", "num_threads", "tensorboard_dir", "loss_curve")
+OF_THE_HOST = ("cache_dir", "num_threads", "cpu_allocator", "tensorboard_dir", "loss_curve")
 OF_THE_HOST += ("metrics_jsonl", "wandb_save_dir", "swanlab_save_dir")
 
 

@@ -15,7 +15,7 @@ from mindspeed_llm.testing.operators import Case, Draw
 # Operator -> every implementation that may be registered for it.
 IMPLEMENTATIONS = {
     "attention": ("reference", "sdpa", "blocks", "rows", "flash_attn", "npu_fusion_attention"),
-    "packed_attention": ("reference", "by_document", "varlen_attn", "flash_attn", "npu_fusion_attention"),
+    "packed_attention": ("reference", "by_document", "by_length", "varlen_attn", "flash_attn", "npu_fusion_attention"),
     "masked_attention": ("reference", "sdpa", "npu_fusion_attention"),
     "attention_part": ("reference", "rows", "npu_fusion_attention"),
     "attention_part_backward": ("reference", "rows", "npu_fusion_attention_grad"),
@@ -55,6 +55,12 @@ def _masked(draw: Draw) -> tuple[Any, ...]:
 
 def _packed(draw: Draw) -> tuple[Any, ...]:
     return draw(12, 1, 4, 8), draw(12, 1, 2, 8), draw(12, 1, 2, 8), [5, 1, 6], 3, 0.0, None
+
+
+def _packed_of_many_lengths(draw: Draw) -> tuple[Any, ...]:
+    lengths = [17, 16, 1, 70, 15, 31, 18]
+    t = sum(lengths)
+    return draw(t, 1, 4, 8), draw(t, 1, 2, 8), draw(t, 1, 2, 8), lengths, None, 0.0, None
 
 
 def _grouped(sizes: list[int]):
@@ -153,6 +159,7 @@ CASES = [
     Case("attention", "heads of latent attention", _attention(7, 7, 2, 2, 192, 128)),
     Case("attention", "rows with gaps", _attention(9, 9, 4, 2, 8, apart=True)),
     Case("packed_attention", "three documents, a window", _packed),
+    Case("packed_attention", "documents of many lengths", _packed_of_many_lengths),
     Case("masked_attention", "any mask", _masked),
     Case("attention_part", "with a shift and a window", _part(False), _without_gradients, False, half=None),
     Case("attention_part_backward", "with a shift and a window", _part(True), _without_gradients, False, half=None),

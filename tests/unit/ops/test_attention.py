@@ -173,11 +173,11 @@ def test_who_cannot_do_all_is_passed_over():
     entries = {entry.name for entry in registry.implementations("attention")}
     assert entries == set(attention_op.ABILITIES)
     registry.reset()
-    assert attention_op._able({}, 0.0) is registry.implementation("attention")
-    assert attention_op._able({"sinks": 0}, 0.0) is row_attention
-    assert attention_op._able({"sinks": 0}, 0.5) is attention_op.all_scores
+    assert attention_op.able(0.0) is registry.implementation("attention")
+    assert attention_op.able(0.0, ["sinks"]) is row_attention
+    assert attention_op.able(0.5, ["sinks"]) is attention_op.all_scores
     registry.select("attention", registry.REFERENCE)
-    assert attention_op._able({"softcap": 0}, 0.0) is attention_op.all_scores
+    assert attention_op.able(0.0, ["softcap"]) is attention_op.all_scores
     registry.reset()
     with pytest.raises(ValueError, match="no dropout"):
         row_attention(*some(), None, 0.5, None)
