@@ -29,7 +29,7 @@ from mindspeed_llm.checkpoint.load import fewer_predictions, part_of
 from mindspeed_llm.checkpoint.megatron import MegatronSource
 from mindspeed_llm.checkpoint.megatron_writer import MegatronLayout, MegatronWriter
 from mindspeed_llm.checkpoint.names import EMBEDDING
-from mindspeed_llm.checkpoint.quantized import DequantizedSource
+from mindspeed_llm.checkpoint.quantized import NF4_RECORD, DequantizedSource
 from mindspeed_llm.checkpoint.source import TensorSource
 from mindspeed_llm.checkpoint.train_record import HF_FILES, write_record
 from mindspeed_llm.checkpoint.train_save import copy_hf_files
@@ -97,7 +97,7 @@ def convert(
         ignore_fields: fields of config.json to disregard.
         mtp_num_layers: leave out the multi-token prediction layers behind the first so many; None keeps all.
         dequantized: read the linears of the layers as NF4 rounds them, as a QLoRA run does.
-        quantize: for "hf", write the linears of the layers in NF4, as bitsandbytes does.
+        quantize: write the linears of the layers in NF4: for "hf" as bitsandbytes does, for "mg" with each rank's part.
         notes: recorded beside the written tensors.
         replace: for "hf", put the result in place of the model that `save_dir` holds, once it is complete.
         quiet: print nothing.
@@ -123,6 +123,8 @@ def convert(
     dtypes = {
         name: source.dtype(name) if asked is None or name.endswith(".expert_bias") else asked for name in source.names()
     }
+    if quantize and source.any_nf4:
+        raise UserError(f"convert: --qlora-nf4: {source.origin} is in NF4 already; legal: unquantised weights")
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if save_type == "hf":
         split = bool(vpp or layer_list or noop_layers or embedding_as_layer or loss_as_layer)
@@ -132,7 +134,8 @@ def convert(
     padded = padded_vocab_size(shape.vocab_size, tp, vocab_multiple)
     layers = layer_map(shape.num_layers, pp, vpp, layer_list, noop_layers, embedding_as_layer, loss_as_layer)
     layout = MegatronLayout(layers, tp, padded, transformer_impl, experts or ExpertLayout())
-    return _convert_to_megatron(source, dtypes, Path(save_dir), config_files, layout, found, transform, notes, say)
+    target = _MegatronTarget(Path(save_dir), config_files, layout, quantize, notes)
+    return _convert_to_megatron(source, dtypes, target, found, transform, say)
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,6 @@ class _HfTarget:
 
 def _convert_to_hf(source: TensorSource, dtypes: Dtypes, to: _HfTarget, transform: Transform | None, say: Say) -> Path:
     target = to.directory
-    if to.quantize and isinstance(source, HfSource) and source.files.any_nf4:
-        raise UserError(f"convert: --qlora-nf4: {source.origin} is in NF4 already; legal: unquantised weights")
     plan = [piece for name, pair in source.pairs.items() for piece in to.planned(pair, dtypes[name])]
     needed = sum(tensor.num_bytes for tensor in plan)
     announce(source, dtypes, needed, target, transform is not None, say)
@@ -210,24 +211,27 @@ def _convert_to_hf(source: TensorSource, dtypes: Dtypes, to: _HfTarget, transfor
     return target
 
 
+@dataclass(frozen=True)
+class _MegatronTarget:
+    """A directory of mp_rank files to write; see `convert`."""
+
+    save_dir: Path
+    config_files: Path | None
+    layout: MegatronLayout
+    quantize: bool
+    notes: Mapping[str, str] | None
+
+
 def _convert_to_megatron(
-    source: TensorSource,
-    dtypes: Dtypes,
-    save_dir: Path,
-    config_files: Path | None,
-    layout: MegatronLayout,
-    found: Found,
-    transform: Transform | None,
-    notes: Mapping[str, str] | None,
-    say: Say,
+    source: TensorSource, dtypes: Dtypes, to: _MegatronTarget, found: Found, transform: Transform | None, say: Say
 ) -> Path:
-    check_megatron_target(save_dir, found)
-    iteration = found.iteration or 1
-    aside = directory.aside_of(save_dir, iteration)
-    writer = MegatronWriter(aside, source.shape, layout, dtypes, iteration)
-    announce(source, dtypes, writer.num_bytes(), save_dir, transform is not None, say)
+    check_megatron_target(to.save_dir, found)
+    layout, iteration = to.layout, found.iteration or 1
+    aside = directory.aside_of(to.save_dir, iteration)
+    writer = MegatronWriter(aside, source.shape, layout, dtypes, iteration, to.quantize)
+    announce(source, dtypes, writer.num_bytes(), to.save_dir, transform is not None, say)
     steps = [(p, *entry) for p in range(layout.layers.pp) for entry in writer.stage_names(p)]
-    directory.begin(save_dir, iteration)
+    directory.begin(to.save_dir, iteration)
     with directory.discarding(aside):
         current = -1
         for p, name, places in progress(steps):
@@ -239,9 +243,10 @@ def _convert_to_megatron(
             writer.write(name, places, _transformed(source, name, transform))
         writer.close_stage(current)
         MegatronSource(aside, source.shape)
-        if config_files is not None:
-            copy_hf_files(config_files, aside / HF_FILES)
-        write_record(aside, _record(source, layout, dtypes, iteration) | dict(notes or {}))
+        if to.config_files is not None:
+            copy_hf_files(to.config_files, aside / HF_FILES)
+        quantized = {"quantized": NF4_RECORD} if to.quantize else {}
+        write_record(aside, _record(source, layout, dtypes, iteration) | quantized | dict(to.notes or {}))
         final = directory.complete(aside, iteration)
     say(summary(source, dtypes))
     kinds, sizes = "tensor-parallel x pipeline", f"{layout.tp} x {layout.layers.pp}"

@@ -197,6 +197,10 @@ class HfSource(TensorSource):
     def dtype(self, name: str) -> torch.dtype:
         return self.files.dtype(self.pairs[name].hf[0])
 
+    @property
+    def any_nf4(self) -> bool:
+        return self.files.any_nf4
+
     def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
         pair, dim = self.pairs[name], self.pairs[name].layout.tp_dim or 0
         if pair.transform == "parts":

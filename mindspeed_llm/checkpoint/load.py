@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, is_extra_state, plain_name
-from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_names, part_sizes
+from mindspeed_llm.checkpoint.nf4_shards import shard
+from mindspeed_llm.checkpoint.source import TensorSource, check_dims, check_names
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.models import layouts, packing, tensor_names
+from mindspeed_llm.models import layouts, tensor_names
 from mindspeed_llm.models.nf4_weight import Nf4Weight, nf4_weights
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.ops.nf4_matrix import Nf4Matrix, join
+from mindspeed_llm.ops.nf4_matrix import Nf4Matrix
 from mindspeed_llm.parallel.layer_map import LayerMap, layer_map
 
 
@@ -178,6 +179,10 @@ class _FirstLayers(TensorSource):
         super().__init__(shape, f"{first}{inner.origin}{what}")
         self._inner = inner
 
+    @property
+    def any_nf4(self) -> bool:
+        return self._inner.any_nf4
+
     def dtype(self, name: str) -> torch.dtype:
         return self._inner.dtype(name)
 
@@ -237,15 +242,11 @@ def truncated_shape(shape: ModelShape, num_layers: int) -> ModelShape:
 def fill_nf4(target: Nf4Weight, names: Sequence[str], source: TensorSource, placement: Placement) -> None:
     """Quantise this rank's slices of the tensors that a weight in NF4 stands for, one after the other."""
     for index, name in enumerate(names):
-        pair, (rank, size) = source.pairs[name], placement.cut(name)
-        sizes = part_sizes(pair, source.shape)
-        if pair.layout.tp_dim is None:
-            rank, size = 0, 1
-        ranges = [layouts.shard_range(length, rank, size) for length in sizes]
-        parts = [source.read_nf4(name, i, *bounds, target.device) for i, bounds in enumerate(ranges)]
-        numbers = torch.arange(sum(part.shape[0] for part in parts), device=parts[0].codes.device)
-        order = packing.pack(numbers.split([part.shape[0] for part in parts]), pair.layout.packing, source.shape, size)
-        target.fill(join(parts, order if len(parts) > 1 else None), index)
+
+        def read(part: int, start: int, stop: int, name: str = name) -> Nf4Matrix:
+            return source.read_nf4(name, part, start, stop, target.device)
+
+        target.fill(shard(read, source.pairs[name], source.shape, *placement.cut(name)), index)
 
 
 def _targets(model: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor | Nf4Weight]:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from mindspeed_llm.checkpoint.megatron_args import ARGS_THAT_CHANGE_OUTPUTS, megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
+from mindspeed_llm.checkpoint.nf4_shards import unshard
 from mindspeed_llm.checkpoint.rank_files import EMBEDDING_AGAIN, RankFiles
 from mindspeed_llm.checkpoint.source import TIED, TensorSource, check_dims, check_equal, check_names, check_one_dtype
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts, packing
 from mindspeed_llm.models.mapping import TensorPair
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.ops.nf4_matrix import Nf4Matrix
 
 
 class MegatronSource(TensorSource):
@@ -32,25 +34,49 @@ class MegatronSource(TensorSource):
     def __init__(self, directory: str | Path, shape: ModelShape) -> None:
         super().__init__(shape, str(directory))
         self.files = RankFiles(Path(directory), shape.num_moe_experts)
+        self._in_nf4 = self.files.dtypes_in_nf4()
         self._check_args()
         self._check_tensors()
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.files.tensors(name)[0].dtype
+        return self._in_nf4.get(name) or self.files.tensors(name)[0].dtype
+
+    @property
+    def any_nf4(self) -> bool:
+        return bool(self._in_nf4)
 
     def read_part(self, name: str, part: int, start: int, stop: int) -> Tensor:
-        pair, tensors = self.pairs[name], self._shards(name)
+        pair = self.pairs[name]
+        if name in self._in_nf4:
+            # Columns of a dense tensor may be asked for inside a block.
+            columns = (0, pair.dims[1]) if pair.layout.tp_dim == 1 else (start, stop)
+            dense = self.read_nf4(name, part, *columns).dense(self.dtype(name))
+            return dense[:, start:stop] if pair.layout.tp_dim == 1 else dense
+        tensors = self._shards(name)
         if pair.layout.tp_dim is None:
-            for rank, other in enumerate(tensors[1:], start=1):
-                if not torch.equal(tensors[0], other):
-                    raise UserError(
-                        f"checkpoint: {name} in {self.origin} differs between tensor-parallel ranks 0 and {rank}, "
-                        f"although every rank holds a full copy; the run that wrote it diverged"
-                    )
+            self._check_copies(name, tensors)
             return tensors[0][start:stop]
         return self._gather(pair, tensors, part, start, stop)
 
-    def _shards(self, name: str) -> list[Tensor]:
+    def read_nf4(self, name: str, part: int, start: int, stop: int, device: torch.device | None = None) -> Nf4Matrix:
+        if name not in self._in_nf4:
+            return super().read_nf4(name, part, start, stop, device)
+        pair, shards = self.pairs[name], self._shards(name)
+        if pair.layout.tp_dim is None:
+            self._check_copies(name, [one.codes for one in shards])
+            self._check_copies(name, [one.block_scales() for one in shards])
+            shards = shards[:1]
+        return unshard(shards, pair, self.shape, part, start, stop)
+
+    def _check_copies(self, name: str, tensors: list[Tensor]) -> None:
+        for rank, other in enumerate(tensors[1:], start=1):
+            if not torch.equal(tensors[0], other):
+                raise UserError(
+                    f"checkpoint: {name} in {self.origin} differs between tensor-parallel ranks 0 and {rank}, "
+                    f"although every rank holds a full copy; the run that wrote it diverged"
+                )
+
+    def _shards(self, name: str) -> list[Tensor | Nf4Matrix]:
         """The tensor-parallel slices of a tensor, in rank order: of an expert one of each copy.
 
         Raises:
@@ -106,7 +132,8 @@ class MegatronSource(TensorSource):
         check_names(list(self.pairs), found, self.origin)
         for name, pair in self.pairs.items():
             tensors = self._shards(name)
-            check_one_dtype(name, [tensor.dtype for tensor in tensors], self.origin)
+            if name not in self._in_nf4:
+                check_one_dtype(name, [tensor.dtype for tensor in tensors], self.origin)
             size = len(tensors)
             for tensor in tensors:
                 padded = tensor.shape[0] * size if pair.layout.packing == "vocab" else None

@@ -17,11 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mindspeed_llm.checkpoint.expert_files import ExpertLayout, slice_of_stack, stack_dims, stored_name
 from mindspeed_llm.checkpoint.megatron_args import megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER, fused_name
-from mindspeed_llm.checkpoint.rank_files import FILE_NAME, rank_directory_name
+from mindspeed_llm.checkpoint.nf4_shards import fields_of, quantized_shards, stored_fields
+from mindspeed_llm.checkpoint.quantized import NF4_RECORD
+from mindspeed_llm.checkpoint.rank_files import FILE_NAME, NF4, rank_directory_name
 from mindspeed_llm.checkpoint.zip_seal import update_checksums
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts, tensor_names
 from mindspeed_llm.models.mapping import tensor_pairs
+from mindspeed_llm.models.nf4_weight import is_quantized
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import LayerMap
 
@@ -66,6 +69,10 @@ class MegatronWriter:
         shape: of the whole model.
         dtypes: mcore name -> type to store.
         iteration: recorded in the files.
+        quantize: write the linears of the layers in NF4 (`checkpoint.nf4_shards`).
+
+    Raises:
+        UserError: the model cannot be cut or stored like that.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class MegatronWriter:
         layout: MegatronLayout,
         dtypes: dict[str, torch.dtype],
         iteration: int,
+        quantize: bool = False,
     ) -> None:
         layouts.check_tensor_parallel(shape, layout.tp)
         self.etp = layout.experts.within(layout.tp)
@@ -88,8 +96,14 @@ class MegatronWriter:
                 "checkpoint: transformer-impl transformer_engine is not implemented for multi-head latent attention; "
                 "legal: local"
             )
+        if quantize and layout.experts.grouped:
+            raise UserError(
+                "convert: --qlora-nf4 with --moe-grouped-gemm is wrong, because experts in NF4 are stored one by one; "
+                "legal: either; try: leave --moe-grouped-gemm out here, and give it to the run, which stacks them"
+            )
         self.directory, self.shape, self.layout = directory, shape, layout
-        self.dtypes, self.iteration = dtypes, iteration
+        self.dtypes, self.iteration, self.quantize = dtypes, iteration, quantize
+        self._pairs = {pair.mcore: pair for pair in tensor_pairs(shape)}
         self._ranks: dict[tuple[int, int], dict[str, Any]] = {}
         self._files = layout.experts.files(layout.tp)
         self._num_local_experts = (shape.num_moe_experts or 0) // layout.experts.ep
@@ -133,6 +147,9 @@ class MegatronWriter:
             tensor: unsharded and unpadded, any floating type.
         """
         owner, slot = self._expert_place(name)
+        if self.in_nf4(name):
+            self._write_nf4(name, places, tensor, owner)
+            return
         for (tp_rank, ep_rank), content in self._ranks.items():
             if owner is None:
                 piece = layouts.shard(tensor, name, self.shape, tp_rank, self.layout.tp, self.layout.padded_vocab)
@@ -145,6 +162,21 @@ class MegatronWriter:
                 if tensor_names.is_stacked_experts(stored):
                     target = slice_of_stack(target, self._local_shape(name), slot)
                 target.copy_(piece)
+
+    def _write_nf4(self, name: str, places: list[tuple[str, str]], tensor: Tensor, owner: int | None) -> None:
+        cut = quantized_shards(tensor.to(self.dtypes[name]), self._pairs[name], self.shape)
+        size = self.layout.tp if owner is None else self.etp
+        for (tp_rank, ep_rank), content in self._ranks.items():
+            if owner not in (None, ep_rank):
+                continue
+            matrix = cut(tp_rank % size, size)
+            for key, stored in places:
+                for field, value in fields_of(stored, matrix).items():
+                    content[key][field].copy_(value)
+
+    def in_nf4(self, name: str) -> bool:
+        """Whether a tensor is written in NF4."""
+        return self.quantize and is_quantized(name)
 
     def close_stage(self, pp_rank: int) -> None:
         """Unmap the files of a stage, correct their checksums, and wait until they are on disk."""
@@ -160,11 +192,18 @@ class MegatronWriter:
         total = 0
         for pp_rank in range(self.layout.layers.pp):
             for name, places in self.stage_names(pp_rank):
-                rows = torch.Size(self._local_shape(name)).numel()
                 owner = self._expert_place(name)[0]
                 copies = sum(owner in (None, ep_rank) for _, ep_rank in self._files)
-                total += rows * self.dtypes[name].itemsize * copies * len(places)
+                for dims, dtype in self._planned(name, name).values():
+                    total += torch.Size(dims).numel() * dtype.itemsize * copies * len(places)
         return total
+
+    def _planned(self, name: str, stored: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what a rank's file holds of a tensor, one expert's by itself, under the stored name."""
+        dims = self._local_shape(name)
+        if self.in_nf4(name):
+            return stored_fields(stored, self._pairs[name], self.shape, dims)
+        return {stored: (dims, self.dtypes[name])}
 
     def _content(self, pp_rank: int, ep_rank: int) -> dict[str, Any]:
         content: dict[str, Any] = {self._key(v): {} for v in range(self.layout.layers.vpp)}
@@ -172,12 +211,15 @@ class MegatronWriter:
             for name, places in self.stage_names(pp_rank):
                 if self._expert_place(name)[0] not in (None, ep_rank):
                     continue
-                dims = self._local_shape(name)
                 for key, stored in places:
-                    if tensor_names.is_stacked_experts(stored):
-                        dims = stack_dims(stored, self._local_shape(name), self._num_local_experts)
-                    if stored not in content[key]:
-                        content[key][stored] = torch.empty(dims, dtype=self.dtypes[name])
+                    for field, (dims, dtype) in self._planned(name, stored).items():
+                        if tensor_names.is_stacked_experts(field):
+                            dims = stack_dims(field, dims, self._num_local_experts)
+                        if field not in content[key]:
+                            content[key][field] = torch.empty(dims, dtype=dtype)
+        if self.quantize:
+            names = [name for name, _ in self.stage_names(pp_rank) if self.in_nf4(name)]
+            content[NF4] = NF4_RECORD | {"dtypes": {name: self.dtypes[name] for name in names}}
         content.update(checkpoint_version=3.0, iteration=self.iteration, args=self._args())
         return content
 

@@ -17,13 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mindspeed_llm.checkpoint import nf4_shards
 from mindspeed_llm.checkpoint.expert_files import slice_of_stack
 from mindspeed_llm.checkpoint.names import EMBEDDING, is_extra_state, plain_name
+from mindspeed_llm.checkpoint.nf4_shards import matrix_in
+from mindspeed_llm.checkpoint.quantized import NF4_RECORD
 from mindspeed_llm.checkpoint.source import check_names
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import tensor_names
+from mindspeed_llm.ops.nf4_matrix import Nf4Matrix
 
 FILE_NAME = "model_optim_rng.pt"
+# What a file says about its weights in NF4: how they are quantised, and "dtypes", which types they had.
+NF4 = "nf4"
 EMBEDDING_AGAIN = "last stage's " + EMBEDDING
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
@@ -171,11 +177,12 @@ class RankFiles:
             self._content[key] = load_rank_file(self._paths[key] / FILE_NAME)
         return self._content[key]
 
-    def tensors(self, name: str) -> list[Tensor]:
+    def tensors(self, name: str) -> list[Tensor | Nf4Matrix]:
         """All tensor-parallel ranks' tensors of one mcore name, in rank order; an expert's maybe once for each copy."""
         place = self.places[name]
         ep_rank, slot = place.expert or (None, None)
-        found = [self.content(t, place.stage, ep_rank)[place.key][place.stored] for t in self.holders(name)]
+        contents = [self.content(t, place.stage, ep_rank)[place.key] for t in self.holders(name)]
+        found = [matrix_in(content, place.stored) or content[place.stored] for content in contents]
         if not tensor_names.is_stacked_experts(place.stored):
             return found
         first = place.stored.endswith("weight1")
@@ -198,6 +205,25 @@ class RankFiles:
         """Arguments of the program that wrote the checkpoint; empty when there are none."""
         args = self.content(0, 0).get("args")
         return vars(args) if isinstance(args, argparse.Namespace) else {}
+
+    def dtypes_in_nf4(self) -> dict[str, torch.dtype]:
+        """Of the weights that are in NF4 the types that they had, by global mcore name.
+
+        Raises:
+            UserError: they were quantised in another way.
+        """
+        found: dict[str, torch.dtype] = {}
+        for tp_rank, pp_rank, ep_rank in sorted(self._paths):
+            said = self.content(tp_rank, pp_rank, ep_rank).get(NF4)
+            if said is None:
+                continue
+            if {field: said.get(field) for field in NF4_RECORD} != NF4_RECORD:
+                raise UserError(
+                    f"checkpoint: {self.directory} holds weights quantised as {said}, which is not implemented; legal: "
+                    f"{NF4_RECORD}"
+                )
+            found |= said["dtypes"]
+        return found
 
     def model_keys(self, tp_rank: int, pp_rank: int) -> list[str]:
         """ "model", or "model0", "model1", ... in order."""
@@ -234,7 +260,8 @@ class RankFiles:
 
     def _number_chunk(self, pp_rank: int, key: str, next_layer: int, places: dict[str, Place]) -> int:
         """Add the tensors of one model chunk; returns the number that its successor's first layer gets."""
-        stored_names = [name for name in self.content(0, pp_rank)[key] if not is_extra_state(name)]
+        held = [nf4_shards.stored_name(name) for name in self.content(0, pp_rank)[key] if not is_extra_state(name)]
+        stored_names = [name for name in held if name is not None]
         slots = sorted({i for name in stored_names if (i := tensor_names.layer_index(name)) is not None})
         for stored in stored_names:
             name, slot = plain_name(stored), tensor_names.layer_index(stored)

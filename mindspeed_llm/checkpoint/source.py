@@ -39,6 +39,11 @@ class TensorSource(ABC):
         """Shape of the unsharded, unpadded tensor."""
         return self.pairs[name].dims
 
+    @property
+    def any_nf4(self) -> bool:
+        """Whether some weight is stored in NF4."""
+        return False
+
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Type the tensor is stored in."""

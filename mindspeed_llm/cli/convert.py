@@ -68,11 +68,8 @@ def _problems(config: RunConfig) -> list[str]:
     problems += weight_problems(lora)
     if not lora.lora_load and "qlora_merge_base" in config.given:
         problems.append("--qlora-merge-base has no meaning without --lora-load")
-    if c.qlora_nf4 and (c.save_model_type != "hf" or c.save_lora_to_hf):
-        problems.append(
-            "--qlora-nf4 has a meaning with --save-model-type hf only: NF4 is stored as bitsandbytes does, in Hugging "
-            "Face directories, which load into every layout"
-        )
+    if c.qlora_nf4 and c.save_lora_to_hf:
+        problems.append("--qlora-nf4 has no meaning with --save-lora-to-hf, which writes adapters alone")
     if not lora.lora_load and any(n in config.given for n in ("lora_r", "lora_alpha", "lora_target_modules")):
         problems.append("--lora-r, --lora-alpha and --lora-target-modules have no meaning without --lora-load")
     return problems

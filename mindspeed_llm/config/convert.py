@@ -22,5 +22,7 @@ class ConvertConfig:
     params_dtype: str | None = option(
         help="type of the written tensors; default: as read", choices=("fp32", "bf16", "fp16")
     )
-    qlora_nf4: bool = option(help="write the linears of the layers in 4 bits (NF4), as bitsandbytes does")
+    qlora_nf4: bool = option(
+        help="write the linears of the layers in 4 bits (NF4): hf as bitsandbytes does, mg with the ranks' parts"
+    )
     save_lora_to_hf: bool = option(help="write the adapters of --lora-load alone, in PEFT's format")

@@ -76,7 +76,9 @@ def merge_base(config: RunConfig, adapter_source: Found, weights: Found) -> str 
 
 def stored_in_nf4(weights: Found) -> bool:
     """Whether a checkpoint's linears are in NF4."""
-    return weights.format == "hf" and is_nf4(read_hf_config(weights.directory))
+    if weights.format == "hf":
+        return is_nf4(read_hf_config(weights.directory))
+    return weights.format == "megatron" and weights.record.get("quantized") is not None
 
 
 def quantization_rules(shape: ModelShape, layout: ParallelLayout) -> list[Rule]:

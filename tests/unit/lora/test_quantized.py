@@ -316,8 +316,12 @@ def test_what_cannot_be_is_refused(base, in_nf4, tuned_on_nf4, toy_llama, post_t
         convert_door(f"--load-dir {in_nf4} {merge} --save-model-type hf --save-dir {tmp_path / 'merged'}")
     with pytest.raises(UserError, match="is in NF4 already"):
         convert_door(f"--load-dir {in_nf4} --qlora-nf4 --save-model-type hf --save-dir {tmp_path / 'again'}")
-    with pytest.raises(UserError, match="--qlora-nf4 has a meaning with --save-model-type hf only"):
-        convert_door(f"--load-dir {base} --qlora-nf4 --save-dir {tmp_path / 'mg'}")
+    with pytest.raises(UserError, match="--qlora-nf4 has no meaning with --save-lora-to-hf"):
+        export = f"--lora-load {tuned_on_nf4} --save-lora-to-hf --save-dir {tmp_path / 'adapters'}"
+        convert_door(f"--load-dir {base} --qlora-nf4 {export}")
+    convert_door(f"--load-dir {base} --qlora-nf4 --save-dir {tmp_path / 'mg'}")
+    with pytest.raises(UserError, match="holds weights in NF4 and would be trained without --qlora"):
+        post_train(RUN, f"--load {tmp_path / 'mg'} {data}")
 
 
 def test_the_plan_counts_what_nf4_holds(base, rows, capsys, post_train, tmp_path):
