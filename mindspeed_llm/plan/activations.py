@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class LayerActivations:
         whole: layers that keep their input alone.
         dropping: parts of the others that are computed once more.
         swapping: what goes to the host.
+        score_bytes: that attention keeps of a token's probabilities, for each head.
     """
 
     shape: ModelShape
@@ -71,41 +73,59 @@ class LayerActivations:
     whole: WholeLayers
     dropping: RecomputeOptions
     swapping: Swapping
+    score_bytes: float = 0.0
 
     @property
     def shares(self) -> int:
         """Ranks that share the rows of what is not cut by heads or channels."""
         return self.layout.tp if self.sequence_parallel else 1
 
-    def of_stage(self, stage: int, tokens: int, in_flight: float) -> tuple[dict[str, int], int]:
+    def of_stage(self, stage: int, tokens: int, in_flight: float, outside: int) -> tuple[dict[str, int], int]:
         """Bytes by part at the peak of a stage, and bytes on the host then.
+
+        The peak is at the end of a forward pass, with what final norm and loss save, or in the backward pass of a layer
+        with what it recomputes, when those behind it are done.
 
         Args:
             tokens: of a micro-batch on this rank.
             in_flight: micro-batches whose activations are held at once.
+            outside: bytes that are saved outside the layers.
         """
         layers = [self._layer(layer, place) for layer, place in self._places(stage)]
-        kept = [each for each, _ in layers]
+        last, again, highest = len(layers), 0.0, outside / tokens
+        before = list(itertools.accumulate(sum(kept.values()) for kept, _ in layers))
+        for number, (_, recomputed) in enumerate(layers):
+            until = before[number] - before[-1] + recomputed
+            if until > highest:
+                highest, last, again, outside = until, number + 1, recomputed, 0
+        parts, swapped = self._kept([kept for kept, _ in layers], last, tokens, in_flight)
+        parts |= {RECOMPUTED: again * tokens, OUTSIDE: outside}
+        return {part: int(size) for part, size in parts.items() if size}, swapped
+
+    def _kept(
+        self, kept: list[dict[str, float]], last: int, tokens: int, in_flight: float
+    ) -> tuple[dict[str, float], int]:
+        """Bytes that the layers keep, of the newest micro-batch the first `last` alone, and bytes on the host."""
         modules = (*self.swapping.modules, *[LAYER_INPUTS] * self.swapping.layer_inputs)
         if tokens * self.shape.hidden_size * self.dtype_bytes / self.shares < SMALL_BYTES:
             modules = ()
         going = [sum(each.get(part, 0) for part in modules) * tokens for each in kept]
         swapped = self.swapping.away(going, in_flight)
         total: Counter[str] = Counter()
-        for each in kept:
-            total.update({part: size * tokens * in_flight for part, size in each.items()})
+        for number, each in enumerate(kept):
+            times = tokens * (in_flight - (number >= last))
+            total.update({part: size * times for part, size in each.items()})
         everything = sum(total[part] for part in modules)
         for part in modules:
             total[part] *= 1 - swapped / max(everything, 1)
-        # While the backward pass of layers runs, they have what was dropped.
-        total[RECOMPUTED] = max((again for _, again in layers), default=0) * tokens
-        return {part: int(size) for part, size in total.items() if size}, swapped
+        return dict(total), swapped
 
     def _layer(self, layer: int, place: int) -> tuple[dict[str, float], float]:
         """What a layer keeps, and what comes back for its backward pass, for each token."""
         saved = activation_bytes_per_token(
             self.shape, self.layout, layer, sequence_parallel=self.sequence_parallel, dtype_bytes=self.dtype_bytes
         )
+        saved["self_attention"] += self.shape.num_attention_heads / self.layout.tp * self.score_bytes
         if place < self.whole.count:
             first = place % self.whole.at_once == 0
             kept = {LAYER_INPUTS: self.shape.hidden_size * self.dtype_bytes / self.shares} if first else {}

@@ -21,7 +21,6 @@ from mindspeed_llm.plan.show import pipeline_idle_share, plan_memory
 
 MOST_AT_ONCE = 3
 SMALLER_LOSS_CHUNK = 256
-# What is said of a cost instead of a share of the time.
 IF_HIDDEN = "no slower where transfers hide behind computation"
 COMMUNICATION = "slower by what its communication takes"
 
@@ -32,15 +31,22 @@ class Change:
 
     Attributes:
         options: name -> value.
-        cost: share of a step's time, for the order and, without `says`, for the reader.
-        says: what it costs, in words.
+        slower: share of a step's time.
+        says: further costs, in words.
+        order: share of a step's time that `says` counts for where changes are put in order.
         processes: times as many are needed.
     """
 
     options: dict[str, Any]
-    cost: float
-    says: str = ""
+    slower: float = 0.0
+    says: tuple[str, ...] = ()
+    order: float = 0.0
     processes: int = 1
+
+    @property
+    def cost(self) -> float:
+        """By which changes are put in order."""
+        return round(self.slower + self.order, 6)
 
     def words(self) -> str:
         """As flags of a command line."""
@@ -49,14 +55,17 @@ class Change:
 
     def price(self) -> str:
         """What a reader is told of the cost."""
-        return self.says or (f"about {100 * self.cost:.0f} % slower" if self.cost >= 0.01 else "no slower")
+        share = [f"about {100 * self.slower:.0f} % slower"] if self.slower >= 0.01 else []
+        return ", ".join([*share, *dict.fromkeys(self.says)]) or "no slower"
 
     def __and__(self, other: Change) -> Change:
-        says = ", ".join(dict.fromkeys(each for each in (self.says, other.says) if each))
-        if says and not (self.says and other.says):
-            says += f", {(self if not self.says else other).price()}"
-        both = self.options | other.options
-        return Change(both, self.cost + other.cost, says, self.processes * other.processes)
+        return Change(
+            self.options | other.options,
+            self.slower + other.slower,
+            self.says + other.says,
+            self.order + other.order,
+            self.processes * other.processes,
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def changes(plan: Plan) -> list[Change]:
         Change({"loss_chunk_size": SMALLER_LOSS_CHUNK}, 0.02),
         Change({"recompute_mla_up_proj": True}, 0.03),
         Change({"mla_zero_memory": True}, 0.05),
-        Change({"swap_attention": True, "swap_modules": ",".join(SWAP_MODULES)}, 0.04, IF_HIDDEN),
+        Change({"swap_attention": True, "swap_modules": ",".join(SWAP_MODULES)}, says=(IF_HIDDEN,), order=0.04),
         # Smaller products; weights are read more often.
         *[Change({"micro_batch_size": size} | batch, 0.05 * micro / size) for size in _halves(micro)],
         # Experts' linears, two of three products of the forward pass, again.
@@ -113,12 +122,12 @@ def changes(plan: Plan) -> list[Change]:
     sizes = {"tensor_model_parallel_size": layout.tp, "context_parallel_size": layout.cp}
     sizes |= {"expert_model_parallel_size": layout.ep} if plan.shape.num_moe_experts else {}
     for name, size in sizes.items():
-        found.append(Change({name: 2 * size} | batch, 0.15, COMMUNICATION))
-        found.append(Change({name: 2 * size} | batch, 1.0, COMMUNICATION, processes=2))
+        found.append(Change({name: 2 * size} | batch, says=(COMMUNICATION,), order=0.15))
+        found.append(Change({name: 2 * size} | batch, says=(COMMUNICATION,), order=1.0, processes=2))
     if fits_pipelines:
         stages = {"pipeline_model_parallel_size": 2 * layout.pp} | batch
-        found.append(Change(stages, 0.1 + _more_idle(plan), COMMUNICATION))
-        found.append(Change(stages, 1.0 + _more_idle(plan), COMMUNICATION, processes=2))
+        found.append(Change(stages, _more_idle(plan), (COMMUNICATION,), order=0.1))
+        found.append(Change(stages, _more_idle(plan), (COMMUNICATION,), order=1.0, processes=2))
     return [change for change in found if any(c.get(name) != value for name, value in change.options.items())]
 
 
@@ -189,4 +198,4 @@ def _together(single: Sequence[Change]) -> list[Change]:
                 joined = joined & other
             if all(change.options.items() <= joined.options.items() for change in several):
                 found.append(joined)
-    return sorted(found, key=lambda change: (round(change.cost, 6), len(change.options)))
+    return sorted(found, key=lambda change: (change.cost, len(change.options)))

@@ -20,7 +20,6 @@ from mindspeed_llm.plan.activations import (
     ALL_WHOLE,
     NONE_WHOLE,
     NOTHING_SWAPPED,
-    OUTSIDE,
     LayerActivations,
     Swapping,
     WholeLayers,
@@ -150,6 +149,7 @@ def estimate_stages(
     swapping: Swapping = NOTHING_SWAPPED,
     dropping: RecomputeOptions = NOTHING_DROPPED,
     quantized: bool = False,
+    score_bytes: float = 0.0,
     optimizer: OptimizerForm = OptimizerForm(),
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
@@ -164,13 +164,14 @@ def estimate_stages(
         swapping: what of the activations goes to the host.
         dropping: parts of layers that are computed once more.
         quantized: the linears of the layers are in NF4, and one of them is made dense at a time.
+        score_bytes: that attention keeps of a token's probabilities, for each head.
         optimizer: how its state is kept.
     """
     # The distributed optimizer shares the state of a parameter among all ranks that hold a copy of it.
     copies, expert_copies = (layout.dp * layout.cp, layout.edp) if distributed_optimizer else (1, 1)
     tokens = -(-tokens_per_microbatch // layout.cp)
     whole = whole_layers if recompute == "full" else NONE_WHOLE
-    layers = LayerActivations(shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping)
+    layers = LayerActivations(shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes)
     in_nf4 = parameters_by_stage(shape, layout, padded_vocab, is_quantized if quantized else lambda name: False)
     dense_copy = largest_quantized(shape, layout) * dtype_bytes if quantized else 0
     estimates = []
@@ -178,12 +179,13 @@ def estimate_stages(
         trained = local
         if adapter_parameters is not None:
             trained = LocalParameters(dense=adapter_parameters // (layout.tp * layout.pp))
-        parts, swapped = layers.of_stage(stage, tokens, micro_batches_in_flight(layout, stage, micro_batches))
-        logits = 0
+        outside = logits = 0
         if stage == layout.pp - 1:
             rows = padded_vocab // layout.tp
             head = rows * shape.hidden_size if adapter_parameters is None else 0
-            parts[OUTSIDE], logits = _loss_bytes(layers, tokens, rows, head, loss_chunk)
+            outside, logits = _loss_bytes(layers, tokens, rows, head, loss_chunk)
+        in_flight = micro_batches_in_flight(layout, stage, micro_batches)
+        parts, swapped = layers.of_stage(stage, tokens, in_flight, outside)
         own, activations = trained.dense / copies + trained.expert / expert_copies, sum(parts.values())
         temporary = max(logits + dense_copy, optimizer.in_step(own, dtype_bytes) - activations)
         estimates.append(

@@ -17,7 +17,7 @@ from mindspeed_llm.plan.grid import grid_tables
 from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate_stages
 from mindspeed_llm.plan.optimizer_memory import OptimizerForm
 from mindspeed_llm.plan.plan import Plan
-from mindspeed_llm.plan.recompute import recompute_options, whole_layers
+from mindspeed_llm.plan.recompute import recompute_modules, recompute_options, whole_layers
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -48,6 +48,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         loss_chunk=(loss_chunk_rows(o) or loss_chunk) if o.cross_entropy_loss_fusion else None,
         whole_layers=whole_layers(plan.config.recompute),
         quantized=plan.holds_nf4,
+        score_bytes=_score_bytes(plan),
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
         optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),
@@ -66,6 +67,25 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         )
         for stage in stages
     ]
+
+
+def _score_bytes(plan: Plan) -> float:
+    """Bytes that attention keeps of a token's probabilities, for each head; kernels compute them again.
+
+    Documents are taken for as long as a row: where they are shorter, less is kept.
+    """
+    from mindspeed_llm import accelerator
+    from mindspeed_llm.ops.attention_blocks import BLOCK_ROWS, LONGEST_KEPT
+
+    length, device = plan.seq_length, plan.config.runtime.device
+    if plan.layout.cp > 1 or "core_attn" in recompute_modules(plan.config.recompute):
+        return 0.0
+    if not plan.config.operators.use_flash_attn:  # the softmax in fp32, and what is multiplied by the values
+        return length * {"fp32": 4.0, "bf16": 6.0, "fp16": 6.0}[plan.dtype_name]
+    on_cpu = device == "cpu" or (device == "auto" and accelerator.current().name == "cpu")
+    if not on_cpu or length > LONGEST_KEPT or plan.dtype_name == "fp16":
+        return 0.0
+    return DTYPE_BYTES[plan.dtype_name] * (length + min(length, BLOCK_ROWS)) / 2
 
 
 def _swapping(options: MemoryConfig) -> Swapping:
