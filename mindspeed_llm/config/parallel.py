@@ -43,6 +43,19 @@ class ParallelConfig:
     use_distributed_optimizer: bool = option(
         help="split optimizer state over the data-parallel processes", doors=TRAINING_DOORS
     )
+    use_torch_fsdp2: bool = option(
+        help="split parameters, gradients and optimizer state over the data-parallel processes (torch's FSDP2); layers "
+        "are gathered one at a time",
+        doors=TRAINING_DOORS,
+    )
+    torch_fsdp2_reshard_after_forward: bool = option(
+        True,
+        help="with --use-torch-fsdp2: let a layer's parameters go after its forward pass and gather them again for the "
+        "backward pass",
+        off="--torch-fsdp2-no-reshard-after-forward",
+        doors=TRAINING_DOORS,
+        level="advanced",
+    )
     overlap_grad_reduce: bool = option(
         help="reduce gradients while the backward pass runs", doors=TRAINING_DOORS, level="advanced"
     )
@@ -130,6 +143,13 @@ class RuntimeConfig:
     )
     num_threads: int | None = option(
         help="CPU threads per process; default: cores / processes on this host", level="expert", check=at_least(1)
+    )
+    cpu_allocator: str | None = option(
+        help="on a CPU, keep the memory of freed tensors for the next ones, or leave that to the C library; default: "
+        "keep, where that is glibc and no MALLOC_* variable tells it otherwise",
+        choices=("keep", "system"),
+        level="expert",
+        doors=TRAINING_DOORS,
     )
     distributed_timeout_minutes: float = option(
         10.0, help="how long a collective may take before the run ends", check=above(0), level="advanced"

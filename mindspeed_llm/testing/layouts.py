@@ -28,11 +28,13 @@ from mindspeed_llm.models.layouts import layout_of, unshard
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.models.tensor_names import held_experts
 from mindspeed_llm.parallel.layout import Coordinates
+from mindspeed_llm.parallel.shards import local_values, shard_of
 from mindspeed_llm.plan.plan import Plan, resolve
 from mindspeed_llm.testing.mutations import MUTATIONS
 from mindspeed_llm.training.data import DataPart, TrainingData
 from mindspeed_llm.training.loop import Progress, TrainingLoop
 from mindspeed_llm.training.run import make_optimizer
+from mindspeed_llm.training.saving import Saver
 from mindspeed_llm.training.setup import build, gather_parameters, placement, start_processes
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -49,6 +51,7 @@ class Trained:
 
     Attributes:
         losses, trained_tokens: of each step, the same on every rank.
+        norms: of the gradient, of each step (AdamW; plain gradient descent clips nothing and has none).
         gradients: of each step (AdamW: of the first), by megatron-core's names in the whole model, unsharded and
             unpadded; on rank 0, nothing elsewhere.
         weights: likewise, after the last step.
@@ -58,6 +61,7 @@ class Trained:
     trained_tokens: list[int]
     gradients: list[Tensors] = field(default_factory=list)
     weights: Tensors = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
 
 
 def make_rows(
@@ -104,7 +108,7 @@ def train(
     Args:
         model: what `--load` says.
         flags: the layout and whatever else, as on a command line. Give `--micro-batch-size`, `--no-padding-free`,
-            `--lora-r` and the like here.
+            `--lora-r` and the like here; with `--save` (AdamW) a checkpoint is written after every step.
         optimizer: "sgd" (plain, at `learning_rate`), or "adamw" for the doors' own with these flags.
         mutation: name of an entry of `testing.mutations.MUTATIONS`, for a negative control.
 
@@ -121,11 +125,19 @@ def train(
         inner, scheduler = make_optimizer(plan, built, steps)
         recorder = _Recorder(plan, built, inner if optimizer == "adamw" else None, learning_rate)
         loop = TrainingLoop(plan, built, recorder, scheduler, data, None, Progress(), steps, None)
-        results = [loop.step()[0] for _ in range(steps)]
+        saver = Saver(plan, built, inner, scheduler, data) if plan.config.checkpoint.save else None
+        results = []
+        for _ in range(steps):
+            results.append(loop.step())
+            if saver:
+                saver(loop.progress)
+        if saver:
+            saver.finish()
         gather_parameters(built)
-        parameters = {p: p.detach() for chunk in built.chunks for p in chunk.parameters()}
+        parameters = {p: local_values(p) for chunk in built.chunks for p in chunk.parameters()}
         weights = gather(plan, built.chunks, parameters)
-    return Trained([r.loss for r in results], [r.trained_tokens for r in results], recorder.gradients, weights)
+    losses, trained_tokens = [r.loss for r, _ in results], [r.trained_tokens for r, _ in results]
+    return Trained(losses, trained_tokens, recorder.gradients, weights, [norm for _, norm in results])
 
 
 def _environment() -> dict[str, str]:
@@ -153,6 +165,9 @@ class _GivenRows(TrainingData):
 
     def sample(self, index: int) -> Row:
         return self.rows[index]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"samples": len(self.rows)}
 
 
 class _Recorder:
@@ -188,7 +203,8 @@ class _Recorder:
             return self.inner.step_with_ready_grads()
         with torch.no_grad():
             for parameter, gradient in self._gradients().items():
-                parameter -= self.learning_rate * gradient
+                values = local_values(parameter)
+                values -= self.learning_rate * gradient
         return True
 
     def _gradients(self) -> dict[Tensor, Tensor]:
@@ -214,11 +230,23 @@ def gather(plan: Plan, chunks: Sequence[torch.nn.Module], values: Mapping[Tensor
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             if parameter in values:
-                value = values[parameter].float().cpu().clone()
+                value = _joined(parameter, values[parameter].float().cpu().clone())
                 local |= _by_whole_names(name, value, plan, number)
     everything = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object((here, local), everything)
     return assemble(everything, plan.shape) if everything is not None else {}
+
+
+def _joined(parameter: Tensor, value: Tensor) -> Tensor:
+    """The whole of what data-parallel ranks hold parts of."""
+    if shard_of(parameter) is None:
+        return value
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    parts = [None] * group.size()
+    dist.all_gather_object(parts, value, group=group)
+    return torch.cat(parts)
 
 
 def _by_whole_names(name: str, value: Tensor, plan: Plan, chunk: int) -> Tensors:

@@ -20,6 +20,7 @@ from mindspeed_llm.checkpoint.boxes import Box, own_share
 from mindspeed_llm.checkpoint.train_record import iteration_directory, read_tracker
 from mindspeed_llm.checkpoint.train_save import SaveOrder, index_and_complete
 from mindspeed_llm.checkpoint.write_part import write_part
+from mindspeed_llm.config.parallel import ParallelConfig
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.training.setup import is_leader
 from mindspeed_llm.training.standing import Finished, Standing
@@ -73,12 +74,13 @@ class DyingBreath:
         parallel = self.saver.plan.config.parallel
         if parallel.overlap_param_gather:
             return {"reason": "nothing is saved, because --overlap-param-gather gathers weights in the next iteration"}
-        spread = parallel.use_distributed_optimizer
+        spread = is_spread(parallel)
         for iteration in sorted({n for n in finished.values() if n is not None}, reverse=True):
             holders = find_holders(self.layout, [r for r, n in finished.items() if n == iteration], spread)
             if holders:
                 return self._already(iteration) or {"iteration": iteration, "holders": holders}
-        where = "of the optimizer's state, which each rank holds a share of," if spread else "of the model"
+        state = "model" if parallel.use_torch_fsdp2 else "optimizer's state"
+        where = f"of the {state}, which each rank holds a share of," if spread else "of the model"
         return {"reason": f"nothing is saved, because parts {where} are gone; the checkpoint before stays"}
 
     def _already(self, iteration: int) -> dict[str, str] | None:
@@ -99,13 +101,19 @@ class DyingBreath:
 
     def write(self, decision: Mapping[str, Any]) -> None:
         """Write what is held here, replicas of lost parts included, and (the judge) everybody's random states."""
-        iteration, finished = decision["iteration"], self.standing.finished
-        boxes, facts, objects = [], {}, {}
-        device = accelerator.current()
+        finished, device = self.standing.finished, accelerator.current()
         if finished.device.index is not None:  # each thread has a current device of its own
             device.set_device(finished.device.index)
+        # The training thread's stream may wait for a collective that never ends; the state was there before.
+        stream = device.new_stream()
+        stream.wait_event(finished.ready)
+        with device.stream(stream):
+            self._write(decision, finished)
+
+    def _write(self, decision: Mapping[str, Any], finished: Finished) -> None:
+        iteration, boxes, facts, objects = decision["iteration"], [], {}, {}
         if self.rank in decision["holders"]:
-            spread = self.saver.plan.config.parallel.use_distributed_optimizer
+            spread = is_spread(self.saver.plan.config.parallel)
             state = self.saver.state(rng=None)
             facts = state.facts | {"grad_scaler": finished.grad_scaler}
             objects = state.packed_objects()
@@ -117,11 +125,7 @@ class DyingBreath:
         if self.rank == decision["judge"]:
             objects = objects | self._streams(iteration)
         aside = directory.dying_aside_of(self.saver.plan.config.checkpoint.save, iteration)
-        # The training thread's stream may wait for a collective that never ends; the state was there before.
-        stream = device.new_stream()
-        stream.wait_event(finished.ready)
-        with device.stream(stream):
-            write_part(aside, self.rank, boxes, objects, facts)
+        write_part(aside, self.rank, boxes, objects, facts)
 
     def complete(self, decision: Mapping[str, Any]) -> str:
         """Make a checkpoint of what was written; its directory."""
@@ -143,11 +147,16 @@ class DyingBreath:
         return found
 
 
+def is_spread(parallel: ParallelConfig) -> bool:
+    """Whether every data-parallel rank holds a share of the state of its own."""
+    return parallel.use_distributed_optimizer or parallel.use_torch_fsdp2
+
+
 def find_holders(layout: ParallelLayout, ranks: Iterable[int], spread: bool) -> list[int]:
     """Ranks among `ranks` that hold every part of the model together, as few as possible; none if they do not.
 
     Args:
-        spread: a distributed optimizer, of whose state every rank holds a share of its own.
+        spread: every rank holds a share of its own, as of a distributed optimizer's state.
     """
     ranks = sorted(ranks)
     if spread:

@@ -44,6 +44,7 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
         set_optimizer_step(optimizer, loaded["optimizer_step"])
         load_grad_scaler_state(optimizer, loaded["grad_scaler"])
     else:
+        state.take_rounded()
         optimizer.reload_model_params()
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:

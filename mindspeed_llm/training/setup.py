@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator import host_allocator
 from mindspeed_llm.config.hccl_groups import parse_buffers
 from mindspeed_llm.config.parallel import RuntimeConfig
+from mindspeed_llm.config.schema import TRAINING_DOORS
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.build_options import build_options, communication_chunks
@@ -48,7 +50,7 @@ class TrainingModel:
 
 
 def start_processes(plan: Plan) -> None:
-    """Device, threads, process groups and seeds.
+    """Device, threads, what becomes of freed memory, process groups and seeds.
 
     Raises:
         UserError: the asked device is not there, or ranks were started differently.
@@ -66,6 +68,8 @@ def start_processes(plan: Plan) -> None:
         accelerator.select(r.device)
     _configure_npu(r)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerator.current().name == "cpu" and plan.config.door in TRAINING_DOORS:
+        host_allocator.choose(r.cpu_allocator)
     torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
     choose_operators(plan)
     check_devices()
@@ -255,10 +259,17 @@ def choose_trained(plan: Plan, chunks: list[torch.nn.Module]) -> list[list[str]]
 
 
 def wrap(plan: Plan, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """megatron-core's DistributedDataParallel around every chunk; gradients accumulate and reduce in fp32."""
+    """megatron-core's DistributedDataParallel around every chunk; gradients accumulate and reduce in fp32.
+
+    With --use-torch-fsdp2 the chunks are cut over the data-parallel ranks instead.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     p = plan.config.parallel
+    if p.use_torch_fsdp2:
+        from mindspeed_llm.training.fully_sharded import fully_sharded
+
+        return [fully_sharded(c, reshard_after_forward=p.torch_fsdp2_reshard_after_forward) for c in chunks]
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=p.overlap_grad_reduce,

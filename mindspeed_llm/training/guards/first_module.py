@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mindspeed_llm.parallel.shards import local_values, shard_of
 
 LOSS = "the loss"
 
@@ -68,13 +71,21 @@ def watching(
         A function that returns the first finding since the last call.
     """
     watcher, handles = _Watcher(), []
+    watched: set[Tensor] = set()
+
+    def watch_weights(number: int, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        # Of a weight that is cut, what gets a gradient of this rank alone is the gathered one, which is there now.
+        for local, parameter in module.named_parameters(path):
+            if parameter.requires_grad and shard_of(parameter) is None and parameter not in watched:
+                watched.add(parameter)
+                handles.append(parameter.register_hook(_weight_hook(watcher, name_of(number, local), number)))
+
     for number, chunk in enumerate(chunks):
         for local, module in chunk.named_modules():
             name = name_of(number, local) if local else LOSS
             handles.append(module.register_forward_hook(_output_hook(watcher, name, number, gradients)))
-        for local, parameter in chunk.named_parameters():
-            if gradients and parameter.requires_grad:
-                handles.append(parameter.register_hook(_weight_hook(watcher, name_of(number, local), number)))
+            if gradients:
+                handles.append(module.register_forward_hook(partial(watch_weights, number, local)))
     try:
         yield lambda: _take(watcher)
     finally:
@@ -122,5 +133,5 @@ def nonfinite_weights(chunks: list[nn.Module], name_of: Callable[[int, str], str
         name_of(number, name)
         for number, chunk in enumerate(chunks)
         for name, parameter in chunk.named_parameters()
-        if num_nonfinite(parameter)
+        if num_nonfinite(local_values(parameter))
     ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.parallel.shards import local_gradient
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.guards.batch_state import BatchState
 from mindspeed_llm.training.guards.bits import hash_all
@@ -69,7 +70,8 @@ class Repeating:
     def _before_reduction(self) -> Iterator[list[Tensor]]:
         """Hashes of the gradients at the end of the backward pass, before replicas are summed.
 
-        (With --overlap-grad-reduce some are summed by then: a fault on one rank shows on its peers as well.)
+        (With --overlap-grad-reduce some are summed by then, and with --use-torch-fsdp2 all: a fault on one rank shows
+        on its peers as well.)
         """
         found: list[Tensor] = []
         configs = {id(chunk.config): chunk.config for chunk in self.model.chunks}
@@ -77,7 +79,7 @@ class Repeating:
 
         def finalize(function: Callable[..., None]) -> Callable[..., None]:
             def hashing(*args: Any, **named: Any) -> None:
-                gradients = [parameter.main_grad for _, parameter in self.parameters]
+                gradients = [local_gradient(parameter) for _, parameter in self.parameters]
                 found.append(hash_all(gradients, accelerator.current().current_device()))
                 function(*args, **named)
 

@@ -18,6 +18,8 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.parallel.exact_sum import sum_float64
+from mindspeed_llm.parallel.fsdp2 import FullySharded
+from mindspeed_llm.parallel.shards import shard_of
 from mindspeed_llm.training.log_line import PARAMS_NORM, ZEROS_IN_GRADIENT
 from mindspeed_llm.training.monitor.places import PlacedChunk
 
@@ -30,7 +32,7 @@ class Part:
 
     Attributes:
         place: number of the part of the model that it belongs to.
-        gradient: flat, reduced, what of it this rank has to count; empty when another rank does.
+        gradient: reduced, what of it this rank has to count; empty when another rank does, None of a frozen one.
         weight: likewise; None when another rank counts it.
     """
 
@@ -41,6 +43,9 @@ class Part:
 
 def parts(chunk: PlacedChunk) -> Iterator[Part]:
     """What this rank counts of one chunk's parameters."""
+    if isinstance(chunk.wrapped, FullySharded):
+        yield from _shards(chunk)
+        return
     sharded = chunk.wrapped.ddp_config.use_distributed_optimizer
     gradients = {
         parameter: _own_slice(buffer, parameter, sharded)
@@ -51,6 +56,14 @@ def parts(chunk: PlacedChunk) -> Iterator[Part]:
         if is_counted(parameter):
             weight = parameter.detach() if _replica(parameter) == 0 else None
             yield Part(place, gradients.get(parameter), weight)
+
+
+def _shards(chunk: PlacedChunk) -> Iterator[Part]:
+    """What this rank holds of parameters that are cut: nobody else holds it, tensor-parallel copies apart."""
+    for place, parameter in chunk.parameters():
+        if is_counted(parameter):
+            shard = shard_of(parameter)
+            yield Part(place, shard.gradient, shard.main.detach())
 
 
 def is_counted(parameter: torch.nn.Parameter) -> bool:

@@ -1,0 +1,63 @@
+"""What `--use-torch-fsdp2` does to the memory of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mindspeed_llm.checkpoint.names import EMBEDDING
+from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.models.tensor_names import layer_index
+from mindspeed_llm.parallel.layout import ParallelLayout
+from mindspeed_llm.plan.memory import (
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    MemoryEstimate,
+    parameters_by_stage,
+)
+
+
+def sharded_memory(
+    whole: MemoryEstimate,
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    padded_vocab: int,
+    dtype_bytes: int,
+    adapter_parameters: int | None,
+    reshard_after_forward: bool,
+) -> MemoryEstimate:
+    """The estimate with everything cut over the ranks that see other tokens, and what of it is gathered at the peak.
+
+    The peak is in the backward pass of a layer: its weights are gathered and so are those of the next one to come, its
+    gradients exist in the type of the products and in fp32, to be summed; what is outside of layers, but for an
+    embedding of its own, is gathered for the whole pass.
+
+    Args:
+        whole: as if nothing were cut.
+        adapter_parameters: trained parameters when the model itself is frozen; None trains all of it.
+    """
+
+    def count(counted: Callable[[str], bool]) -> int:
+        return parameters_by_stage(shape, layout, padded_vocab, counted)[0].total
+
+    def layer(number: int) -> int:
+        return count(lambda name: layer_index(name) == number)
+
+    ranks, total = layout.dp * layout.cp, count(lambda name: True)
+    layers = [layer(number) for number in range(shape.num_layers)]
+    embedding = 0 if shape.tie_word_embeddings else count(lambda name: name == EMBEDDING)
+    outside = total - sum(layers) - embedding
+    trained, gradients = total, max(layers) * (dtype_bytes + GRADIENT_BYTES)
+    if adapter_parameters is not None:
+        trained, gradients = adapter_parameters // layout.tp, 0
+    frozen = total if adapter_parameters is not None else 0
+    gathered = sum(layers) if not reshard_after_forward else sum(sorted(layers)[-2:])
+    return replace(
+        whole,
+        weights=(trained * MASTER_BYTES + frozen * dtype_bytes) // ranks,
+        gradients=trained * GRADIENT_BYTES // ranks,
+        optimizer=trained * MOMENT_BYTES // ranks,
+        temporary=whole.temporary + (gathered + outside) * dtype_bytes + gradients,
+    )
