@@ -103,6 +103,16 @@ class ExpertConfig:
         level="advanced",
         doors=TRAINING_DOORS,
     )
+    moe_shared_expert_overlap: bool = option(
+        help="compute shared experts while tokens travel to routed ones and back",
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )
+    moe_alltoall_overlap_comm: bool = option(
+        help="and send the tokens of some of a rank's experts while others compute",
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )
     moe_router_dtype: str | None = option(
         help="type of the router's logits; default: the model's", choices=("fp32", "fp64"), level="advanced"
     )

@@ -6,6 +6,9 @@ from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, sectio
 
 CHUNK_NUMBERS = (1, 2, 4, 8)
 
+# MindSpeed's default of --loss-chunk-size.
+LOSS_CHUNK_ROWS = 1024
+
 
 def _is_chunk_number(value: int) -> str | None:
     return None if value in CHUNK_NUMBERS else f"legal: {', '.join(map(str, CHUNK_NUMBERS))}"
@@ -50,9 +53,25 @@ class OperatorConfig:
         level="advanced",
         doors=TRAINING_DOORS,
     )
+    loss_compute_mode: str = option(
+        "default",
+        help="which logits exist at once in the loss: as many as memory allows (default), or those of "
+        "--loss-chunk-size labelled tokens (chunk)",
+        choices=("default", "chunk"),
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )
     loss_chunk_size: int | None = option(
-        help="labelled tokens whose logits exist at once in the loss; default: by memory",
+        help="labelled tokens whose logits exist at once in the loss; default: by memory, 1024 with "
+        "--loss-compute-mode chunk",
         level="expert",
         check=at_least(1),
         doors=TRAINING_DOORS,
     )
+
+
+def loss_chunk_rows(options: OperatorConfig) -> int | None:
+    """Labelled tokens whose logits exist at once in the loss; None for as many as memory allows."""
+    if options.loss_chunk_size is None and options.loss_compute_mode == "chunk":
+        return LOSS_CHUNK_ROWS
+    return options.loss_chunk_size

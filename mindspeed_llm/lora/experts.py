@@ -12,6 +12,7 @@ linear_fc2) has a share of its gradient on each of those ranks, which are summed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed import ProcessGroup
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.initial import initial_a
 from mindspeed_llm.lora.tensors import AdapterTensors
-from mindspeed_llm.models.moe.experts import Experts, GroupedExperts, SequentialExperts
+from mindspeed_llm.models.moe.experts import Experts, GroupedExperts, Operands, SequentialExperts
 from mindspeed_llm.models.moe.sharding import expert_sharded_state
 from mindspeed_llm.ops.grouped_matmul import grouped_matmul
 from mindspeed_llm.plan.adaptable import Adaptable
@@ -90,16 +91,24 @@ class ExpertFactors(nn.Module):
             blocks.append(nn.functional.pad(block, (start, width - start - block.shape[-1])))
         return torch.cat(blocks, dim=1)
 
-    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
-        """What the adapters add for tokens [t, in] sorted by local expert, `sizes` of each: [t, out]."""
-        if self.dropout and self.training:
-            # Ranks get different numbers of tokens, so none of the streams that ranks share may be drawn from.
-            with tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                x = nn.functional.dropout(x, self.dropout)
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """A [e, k r, in] and s B [e, out, k r] of all local experts."""
         a, b = self.lora_A, self.stacked_b()
         if self.groups.expt_tp.size() > 1:
             whole = sum_of_gradients(a if self.column else b, self.groups.expt_tp)
             a, b = (whole, b) if self.column else (a, whole)
+        return a, b
+
+    def forward(self, x: Tensor, sizes: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """What the adapters add for tokens [t, in] sorted by local expert, `sizes` of each: [t, out].
+
+        Args:
+            a, b: `operands`, or a part of the experts' of both.
+        """
+        if self.dropout and self.training:
+            # Ranks get different numbers of tokens, so none of the streams that ranks share may be drawn from.
+            with tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                x = nn.functional.dropout(x, self.dropout)
         return grouped_matmul(grouped_matmul(x, a, sizes), b, sizes)
 
     def delta(self, index: int) -> Tensor:
@@ -186,17 +195,24 @@ class LoraExpertsMixin:
         setattr(self, name, factors)
         return factors
 
-    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+    def operands(self) -> Operands:
+        """Those of the experts without adapters, and both factors of each adapted linear."""
+        found = dict(super().operands())
+        for name in filter(partial(hasattr, self), WEIGHTS):
+            found[f"{name}.a"], found[f"{name}.b"] = getattr(self, name).operands()
+        return found
+
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor, operands: Operands) -> Tensor:
         """As of the experts without adapters."""
         sizes = tokens_per_expert.cpu()
-        hidden, drop = self.between(self._with_adapter("linear_fc1", tokens, sizes), probs)
-        out = self._with_adapter("linear_fc2", hidden, sizes)
+        hidden, drop = self.between(self._with_adapter("linear_fc1", tokens, sizes, operands), probs)
+        out = self._with_adapter("linear_fc2", hidden, sizes, operands)
         drop(out)
         return out
 
-    def _with_adapter(self, name: str, x: Tensor, sizes: Tensor) -> Tensor:
-        out, factors = self.base_product(name, x, sizes), getattr(self, name, None)
-        return out if factors is None else out + factors(x, sizes)
+    def _with_adapter(self, name: str, x: Tensor, sizes: Tensor, operands: Operands) -> Tensor:
+        out, factors = self.base_product(name, x, sizes, operands), getattr(self, name, None)
+        return out if factors is None else out + factors(x, sizes, operands[f"{name}.a"], operands[f"{name}.b"])
 
     @torch.no_grad()
     def merge_adapters(self) -> int:
@@ -232,9 +248,9 @@ class LoraGroupedExperts(LoraExpertsMixin, GroupedExperts):
         weights = getattr(self, WEIGHTS[name])
         return weights if index is None else weights[index]
 
-    def base_product(self, name: str, x: Tensor, sizes: Tensor) -> Tensor:
+    def base_product(self, name: str, x: Tensor, sizes: Tensor, operands: Operands) -> Tensor:
         """Tokens through the frozen linears."""
-        return grouped_matmul(x, getattr(self, WEIGHTS[name]), sizes)
+        return grouped_matmul(x, operands[WEIGHTS[name]], sizes)
 
 
 class LoraSequentialExperts(LoraExpertsMixin, SequentialExperts):
@@ -244,9 +260,9 @@ class LoraSequentialExperts(LoraExpertsMixin, SequentialExperts):
         """One local expert's weight."""
         return getattr(self.local_experts[index or 0], name).weight
 
-    def base_product(self, name: str, x: Tensor, sizes: Tensor) -> Tensor:
+    def base_product(self, name: str, x: Tensor, sizes: Tensor, operands: Operands) -> Tensor:
         """Tokens through the frozen linears."""
-        pieces = zip(self.local_experts, x.split(sizes.tolist()))
+        pieces = zip(operands["local_experts"], x.split(sizes.tolist()))
         return torch.cat([getattr(expert, name)(rows)[0] for expert, rows in pieces])
 
 

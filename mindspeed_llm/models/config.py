@@ -30,6 +30,8 @@ class ModelConfig(TransformerConfig):
         ulysses_size: context-parallel ranks that exchange heads; the others form a ring.
         ring_window: ranks of an inner ring of that ring.
         quantized_linears: linears of the layers hold their weights in NF4 (`models.nf4_weight`).
+        expert_overlap: what is computed while tokens travel to experts and back (`models.moe.overlap`): "shared" for
+            shared experts, "parts" for these and other experts' tokens; "" for nothing.
         recompute: parts of layers computed once more in the backward pass, beside megatron-core's recompute_*.
     """
 
@@ -43,6 +45,7 @@ class ModelConfig(TransformerConfig):
     ulysses_size: int = 1
     ring_window: int = 1
     quantized_linears: bool = False
+    expert_overlap: str = ""
     recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
 
     def __post_init__(self):

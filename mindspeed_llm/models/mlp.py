@@ -14,7 +14,7 @@ from torch import Tensor
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
-from mindspeed_llm.models.recompute import without_output
+from mindspeed_llm.models.recompute import keep, without_output
 from mindspeed_llm.ops.activation import Gate, gated_activation
 
 # HF's names of the activations (transformers.activations.ACT2FN).
@@ -89,13 +89,22 @@ class MLP(MegatronModule):
 
         megatron's layer gives `padding_mask` to dense and expert layers alike; each token is computed by itself here.
         """
+        return self.begin(hidden_states)()
+
+    def begin(self, hidden_states: Tensor) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        """linear_fc1 and the activation; what is returned computes the rest of `forward`."""
         intermediate, _ = self.linear_fc1(hidden_states)
-        if not self.recompute_activation:
-            return self.linear_fc2(self.activate(intermediate))
-        activated, drop = without_output(self.activate, intermediate)
-        output = self.linear_fc2(activated)
-        drop(output[0])
-        return output
+        if self.recompute_activation:
+            activated, drop = without_output(self.activate, intermediate)
+        else:
+            activated, drop = self.activate(intermediate), keep
+
+        def finish() -> tuple[Tensor, Tensor | None]:
+            output = self.linear_fc2(activated)
+            drop(output[0])
+            return output
+
+        return finish
 
     def activate(self, intermediate: Tensor) -> Tensor:
         """[..., 2f] or [..., f] -> [..., f]."""

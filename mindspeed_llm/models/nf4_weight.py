@@ -55,6 +55,13 @@ class Nf4Weight:
         assert matrix is not None, "a weight in NF4 is used before it was loaded"
         return matrix.dense(self.dtype)
 
+    def __getitem__(self, experts: slice) -> Nf4Weight:
+        """Some of the experts' weights, which share what they hold with this one."""
+        found = self.matrices[experts]
+        part = Nf4Weight((len(found), *self.shape[1:]), self.dtype, self.device)
+        part.matrices = found
+        return part
+
     def numel(self) -> int:
         """Numbers of the dense weight."""
         return self.shape.numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mindspeed_llm.config.experts import layer_pattern
+from mindspeed_llm.config.experts import ExpertConfig, layer_pattern
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layout import ParallelLayout
@@ -135,4 +135,33 @@ def expert_problems(config: RunConfig, shape: ModelShape, layout: ParallelLayout
         "--moe-token-dispatcher-type: allgather needs rows of one length on all ranks; legal: alltoall, or "
         "--no-padding-free --pad-to-seq-length",
     )
-    return problems
+    refuse(
+        e.moe_pad_expert_input_to_capacity and layout.ep * layout.expert_tp > 1 and not same_lengths,
+        "--moe-pad-expert-input-to-capacity needs rows of one length on all ranks, which make one capacity; legal: "
+        "--no-padding-free --pad-to-seq-length, or leave the flag out",
+    )
+    return problems + overlap_problems(e, shape, layout)
+
+
+def overlap_problems(e: ExpertConfig, shape: ModelShape, layout: ParallelLayout) -> list[str]:
+    """What stands against computing while tokens travel, where that is asked for."""
+    shared, parts = e.moe_shared_expert_overlap, e.moe_alltoall_overlap_comm
+    if not (shared or parts):
+        return []
+    flag = "--moe-alltoall-overlap-comm" if parts else "--moe-shared-expert-overlap"
+    has_shared = bool(shape.moe_shared_expert_intermediate_size)
+    lines = {
+        "--moe-shared-expert-overlap is a part of --moe-alltoall-overlap-comm; give one": shared and parts,
+        f"{flag}: allgather sends all tokens in one piece; legal: --moe-token-dispatcher-type alltoall": (
+            e.moe_token_dispatcher_type != "alltoall"
+        ),
+        f"{flag} needs --expert-model-parallel-size of at least 2: tokens do not travel otherwise": layout.ep == 1,
+        f"{flag}: no meaning for a model without shared experts; try: --moe-alltoall-overlap-comm": (
+            not parts and not has_shared
+        ),
+        f"{flag}: there is nothing to compute while tokens travel, because a rank has one expert and the model no "
+        f"shared ones; legal: --expert-model-parallel-size of at most {(shape.num_moe_experts or 0) // 2}": (
+            parts and not has_shared and shape.num_moe_experts == layout.ep
+        ),
+    }
+    return [line for line, holds in lines.items() if holds]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.config.operators import OperatorConfig
+from mindspeed_llm.config.operators import OperatorConfig, loss_chunk_rows
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.recompute import megatron_modules, recompute_options
 
@@ -39,7 +39,7 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         recompute_modules=megatron_modules(c.recompute),
         recompute=recompute_options(c.recompute),
         mtp_loss_scaling_factor=c.training.mtp_loss_scaling_factor,
-        loss_chunk_size=c.operators.loss_chunk_size,
+        loss_chunk_size=loss_chunk_rows(c.operators),
         gradient_accumulation_fusion=c.operators.gradient_accumulation_fusion,
         communication_chunks=communication_chunks(c.operators),
         quantized_linears=plan.holds_nf4,
@@ -74,4 +74,5 @@ def expert_options(plan: Plan) -> Any:
         expert_capacity_factor=e.moe_expert_capacity_factor,
         pad_expert_input_to_capacity=e.moe_pad_expert_input_to_capacity,
         token_drop_policy=e.moe_token_drop_policy,
+        overlap="parts" if e.moe_alltoall_overlap_comm else "shared" if e.moe_shared_expert_overlap else "",
     )

@@ -7,7 +7,9 @@ the ranks that share an expert), so nothing here communicates.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -39,6 +41,21 @@ def expert_weight(config: ModelConfig, *size: int) -> nn.Parameter | Nf4Weight:
     return weight
 
 
+# What experts multiply by, under names: tensors [local experts, ...], NF4 weights, or the experts' modules in a list.
+Operands = Mapping[str, Any]
+Part = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cut_by_expert(operand: Any, sizes: Sequence[int]) -> list[Any]:
+    """An operand in parts of so many experts; gradients of a tensor's parts are joined, not added."""
+    if len(sizes) == 1:
+        return [operand]
+    if isinstance(operand, Tensor):
+        return list(operand.split(list(sizes)))
+    ends = list(itertools.accumulate(sizes))
+    return [operand[end - size : end] for size, end in zip(sizes, ends)]
+
+
 def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """[t, 2f] or [t, f] -> [t, f]: what stands between an expert's two linears."""
     shape = config.shape
@@ -67,16 +84,36 @@ class Experts(MegatronModule):
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Tokens [t, h] sorted by local expert, their numbers [local experts], routing weights [t] -> [t, h]."""
+        (everything,) = self.in_parts([self.num_local_experts])
+        return everything(tokens, tokens_per_expert, probs), None
+
+    def in_parts(self, sizes: Sequence[int]) -> list[Part]:
+        """The first `sizes[0]` local experts, the next `sizes[1]`, and so on, each by itself.
+
+        Returns:
+            Functions of a part's tokens [t, h], their numbers [experts of the part] and routing weights [t] to [t, h].
+        """
+        operands = self.operands()
+        cut = [cut_by_expert(operand, sizes) for operand in operands.values()]
+        return [functools.partial(self._compute, dict(zip(operands, part))) for part in zip(*cut)]
+
+    def _compute(self, operands: Operands, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
         if not self.recompute_all or not torch.is_grad_enabled():
-            return self.outputs(tokens, tokens_per_expert, probs), None
-        run = functools.partial(self._outputs_of, tokens_per_expert)
-        return tensor_parallel.checkpoint(run, False, tokens, probs), None
+            return self.outputs(tokens, tokens_per_expert, probs, operands)
+        # Tensors are inputs of what is recomputed: a part's gradients go back to the whole in the outer backward pass.
+        tensors = {name: operand for name, operand in operands.items() if isinstance(operand, Tensor)}
 
-    def _outputs_of(self, tokens_per_expert: Tensor, tokens: Tensor, probs: Tensor) -> Tensor:
-        return self.outputs(tokens, tokens_per_expert, probs)
+        def run(tokens: Tensor, probs: Tensor, *given: Tensor) -> Tensor:
+            return self.outputs(tokens, tokens_per_expert, probs, {**operands, **dict(zip(tensors, given))})
 
-    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
-        """As `forward`."""
+        return tensor_parallel.checkpoint(run, False, tokens, probs, *tensors.values())
+
+    def operands(self) -> Operands:
+        """What `outputs` multiplies by, of all local experts."""
+        raise NotImplementedError
+
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor, operands: Operands) -> Tensor:
+        """As `forward`, for the experts of these operands."""
         raise NotImplementedError
 
     def between(self, intermediate: Tensor, probs: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
@@ -124,10 +161,13 @@ class SequentialExperts(Experts):
             Expert(config, self.fc1_rows, self.local_ffn_size) for _ in range(num_local_experts)
         )
 
-    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+    def operands(self) -> Operands:
+        return {"local_experts": self.local_experts}
+
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor, operands: Operands) -> Tensor:
         sizes = tokens_per_expert.tolist()
         outputs = []
-        for expert, rows, weights in zip(self.local_experts, tokens.split(sizes), probs.split(sizes)):
+        for expert, rows, weights in zip(operands["local_experts"], tokens.split(sizes), probs.split(sizes)):
             hidden, drop = self.between(expert.linear_fc1(rows)[0], weights)
             outputs.append(expert.linear_fc2(hidden)[0])
             drop(outputs[-1])
@@ -143,9 +183,12 @@ class GroupedExperts(Experts):
         self.weight1 = expert_weight(config, num_local_experts, self.fc1_rows, hidden_size)
         self.weight2 = expert_weight(config, num_local_experts, hidden_size, self.local_ffn_size)
 
-    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+    def operands(self) -> Operands:
+        return {"weight1": self.weight1, "weight2": self.weight2}
+
+    def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor, operands: Operands) -> Tensor:
         sizes = tokens_per_expert.cpu()
-        hidden, drop = self.between(grouped_matmul(tokens, self.weight1, sizes), probs)
-        out = grouped_matmul(hidden, self.weight2, sizes)
+        hidden, drop = self.between(grouped_matmul(tokens, operands["weight1"], sizes), probs)
+        out = grouped_matmul(hidden, operands["weight2"], sizes)
         drop(out)
         return out

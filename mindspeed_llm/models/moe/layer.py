@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.moe.experts import GroupedExperts, SequentialExperts
+from mindspeed_llm.models.moe.overlap import OverlappedMoELayer
 from mindspeed_llm.models.moe.router import Router
 from mindspeed_llm.models.moe.shared_experts import SharedExperts
 
@@ -15,7 +16,7 @@ from mindspeed_llm.models.moe.shared_experts import SharedExperts
 def moe_specification(config: ModelConfig) -> ModuleSpec:
     """A layer's `mlp` module: router, routed experts and, if any, shared ones."""
     return ModuleSpec(
-        module=MoELayer,
+        module=OverlappedMoELayer if config.expert_overlap else MoELayer,
         submodules=MoESubmodules(
             experts=GroupedExperts if config.moe_grouped_gemm else SequentialExperts,
             shared_experts=SharedExperts,

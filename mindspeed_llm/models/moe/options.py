@@ -26,6 +26,7 @@ class ExpertOptions:
         expert_capacity_factor: an expert takes at most this times an even share of a rank's tokens; None drops none.
         pad_expert_input_to_capacity: it gets exactly that many.
         token_drop_policy: which tokens stay, "probs" (largest weights) or "position" (first ones).
+        overlap: what is computed while tokens travel, as `ModelConfig.expert_overlap`; needs "alltoall".
     """
 
     token_dispatcher_type: str = "alltoall"
@@ -39,6 +40,7 @@ class ExpertOptions:
     expert_capacity_factor: float | None = None
     pad_expert_input_to_capacity: bool = False
     token_drop_policy: str = "probs"
+    overlap: str = ""
 
 
 def expert_fields(shape: ModelShape, options: ExpertOptions) -> dict[str, Any]:
@@ -69,4 +71,5 @@ def expert_fields(shape: ModelShape, options: ExpertOptions) -> dict[str, Any]:
         "moe_expert_capacity_factor": options.expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": options.pad_expert_input_to_capacity,
         "moe_token_drop_policy": options.token_drop_policy,
+        "expert_overlap": options.overlap,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,9 +27,22 @@ class SharedExperts(MLP):
             self.gate_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        output, bias = super().forward(hidden_states)
-        if bias is not None:
-            output = output + bias
-        if self.gate_weight is None:
-            return output
-        return torch.sigmoid(F.linear(hidden_states, self.gate_weight)) * output
+        return self.begin_gated(hidden_states, hidden_states)()
+
+    def begin_gated(self, hidden_states: Tensor, gate_input: Tensor) -> Callable[[], Tensor]:
+        """linear_fc1 and the activation; what is returned computes the rest.
+
+        Args:
+            gate_input: as `hidden_states`, for the gate.
+        """
+        rest = self.begin(hidden_states)
+
+        def finish() -> Tensor:
+            output, bias = rest()
+            if bias is not None:
+                output = output + bias
+            if self.gate_weight is None:
+                return output
+            return torch.sigmoid(F.linear(gate_input, self.gate_weight)) * output
+
+        return finish
