@@ -20,7 +20,7 @@ COLOURS = {
     "computation alone": "#4c78a8",
     "computation beside communication": "#54a24b",
     "communication alone": "#e45756",
-    "copies alone": "#b279a2",
+    "copies and launches alone": "#b279a2",
     "idle": "#bab0ac",
 }
 PHASE_COLOURS = ("#9ecae9", "#ffbf79", "#88d27a", "#d6a5c9", "#d8b5a5", "#83bcb6", "#fcbfd2", "#d9d9d9")

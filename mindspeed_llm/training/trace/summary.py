@@ -52,7 +52,7 @@ class Times:
             "computation alone": self.computing,
             "computation beside communication": self.hidden,
             "communication alone": self.exposed,
-            "copies alone": self.copying,
+            "copies and launches alone": self.copying,
             "idle": self.idle,
         }
 

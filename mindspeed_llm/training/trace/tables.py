@@ -65,7 +65,7 @@ def tables_of(summary: Summary) -> list[Table]:
 
 def _times(summary: Summary) -> Table:
     rows = [(name, length(found)) for name, found in summary.times.named().items()]
-    columns = (Column("ms", "ns", True), Column("share", "share", True))
+    columns = (Column("ms", "ns", True), Column("share", "share"))
     return Table("time", columns, [(name, (time, _share(time, summary.duration))) for name, time in rows])
 
 

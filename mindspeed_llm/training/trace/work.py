@@ -2,8 +2,8 @@
 
 CUDA and Ascend: kernels on streams, each with the place on the host where it was launched if the host was traced.
 CPU: operators, each counted without those it calls, and gloo's collectives, which run on threads of gloo's own. What
-the host spends inside c10d itself, packing what is sent, is a copy; operators on gloo's threads are part of the
-communication. A collective of gloo begins when one of gloo's threads takes it up and lasts until all its peers took
+the host spends inside c10d's calls, packing and handing over, counts as a copy; operators on gloo's threads are part of
+the communication. A collective of gloo begins when one of gloo's threads takes it up and lasts until all its peers took
 part.
 """
 
@@ -51,6 +51,7 @@ class DeviceWork:
         device: "cpu", "cuda" or "npu".
         computing: when computation ran.
         collectives: their names are kinds (names.COLLECTIVES).
+        copying: between host and device; on a CPU the calls that hand tensors to gloo.
     """
 
     device: str
