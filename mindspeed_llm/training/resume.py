@@ -28,6 +28,8 @@ def resume(plan: Plan, model: TrainingModel, optimizer: Any, scheduler: Any, dat
     source, c = plan.resume, plan.config.checkpoint
     data.check_unchanged(source.record)
     check_precision(plan)
+    if (note := moments_note(plan)) and is_leader():
+        print(note, flush=True)
     only = model.trained if plan.adapters is not None else None
     same_layout = source.record["layout"].items() <= layout_record(plan).items()
     known = source.record.get("random_states", True)  # unless a rank died that had not told them
@@ -82,6 +84,16 @@ def draws_masks(plan: Plan) -> bool:
     """Whether training drops anything out."""
     rates = [plan.config.model.hidden_dropout, plan.config.model.attention_dropout, plan.shape.attention_dropout]
     return any(rates) or (plan.adapters is not None and plan.adapters.dropout > 0)
+
+
+def moments_note(plan: Plan) -> str | None:
+    """What becomes of moments that were saved in another type; None where nothing does."""
+    before = plan.resume.record["continuity"].get("o2_optimizer", False)
+    now = plan.config.optimizer.o2_optimizer
+    if before == now or plan.config.checkpoint.no_load_optim:
+        return None
+    kept = "fp32 and are rounded to bf16 (--o2-optimizer)" if now else "bf16 and are fp32 from here on"
+    return f" resume: both moments of AdamW were {kept}; the run goes on differently than it would have"
 
 
 def check_precision(plan: Plan) -> None:

@@ -90,6 +90,7 @@ class Look:
 
         from mindspeed_llm.plan.show import stages_memory
 
+        self.plan = plan
         self.estimate = stages_memory(plan)[parallel_state.get_pipeline_model_parallel_rank()]
         self.optimizer, scheduler = self.make_optimizer(plan, model, steps)
         return self.optimizer, scheduler
@@ -197,3 +198,124 @@ def test_a_mistake_is_noticed(models, broken, form):
     found = [rank[form] for rank in pool(2).run(run, models["qwen"], flags, [form], broken)]
     with pytest.raises(AssertionError):
         assert_equal(found, plain)
+
+
+def save(optimizer, chunks, root):
+    """A checkpoint of weights and optimizer state; its directory."""
+    from mindspeed_llm.checkpoint.train_save import SaveOrder, save_training
+    from mindspeed_llm.checkpoint.training_state import training_state
+
+    return str(
+        save_training(SaveOrder(root, 1, {"format": "torch_dist"}), training_state(chunks, optimizer, None, None))
+    )
+
+
+def train_and_save(model, flags, root):
+    """Two steps, and a checkpoint."""
+    look, found = Look(), []
+    with (
+        mock.patch.object(layouts, "make_optimizer", look.make),
+        mock.patch.object(
+            layouts, "gather_parameters", lambda built: found.append(save(look.optimizer, built.chunks, root))
+        ),
+    ):
+        train(model, flags, ROWS, steps=2, optimizer="adamw")
+    return found[0]
+
+
+def load_and_save(model, flags, source, root):
+    """What another run makes of a checkpoint, as one of its own."""
+    import os
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from mindspeed_llm.checkpoint.optimizer_state import set_optimizer_step
+    from mindspeed_llm.checkpoint.train_save import load_training
+    from mindspeed_llm.checkpoint.training_state import training_state
+    from mindspeed_llm.config.parser import parse
+    from mindspeed_llm.plan.plan import resolve
+    from mindspeed_llm.training.run import make_optimizer
+    from mindspeed_llm.training.setup import build, start_processes
+
+    here = {"WORLD_SIZE": dist.get_world_size(), "RANK": dist.get_rank(), "LOCAL_WORLD_SIZE": dist.get_world_size()}
+    with mock.patch.dict(os.environ, {name: str(number) for name, number in here.items()}):
+        words = f"--load {model} --data-path none --global-batch-size 4 --train-iters 2 --num-threads 1 {flags}"
+        plan = resolve(parse("posttrain", words.split()).config, [])
+        start_processes(plan)
+    built = build(plan)
+    optimizer, _ = make_optimizer(plan, built, 2)
+    state = training_state(built.chunks, optimizer, None, None)
+    set_optimizer_step(optimizer, load_training(Path(source), state)["optimizer_step"])
+    del state
+    return save(optimizer, built.chunks, root)
+
+
+def stored(directory):
+    """All tensors of a checkpoint, without the padding of vocabularies."""
+    from mindspeed_llm.checkpoint.stored_boxes import StoredBoxes
+
+    boxes = StoredBoxes(directory)
+    tensors = {}
+    for key in boxes.tensors:
+        values = torch.empty(boxes.shape(key), dtype=boxes.dtype(key))
+        assert boxes.read(key, [0] * values.dim(), values) == values.numel()
+        tensors[key] = values[:997] if "embedding" in key else values
+    return tensors
+
+
+ONE, CUT, TENSORS = (1, BF16), (2, f"{BF16} --use-distributed-optimizer"), (2, LAYOUTS["tensors"][2])
+
+
+@pytest.mark.parametrize("writer, written, reader, read", [
+    (CUT, "swap and reuse", ONE, "off"), (ONE, "off", CUT, "swap and reuse"), (CUT, "off", TENSORS, "reuse"),
+    (TENSORS, "o2 and swap", CUT, "o2 and reuse"), (ONE, "off", CUT, "o2"), (ONE, "o2", TENSORS, "swap"),
+], ids=lambda value: value if isinstance(value, str) else str(value[0]))  # fmt: skip
+def test_every_form_goes_on_from_every_other_at_another_layout(models, tmp_path, writer, written, reader, read):
+    model = models["qwen"]
+    source = pool(writer[0]).run(train_and_save, model, f"{writer[1]} {FORMS[written]}", tmp_path / "written")[0]
+    copy = pool(reader[0]).run(load_and_save, model, f"{reader[1]} {FORMS[read]}", source, tmp_path / "read")[0]
+    before, after = stored(source), stored(copy)
+    assert before.keys() == after.keys() and len(before) == 4 * len([k for k in before if "optimizer" not in k])
+    for key, values in before.items():
+        moments = torch.bfloat16 if "o2" in read else torch.float32
+        expected = values.to(moments) if "exp_avg" in key else values
+        assert torch.equal(after[key], expected) and after[key].dtype == expected.dtype, key
+        assert key.endswith("bias") or values.any(), key
+
+
+def compare_copies(model, flags, flip):
+    """The refusal of copies of the state that differ after a step, None if they are equal."""
+    import torch.distributed as dist
+
+    from mindspeed_llm.checkpoint.optimizer_state import own_states
+    from mindspeed_llm.errors import UserError
+    from mindspeed_llm.training.guards.replicas import check_replicas
+
+    look, found = Look(), []
+
+    def check(built):
+        if dist.get_rank() == 1 and flip:
+            own = list(own_states(look.optimizer))[3]
+            values = own.values()
+            values["fp32_param"].view(-1).view(torch.int32)[5] ^= 1 << 7
+            own.accept(values)
+        try:
+            check_replicas(look.plan, built, look.optimizer, 1)
+        except UserError as refused:
+            found.append(str(refused))
+
+    with (
+        mock.patch.object(layouts, "make_optimizer", look.make),
+        mock.patch.object(layouts, "gather_parameters", check),
+    ):
+        train(model, flags, ROWS, steps=1, optimizer="adamw")
+    return found
+
+
+@pytest.mark.parametrize("form", ["swap", "reuse"])
+def test_copies_are_compared_where_they_lie(models, form):
+    flags = f"{BF16} {FORMS[form]}"
+    assert pool(2).run(compare_copies, models["qwen"], flags, False) == [[], []]
+    for found in pool(2).run(compare_copies, models["qwen"], flags, True):
+        assert len(found) == 1 and "(fp32_param)" in found[0]
