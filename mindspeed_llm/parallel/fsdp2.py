@@ -12,7 +12,7 @@ gradients are means over ranks, its `finish_grad_sync` does not take what `final
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.parallel.shards import Shard
+from mindspeed_llm.parallel.shards import Shard, shard_of
 
 # What is asked of torch's FSDPModule beyond its first release.
 NEEDED = ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms", "set_reduce_scatter_unused_params")
@@ -77,6 +77,17 @@ class FullySharded(nn.Module):
         """Let go whatever is gathered: the module's parameters are those of the shards again."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def gathered_parameters(self) -> Iterator[nn.Parameter]:
+        """What parameters are while they are gathered, one unit after another; collective, between two passes.
+
+        They are the same tensors in every pass, without memory in between.
+        """
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                yield from (parameter for parameter in module.parameters() if shard_of(parameter) is None)
                 module.reshard()
 
     def zero_grad_buffer(self) -> None:

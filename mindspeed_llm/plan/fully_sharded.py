@@ -16,7 +16,7 @@ NOT_WITH = {
     "swap_layer_input": "gathered weights, which are let go after a layer, would be swapped as activations",
     "log_local_norms": "no rank has the whole of its own gradient at once",
     "swap_optimizer": "optimizer state is split over the ranks instead",
-    "o2_optimizer": "the fp32 values that it would round are the only weights that are held",
+    "o2_optimizer": "moments of parameters that are cut are fp32",
     "reuse_fp32_param": "there is no second copy of a weight: fp32 values are rounded when they are gathered",
 }
 

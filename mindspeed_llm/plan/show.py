@@ -49,6 +49,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         whole_layers=whole_layers(plan.config.recompute),
         quantized=plan.holds_nf4,
         score_bytes=_score_bytes(plan),
+        adapted=None if plan.adapters is None else frozenset(plan.adapters.targets),
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
         optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),
@@ -222,9 +223,9 @@ def _layout(plan: Plan) -> list[tuple[str, str]]:
         ("distributed optimizer", "yes" if p.use_distributed_optimizer else "no"),
     ]
     if p.use_torch_fsdp2:
-        again = "again for the backward pass" if p.torch_fsdp2_reshard_after_forward else "once a step"
+        times = "twice" if p.torch_fsdp2_reshard_after_forward else "once"
         ranks = layout.dp * layout.cp
-        rows.append(("fully sharded (FSDP2)", f"over {ranks} processes; a layer is gathered for its pass, {again}"))
+        rows.append(("fully sharded (FSDP2)", f"over {ranks} processes; layers gathered {times} a micro-batch"))
     if layout.cp > 1:
         rows.append(("context parallel by", p.context_parallel_algo))
     if plan.shape.num_moe_experts:

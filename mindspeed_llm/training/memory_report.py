@@ -20,6 +20,8 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
 from mindspeed_llm.memory.saved import SavedBytes
 from mindspeed_llm.models.nf4_weight import nf4_weights
+from mindspeed_llm.parallel.fsdp2 import FullySharded
+from mindspeed_llm.parallel.shards import shard_of
 from mindspeed_llm.plan.memory import MemoryEstimate
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.show import stages_memory
@@ -88,17 +90,31 @@ def storage_bytes(tensors: Iterator[Tensor], seen: set[int]) -> int:
 
 
 def long_lived(model: TrainingModel) -> Iterator[Tensor]:
-    """Parameters and buffers of the chunks."""
+    """Parameters and buffers of the chunks; of parameters that are cut what is held here, and what is gathered now."""
     for chunk in model.chunks:
-        yield from chunk.parameters()
+        yield from (parameter for parameter in chunk.parameters() if shard_of(parameter) is None)
         yield from chunk.buffers()
+    for wrapped in model.wrapped:
+        if isinstance(wrapped, FullySharded):
+            yield from (shard.main for shard in wrapped.shards.values())
+
+
+def _gathered(model: TrainingModel) -> Iterator[Tensor]:
+    """Parameters that are cut, as they are while they are gathered; collective."""
+    for wrapped in model.wrapped:
+        if isinstance(wrapped, FullySharded):
+            yield from wrapped.gathered_parameters()
 
 
 def _gradients(model: TrainingModel) -> Iterator[Tensor]:
     for wrapped in model.wrapped:
+        if isinstance(wrapped, FullySharded):
+            yield from (shard.gradient for shard in wrapped.shards.values() if shard.gradient is not None)
+            continue
         for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
             yield buffer.grad_data
-    yield from (p.grad for chunk in model.chunks for p in chunk.parameters() if p.grad is not None)
+    parameters = (p for chunk in model.chunks for p in chunk.parameters() if shard_of(p) is None)
+    yield from (p.grad for p in parameters if p.grad is not None)
 
 
 def _optimizer_state(optimizer: Any) -> Iterator[Tensor]:
@@ -139,7 +155,8 @@ class MemoryReport(LoopHook):
         """Forward and backward of an iteration begin: the second one is looked at."""
         self._steps += 1
         if self._steps == ITERATION:
-            self._saved = SavedBytes(self._model.chunks, long_lived(self._model), self._model.swap)
+            staying = itertools.chain(long_lived(self._model), _gathered(self._model))
+            self._saved = SavedBytes(self._model.chunks, staying, self._model.swap)
             accelerator.current().reset_peak_memory()
             self._saved.begin()
 

@@ -157,6 +157,10 @@ CASES: dict[str, Case] = {
     "moe_grouped_gemm": case(True, **MOE),
     "moe_permute_fusion": case(False, **MOE),
     "moe_token_dispatcher_type": case("allgather", **MOE),
+    "moe_shared_expert_overlap": case(
+        True, **MOE, moe_shared_expert_intermediate_size=64, expert_model_parallel_size=2
+    ),
+    "moe_alltoall_overlap_comm": case(True, **MOE, expert_model_parallel_size=2),
     "moe_router_dtype": case("fp32", **MOE),
     "moe_router_load_balancing_type": case(["seq_aux_loss"], **MOE, moe_aux_loss_coeff=[0.1]),
     "moe_aux_loss_coeff": case([0.1], **MOE),
@@ -190,6 +194,7 @@ CASES: dict[str, Case] = {
     "npu_deterministic": case(True, refused="after"),  # no NPU here; tests/ascend has one
     "hccl_group_buffer": case("dp:100", refused="after"),
     "num_threads": case(3),
+    "cpu_allocator": case("system", before="keep"),
     "distributed_timeout_minutes": case(3.0),
     "hang_timeout": case(90.0),
     "exit_signal_handler": case(False, save="@new"),
@@ -203,6 +208,7 @@ CASES: dict[str, Case] = {
     "coc_parallel_num": case(4, before=2, **CUT, use_ascend_coc=True),
     "use_ascend_mc2": case(True, refused="after", **CUT),
     "cross_entropy_loss_fusion": case(False),
+    "loss_compute_mode": case("chunk"),
     "loss_chunk_size": case(17),
     # training
     "stage": case("other", refused="after"),
@@ -243,7 +249,11 @@ CASES: dict[str, Case] = {
     "swap_modules": case("self_attention", before="mlp", swap_attention=True),
     "swap_layer_input": case(True, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     "swap_budget": case("0.5", swap_attention=True),
+    "swap_optimizer": case(True),
+    "swap_optimizer_times": case(4, swap_optimizer=True),
+    "reuse_fp32_param": case(True, bf16=True),
     # optimizer
+    "o2_optimizer": case(True),
     "lr": case(3e-4),
     "min_lr": case(1e-6),
     "lr_decay_style": case("linear"),
@@ -291,6 +301,10 @@ CASES: dict[str, Case] = {
 
 # Options that act only while something runs, and the test that sees it.
 ELSEWHERE = {
+    "use_torch_fsdp2": "tests/distributed/test_fully_sharded.py::test_each_rank_holds_its_share",
+    "torch_fsdp2_reshard_after_forward": (
+        "tests/distributed/test_fully_sharded.py::test_layers_are_gathered_again_or_kept"
+    ),
     "lora_fusion": "tests/distributed/test_lora_fusion.py::test_collectives_of_a_layer",
     "lora_fusion_chunks": "tests/distributed/test_lora_fusion.py::test_collectives_of_a_layer",
     "lora_fusion_combine": (
@@ -449,6 +463,7 @@ class Recorder:
             "mindspeed_llm.data.cache.preprocess_input": stands,
             "mindspeed_llm.cli.training.load_tokenizer": tokenizer,
             "megatron.core.optimizer.get_megatron_optimizer": types.SimpleNamespace(scale_loss=0, optimizer=None),
+            "mindspeed_llm.training.optimizer.make_in_form": types.SimpleNamespace(scale_loss=0, chained_optimizers=()),
             "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler": "scheduler",
             "megatron.core.distributed.DistributedDataParallel": types.SimpleNamespace(
                 no_sync=0, module=stub_model(0), param_to_bucket_group=collections.defaultdict(int)
@@ -528,6 +543,7 @@ def loop_events(plan, data, train_iters):
 
 def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     """(whether it was refused, everything that a run would derive from the options)."""
+    from mindspeed_llm.accelerator import host_allocator
     from mindspeed_llm.cli import training as training_door
     from mindspeed_llm.ops import registry
     from mindspeed_llm.plan.plan import resolve
@@ -550,6 +566,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     seen["watch"] = repr((takes_signals(plan), watch_settings(plan)))
     seen["build options"] = repr(setup.build_options(plan, initialize=False))
     setup.start_processes(plan)
+    seen["freed memory is kept"] = repr(host_allocator.kept())
     seen["operators"] = repr(registry.chosen())
     training_door.prepare_data(plan, training_door.tokenizer_of(plan))
     monkeypatch.setattr(setup, "dist", OneProcess())
