@@ -18,6 +18,8 @@ LAYER_INPUTS = "layer inputs"
 RECOMPUTED = "recomputed layers"
 # What embedding, final norm, output layer and loss save.
 OUTSIDE = "outside the layers"
+# Of a token sent to an expert: its share in fp32 twice, and three integers that say where it came from and goes.
+ROUTING_BYTES = 2 * 4 + 3 * 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class LayerActivations:
         dropping: parts of the others that are computed once more.
         swapping: what goes to the host.
         score_bytes: that attention keeps of a token's probabilities, for each head.
+        adapted: linears with adapters in a frozen model, the others of which save no input; None where all is trained.
     """
 
     shape: ModelShape
@@ -74,6 +77,7 @@ class LayerActivations:
     dropping: RecomputeOptions
     swapping: Swapping
     score_bytes: float = 0.0
+    adapted: frozenset[str] | None = None
 
     @property
     def shares(self) -> int:
@@ -139,7 +143,22 @@ class LayerActivations:
             shares=self.shares,
             dtype_bytes=self.dtype_bytes,
         )
-        return {part: size - gone.get(part, 0) for part, size in saved.items()}, sum(gone.values())
+        unsaved = self._unsaved(layer)
+        kept = {part: size - max(gone.get(part, 0), unsaved.get(part, 0)) for part, size in saved.items()}
+        return kept, sum(max(size - unsaved.get(part, 0), 0) for part, size in gone.items())
+
+    def _unsaved(self, layer: int) -> dict[str, float]:
+        """What frozen linears of a layer do not save, their inputs, for each token; an expert's are counted all the
+        same."""
+        if self.adapted is None:
+            return {}
+        hidden = self.shape.hidden_size / self.shares * self.dtype_bytes
+        fc2 = 0 if self.shape.is_moe_layer(layer) else self.shape.ffn_hidden_size / self.layout.tp * self.dtype_bytes
+        latent = self.shape.multi_latent_attention
+        return {
+            "self_attention": 0 if latent or "linear_qkv" in self.adapted else hidden,
+            "mlp": ("linear_fc1" not in self.adapted) * hidden + ("linear_fc2" not in self.adapted) * fc2,
+        }
 
     def _places(self, stage: int) -> Iterator[tuple[int, int]]:
         """The stage's layers, and their places in what the options count: a chunk or a rank."""
@@ -190,10 +209,11 @@ def _mlp_bytes(shape: ModelShape, layout: ParallelLayout, layer: int, shares: in
     width = 3 if shape.gated_linear_unit else 2
     if not shape.is_moe_layer(layer):
         return width * shape.ffn_hidden_size / tp * dtype_bytes
-    rows = 2 * shape.hidden_size + width * shape.moe_ffn_hidden_size / layout.expert_tp
-    values = shape.moe_router_topk * rows * layout.expert_tp / tp
-    values += width * (shape.moe_shared_expert_intermediate_size or 0) / tp
-    return values * dtype_bytes + 4 * shape.num_moe_experts / shares
+    # What the activation function gives is saved before and after its row's share of the token.
+    rows = shape.hidden_size + (width + 1) * shape.moe_ffn_hidden_size / layout.expert_tp
+    sent = shape.moe_router_topk * layout.expert_tp / tp
+    values = sent * rows + width * (shape.moe_shared_expert_intermediate_size or 0) / tp
+    return values * dtype_bytes + sent * ROUTING_BYTES + 4 * shape.num_moe_experts / shares
 
 
 def dropped_bytes_per_token(
@@ -219,9 +239,9 @@ def dropped_bytes_per_token(
     if is_moe and place < options.expert_layer:
         gone["mlp"] = gone.get("mlp", 0) + mlp
     elif is_moe and place < options.experts:
-        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * parts * shape.moe_ffn_hidden_size / layout.tp
+        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * (parts + 1) * shape.moe_ffn_hidden_size / layout.tp
     elif is_moe and place < max(options.activation, options.expert_activation):
-        gone["mlp"] = gone.get("mlp", 0) + shape.moe_router_topk * shape.moe_ffn_hidden_size / layout.tp
+        gone["mlp"] = gone.get("mlp", 0) + 2 * shape.moe_router_topk * shape.moe_ffn_hidden_size / layout.tp
     elif not is_moe and place < options.activation:
         gone["mlp"] = gone.get("mlp", 0) + shape.ffn_hidden_size / layout.tp
     if options.latent:
@@ -237,7 +257,7 @@ def _attention_values(shape: ModelShape, tp: int, shares: int) -> float:
     n, d = shape.num_attention_heads, shape.kv_channels
     if not shape.multi_latent_attention:
         return (2 * n + 2 * shape.num_query_groups) * d / tp
-    # q, k, v, the output, the up-projected keys and values that k and v were cut from, and the latent vectors.
+    # q, k, the output, the up-projected keys and values that v is a view of, and the latent vectors.
     up = n * (shape.qk_head_dim + shape.v_head_dim)
     latent = 2 * ((shape.q_lora_rank or 0) + shape.kv_lora_rank) + shape.qk_pos_emb_head_dim
-    return (2 * n * d + 2 * n * shape.v_head_dim + up) / tp + latent / shares
+    return (2 * n * d + n * shape.v_head_dim + up) / tp + latent / shares

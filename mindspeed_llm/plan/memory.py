@@ -150,6 +150,7 @@ def estimate_stages(
     dropping: RecomputeOptions = NOTHING_DROPPED,
     quantized: bool = False,
     score_bytes: float = 0.0,
+    adapted: frozenset[str] | None = None,
     optimizer: OptimizerForm = OptimizerForm(),
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
@@ -165,13 +166,16 @@ def estimate_stages(
         dropping: parts of layers that are computed once more.
         quantized: the linears of the layers are in NF4, and one of them is made dense at a time.
         score_bytes: that attention keeps of a token's probabilities, for each head.
+        adapted: with adapters, the linears that have one; None for all of them.
         optimizer: how its state is kept.
     """
     # The distributed optimizer shares the state of a parameter among all ranks that hold a copy of it.
     copies, expert_copies = (layout.dp * layout.cp, layout.edp) if distributed_optimizer else (1, 1)
     tokens = -(-tokens_per_microbatch // layout.cp)
     whole = whole_layers if recompute == "full" else NONE_WHOLE
-    layers = LayerActivations(shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes)
+    layers = LayerActivations(
+        shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes, adapted
+    )
     in_nf4 = parameters_by_stage(shape, layout, padded_vocab, is_quantized if quantized else lambda name: False)
     dense_copy = largest_quantized(shape, layout) * dtype_bytes if quantized else 0
     estimates = []
@@ -190,7 +194,8 @@ def estimate_stages(
         temporary = max(logits + dense_copy, optimizer.in_step(own, dtype_bytes) - activations)
         estimates.append(
             MemoryEstimate(
-                weights=int((local.total - in_nf4[stage].total) * dtype_bytes + in_nf4[stage].total * NF4_BYTES),
+                weights=int((local.total - in_nf4[stage].total) * dtype_bytes + in_nf4[stage].total * NF4_BYTES)
+                + (trained.total * dtype_bytes if adapter_parameters is not None else 0),
                 gradients=trained.total * GRADIENT_BYTES,
                 optimizer=optimizer.resident(own, dtype_bytes),
                 activations=activations,
