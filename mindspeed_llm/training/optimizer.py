@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,18 +73,22 @@ def build_optimizer(
             f"--loraplus-lr-ratio: {loraplus_lr_ratio} is wrong, because this megatron-core knows one learning rate; "
             "legal: 1; try: megatron-core 0.16"
         )
-    rearranged = config.o2_optimizer or memory.swap_optimizer or memory.reuse_fp32_param
-    with _gradients_given_back(chunks if rearranged else []):
+
+    def make() -> Any:
         optimizer = megatron_optimizer.get_megatron_optimizer(settings, chunks, **rule)
         for part in optimizer_parts(optimizer):
             _step_by_operator(part.optimizer, config.optimizer_selection)
-        if rearranged:
-            _rearrange(optimizer, config, memory)
-    return optimizer
+        return optimizer
+
+    if config.o2_optimizer or memory.swap_optimizer or memory.reuse_fp32_param:
+        return make_in_form(make, chunks, config, memory)
+    return make()
 
 
-def _rearrange(optimizer: Any, config: OptimizerConfig, memory: MemoryConfig) -> None:
-    """Keep the state as the options say, before there is any.
+def make_in_form(
+    make: Callable[[], Any], chunks: list[torch.nn.Module], config: OptimizerConfig, memory: MemoryConfig
+) -> Any:
+    """The optimizer that `make` makes over the parameters of `chunks`, with its state kept as the options say.
 
     Raises:
         UserError: the optimizer is another package's.
@@ -98,16 +102,19 @@ def _rearrange(optimizer: Any, config: OptimizerConfig, memory: MemoryConfig) ->
         store=open_store() if memory.swap_optimizer else None,
         windows=memory.swap_optimizer_times if memory.swap_optimizer else 1,
     )
-    held = [state for state in own_states(optimizer) if state.main is not None]
-    for part in optimizer_parts(optimizer):
-        if part.optimizer is not None and not isinstance(part.optimizer, torch.optim.AdamW):
-            raise UserError(
-                "--o2-optimizer, --swap-optimizer, --reuse-fp32-param: one of them is wrong, because megatron-core "
-                f"uses {type(part.optimizer).__module__} where that is installed; legal: none of them; "
-                "try: an environment without it"
-            )
-        if states := [state for state in held if state.part is part]:
-            WindowedAdamW.rearrange(part, states, form)
+    with _gradients_given_back(chunks):
+        optimizer = make()
+        held = [state for state in own_states(optimizer) if state.main is not None]
+        for part in optimizer_parts(optimizer):
+            if part.optimizer is not None and not isinstance(part.optimizer, FusedAdamW):
+                raise UserError(
+                    "--o2-optimizer, --swap-optimizer, --reuse-fp32-param: one of them is wrong, because megatron-core "
+                    f"uses {type(part.optimizer).__module__} where that is installed; legal: none of them; "
+                    "try: an environment without it"
+                )
+            if states := [state for state in held if state.part is part]:
+                WindowedAdamW.rearrange(part, states, form)
+    return optimizer
 
 
 @contextmanager
