@@ -25,6 +25,7 @@ LAYOUTS = {
     "interleaved pipeline": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "experts": (2, "--expert-model-parallel-size 2 --moe-grouped-gemm"),
     "distributed optimizer": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    "fully sharded": (2, "--use-torch-fsdp2"),
     "experts, tensor, replicas": (
         4,
         "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",

@@ -71,6 +71,9 @@ CASES = {
     "data, distributed optimizer, lora, bf16": Case(
         "posttrain", f"{ROWS} --bf16 --lora-r 4 --lora-dropout 0.2 --load {{toy}} --data-path {{rows}}", 2, SHARED
     ),
+    "fully sharded, bf16": Case(
+        "posttrain", f"{ROWS} --bf16 {DROPOUT} --load {{toy}} --data-path {{rows}}", 2, "--use-torch-fsdp2"
+    ),
 }
 
 
