@@ -27,6 +27,7 @@ LAYOUTS = {
     "ring": "--context-parallel-size 2",
     "experts": "--expert-model-parallel-size 2",
     "data": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    "cut": "--use-torch-fsdp2",
 }
 ON_ONE = ["pretrain", "packed", "lora", "experts", "experts one by one"]
 ON_TWO = [
@@ -35,6 +36,7 @@ ON_TWO = [
     ("lora", "tensor"),
     ("pretrain", "ring"),
     ("pretrain", "data"),
+    ("pretrain", "cut"),
     ("experts", "tensor"),
     ("experts", "experts"),
 ]
