@@ -32,6 +32,7 @@ table { border-collapse: collapse; margin: 1.5em 0; }
 th, td { padding: 2px 12px; text-align: right; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 1px solid; }
+.legend span { color: #000; padding: 1px 8px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 """
@@ -83,13 +84,16 @@ def timeline(summary: Summary) -> str:
         _lane(name, row, _shares(found, summary.window), COLOURS[name])
         for row, (name, found) in enumerate((n, f) for n, f in summary.times.named().items() if f)
     ]
+    colours = {name: PHASE_COLOURS[i % len(PHASE_COLOURS)] for i, name in enumerate(summary.phase_wall)}
     if summary.phase_ranges:
-        lanes.append(_phase_lane(summary, len(lanes)))
+        lanes.append(_phase_lane(summary, len(lanes), colours))
     height = len(lanes) * LANE_HEIGHT + 20
     end = f'<text x="{LABEL_WIDTH + STEPS}" y="{height - 4}" text-anchor="end">{summary.duration / 1e6:,.3f} ms</text>'
     start = f'<text x="{LABEL_WIDTH}" y="{height - 4}">0</text>'
     width = LABEL_WIDTH + STEPS
-    return f'<svg viewBox="0 0 {width} {height}" role="img">\n' + "\n".join([*lanes, start, end]) + "\n</svg>"
+    drawn = f'<svg viewBox="0 0 {width} {height}" role="img">\n' + "\n".join([*lanes, start, end]) + "\n</svg>"
+    legend = [f'<span style="background: {colour}">{escape(name)}</span>' for name, colour in colours.items()]
+    return drawn + (f'\n<p class="legend">phases of the host: {" ".join(legend)}</p>' if legend else "")
 
 
 def _shares(found: Intervals, window: tuple[int, int]) -> list[float]:
@@ -116,10 +120,9 @@ def _lane(name: str, row: int, shares: list[float], colour: str) -> str:
     return "\n".join([label, *pieces])
 
 
-def _phase_lane(summary: Summary, row: int) -> str:
+def _phase_lane(summary: Summary, row: int, colours: dict[str, str]) -> str:
     first, width = summary.window[0], summary.duration / STEPS
     middles = [first + round((step + 0.5) * width) for step in range(STEPS)]
-    colours = {name: PHASE_COLOURS[i % len(PHASE_COLOURS)] for i, name in enumerate(summary.phase_wall)}
     pieces = [
         f'<rect x="{LABEL_WIDTH + start}" y="{row * LANE_HEIGHT}" width="{end - start}" height="{LANE_HEIGHT - 3}" '
         f'fill="{colours[name]}"><title>{escape(name)}</title></rect>'

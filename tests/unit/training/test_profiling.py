@@ -37,15 +37,22 @@ class Watched:
         self.done.append(("stop", self.iteration))
 
     def train(self, profiler, first, last):
-        loop = types.SimpleNamespace(
-            progress=types.SimpleNamespace(iteration=first), model=types.SimpleNamespace(chunks=[])
-        )
-        for self.iteration in range(first + 1, last + 1):
-            profiler.before_batch(loop)
-            loop.progress.iteration = self.iteration
-            profiler.end_of_iteration(loop)
-        profiler.close(last)
+        for self.iteration in iterate(profiler, first, last):
+            pass
         return self.done
+
+
+def iterate(profiler, first, last):
+    """Every iteration while it runs."""
+    loop = types.SimpleNamespace(
+        progress=types.SimpleNamespace(iteration=first), model=types.SimpleNamespace(chunks=[])
+    )
+    for number in range(first + 1, last + 1):
+        yield number
+        profiler.before_batch(loop)
+        loop.progress.iteration = number
+        profiler.end_of_iteration(loop)
+    profiler.close(last)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +145,49 @@ def test_the_host_of_a_gpu_is_traced_with_profile_with_cpu(monkeypatch):
 def test_what_cannot_be_met_is_refused(words, said):
     problems = profiling_problems(parse("pretrain", [*words.split(), "--device", "cpu"]).config)
     assert problems == [] if said is None else [line for line in problems if said in line] == problems != []
+
+
+class Writes:
+    """Stands for a device's profiler that leaves these files, one after each stop."""
+
+    def __init__(self, monkeypatch, folder, *files):
+        self.folder, self.files = folder, list(files)
+        monkeypatch.setattr(accelerator.current(), "profiler", lambda given, worker: self, raising=False)
+
+    def start(self):
+        pass
+
+    def stop(self):
+        if self.files:
+            path = self.folder / self.files.pop(0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([{"ph": "X", "name": "aten::mm", "cat": "cpu_op", "ts": "1.5", "dur": 2}]))
+
+
+def trace_once(folder):
+    steps = {"profile_step_start": 0, "profile_step_end": 1, "profile_save_path": str(folder)}
+    assert list(iterate(Profiler(options(**steps)), 0, 2)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "file, page",
+    [
+        ("rank0.17.pt.trace.json", "rank0.17.summary.html"),
+        ("rank0_17_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json", "rank0_17_ascend_pt/summary.html"),
+    ],
+)
+def test_the_new_trace_of_this_rank_is_summed_up(monkeypatch, tmp_path, capsys, file, page):
+    Writes(monkeypatch, tmp_path, "rank0.99.pt.trace.json").stop()  # of an earlier run
+    Writes(monkeypatch, tmp_path, "rank01.99.pt.trace.json").stop()
+    Writes(monkeypatch, tmp_path, file)
+    trace_once(tmp_path)
+    assert f" summary of rank 0: {tmp_path / page}" in capsys.readouterr().out
+    assert [found.relative_to(tmp_path).as_posix() for found in tmp_path.rglob("*.html")] == [page]
+    assert "aten::mm" in (tmp_path / page).read_text()
+
+
+def test_without_a_trace_as_text_there_is_no_page(monkeypatch, tmp_path, capsys):
+    Writes(monkeypatch, tmp_path, "rank0_17_ascend_pt/ASCEND_PROFILER_OUTPUT/ascend_pytorch_profiler_0.db")
+    trace_once(tmp_path)
+    assert "no summary of rank 0: no trace as text was written" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.html"))
