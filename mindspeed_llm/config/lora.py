@@ -72,7 +72,8 @@ class LoraConfig:
         level="expert",
     )
     lora_fusion_combine: bool = option(
-        help="multiply by weight + adapter, formed in the weight's type, which rounds small adapters away in bf16",
+        help="dense linears: multiply by weight + adapter, formed in the weight's type, which rounds small adapters "
+        "away in bf16",
         doors=("pretrain", "posttrain", "inference"),
         level="expert",
     )

@@ -2,8 +2,9 @@
 
     y_e = x_e W_e^T + (x_e A_e^T) (s_e B_e)^T
 
-Forming W_e + s B_e A_e would take fewer products where an expert gets more than in * out / (in + out) tokens, but in
-bf16 it rounds the adapter away; so the narrow products stay beside the base's, whose weights may be stored one by one,
+Forming W_e + s_e B_e A_e pays where an expert gets more than 2 in out / (in + out) tokens, and then saves no more than
+r (in + out) / (2 in out) of the base's operations, 1.4 % for r = 16 and 2048 x 768 (docs/lora-fusion.md); in bf16 it
+rounds the adapter away for that. So the narrow products stay beside the base's, whose weights may be stored one by one,
 stacked or quantised. Nothing here communicates forward: with expert tensor parallelism the outputs of linear_fc2 are
 shares of a sum, and so are the adapter's, by linearity. Backward, the factor that is not cut (A of linear_fc1, B of
 linear_fc2) has a share of its gradient on each of those ranks, which are summed.
@@ -22,7 +23,6 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.initial import initial_a
 from mindspeed_llm.lora.tensors import AdapterTensors
 from mindspeed_llm.models.moe.experts import Experts, GroupedExperts, Operands, SequentialExperts
@@ -39,6 +39,7 @@ class ExpertFactors(nn.Module):
     """The adapters of one kind of linear of all local experts: `lora_A` [e, k r, in], `lora_B.<part>` [e, out, r].
 
     k is 1 when gate and up share A, else the number of adapted parts (with ranks of their own, k r is their sum).
+    Factors that expert tensor parallelism does not cut are marked `whole_in_expert`: its ranks hold copies.
 
     Args:
         linear: whose adapters these are.
@@ -73,6 +74,7 @@ class ExpertFactors(nn.Module):
         for parameter in self.lora_B.values() if self.column else [self.lora_A]:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 1 if self.column else 2, 1)
         for parameter in [self.lora_A] if self.column else self.lora_B.values():
+            parameter.whole_in_expert = True
             # megatron's gradient norm leaves out copies by the dense layers' tensor-parallel rank, which says nothing
             # about experts: the first copy counts as a tensor of its own, the others as shared.
             if self.groups.expt_tp.rank() == 0:
@@ -180,16 +182,7 @@ class LoraExpertsMixin:
     """Routed experts with adapters on one or both of their linears: `linear_fc1`, `linear_fc2` are ExpertFactors."""
 
     def add_adapter(self, linear: Adaptable, settings: AdapterSettings) -> ExpertFactors:
-        """Register the factors of one kind of linear (uninitialised); the base parameters are frozen by the caller.
-
-        Raises:
-            UserError: magnitudes, which an expert cannot have.
-        """
-        if settings.use_dora:
-            raise UserError(
-                f"lora: --use-dora with {linear.module} is wrong, because experts have no magnitudes (nor in PEFT); "
-                "legal: targets without experts; try: --lora-exclude-modules, or leave --use-dora out"
-            )
+        """Register the factors of one kind of linear (uninitialised); the base parameters are frozen by the caller."""
         name = linear.module.rsplit(".", 1)[-1]
         factors = ExpertFactors(linear, settings, self, self.base_weight(name))
         setattr(self, name, factors)

@@ -20,7 +20,7 @@ from mindspeed_llm.models.moe.router import Router
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.models.tensor_names import is_mtp, layer_index
 from mindspeed_llm.plan.adaptable import adaptable_modules, module_of
-from mindspeed_llm.plan.adapters import AdapterSettings
+from mindspeed_llm.plan.adapters import AdapterSettings, check_magnitudes
 
 # A linear -> what it becomes.
 ADAPTED: dict[type[nn.Module], type[LoraMixin]] = {
@@ -46,6 +46,7 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
     Raises:
         UserError: a targeted linear cannot be adapted.
     """
+    check_magnitudes(settings)
     linears = adaptable_modules(model.config.shape)
     names: list[str] = []
     for path, module in [*model.named_modules()]:

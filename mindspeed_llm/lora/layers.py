@@ -17,6 +17,22 @@ from mindspeed_llm.plan.adaptable import Adaptable
 from mindspeed_llm.plan.adapters import AdapterSettings
 
 
+def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Squares of the norms of the rows of W + B A, fp32 [out], without making that matrix.
+
+    ||w + b A||^2 = ||w||^2 + 2 (w A^T) b^T + b (A A^T) b^T for a row w of W and b of B. Where W and A are cut by
+    columns, these are shares of a sum.
+
+    Args:
+        weight: [out, in]; a: [R, in]; b: [out, R], scaled.
+    """
+    b = b.float()
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    squares += 2 * ((weight @ a.t()).float() * b).sum(1)
+    a = a.float()
+    return squares + ((b @ (a @ a.t())) * b).sum(1)
+
+
 class LoraMixin:
     """The adapter of one linear: `lora_A` [sum of ranks, in] and, for each adapted part, `lora_B.<part>` [out, r].
 
@@ -113,15 +129,8 @@ class LoraMixin:
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """Norms of the rows of W + s B A over the whole input, fp32 [out], without making that matrix.
-
-        ||w + b A||^2 = ||w||^2 + 2 (w A^T) b^T + b (A A^T) b^T for a row w of W and b of s B.
-        """
-        weight, b = dense(self.weight), self.stacked_b().float() * self.kind.scaling
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        squares += 2 * ((weight @ self.lora_A.t()).float() * b).sum(1)
-        a = self.lora_A.float()
-        squares += ((b @ (a @ a.t())) * b).sum(1)
+        """Norms of the rows of W + s B A over the whole input, fp32 [out]."""
+        squares = squared_row_norms(dense(self.weight), self.lora_A, self.stacked_b() * self.kind.scaling)
         if not self.kind.column and self.kind.world > 1:
             dist.all_reduce(squares, group=self.kind.group)
         # A row of zeros has magnitude zero, and what it is divided by does not matter.

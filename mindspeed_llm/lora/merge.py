@@ -57,7 +57,15 @@ def weight_delta(
 def with_magnitudes(
     merged: Tensor, path: str, linear: Adaptable, adapters: AdapterTensors, shape: ModelShape
 ) -> Tensor:
-    """The rows of weight and adapter together, each scaled to its magnitude where the part has adapters (DoRA)."""
+    """Weight and adapter together, each output scaled to its magnitude where the part has adapters (DoRA)."""
+    if linear.module == "word_embeddings":  # its outputs are the columns
+        return _rows_with_magnitudes(merged.t(), path, linear, adapters, shape).t()
+    return _rows_with_magnitudes(merged, path, linear, adapters, shape)
+
+
+def _rows_with_magnitudes(
+    merged: Tensor, path: str, linear: Adaptable, adapters: AdapterTensors, shape: ModelShape
+) -> Tensor:
     parts = list(unpack(merged, linear.packing, shape))
     for number, part in enumerate(linear.parts):
         if (path, part) in adapters:

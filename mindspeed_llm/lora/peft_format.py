@@ -21,11 +21,14 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.peft_experts import read_stacked, write_stacked
 from mindspeed_llm.lora.tensors import AdapterTensors, PartAdapter, adapted_places, check_sizes
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adaptable import adaptable_linears, renamed
+from mindspeed_llm.plan.adaptable import adaptable_linears, module_of, renamed
 from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.peft_settings import BASE, CONFIG, WEIGHTS, peft_record, read_peft_settings
 
 PREFIX = "base_model.model."
+# PEFT saves the matrices of embeddings beside their adapters; `plan.base` compares them with the base.
+SAVED_BASE = ".base_layer.weight"
+VOCABULARY = ("word_embeddings", "output_layer")
 # (path of the linear, which factor); older versions wrote the name of the adapter too, and an embedding has its own.
 FACTOR = (
     r"(.*)\.lora_(?:([AB])(?:\.default)?\.weight|embedding_([AB])(?:\.default)?"
@@ -85,6 +88,16 @@ def write_peft(
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def is_saved_embedding(name: str, linears: Mapping[str, tuple[str, str]]) -> bool:
+    """Whether a tensor is the matrix of an embedding or output layer itself.
+
+    Args:
+        linears: path of Hugging Face's linear -> (path of megatron-core's, part).
+    """
+    path, _ = linears.get(name.removesuffix(SAVED_BASE), ("", ""))
+    return name.endswith(SAVED_BASE) and module_of(path) in VOCABULARY
+
+
 def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, AdapterSettings]:
     """Adapters and settings of a PEFT directory.
 
@@ -103,7 +116,7 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
     adapters, read = read_stacked(tensors, settings, shape, str(directory))
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name in read:
+        if name in read or is_saved_embedding(name, linears):
             continue
         match = re.fullmatch(FACTOR, name)
         if match is None or match[1] not in linears:

@@ -98,9 +98,11 @@ def _parts_of(place: Place, whole: dict[str, Tensor], settings: AdapterSettings,
         rank = settings.rank_of(module, part)
         a, b = stacked[start : start + rank], whole[f"{path}.lora_B.{part}"]
         start += 0 if place.shares_a else rank
-        if place.linear.cut == "vocabulary":
-            a, b = (a[:, : shape.vocab_size], b) if module == "word_embeddings" else (a, b[: shape.vocab_size])
         magnitude = whole[f"{path}.lora_magnitude.{part}"] if settings.use_dora else None
+        if module == "word_embeddings":
+            a = a[:, : shape.vocab_size]
+        elif place.linear.cut == "vocabulary":
+            b, magnitude = b[: shape.vocab_size], None if magnitude is None else magnitude[: shape.vocab_size]
         found[path, part] = PartAdapter(a, b, magnitude)
     return found
 

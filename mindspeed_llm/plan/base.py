@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mindspeed_llm.checkpoint.detect import Found, open_source
 from mindspeed_llm.checkpoint.fingerprint import fingerprint, first_difference
+from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.quantized import NF4_RECORD, DequantizedSource
 from mindspeed_llm.checkpoint.source import TensorSource
 from mindspeed_llm.errors import UserError
@@ -63,11 +67,14 @@ def base_in(adapter: Found) -> dict[str, Any] | None:
 def check_base(adapter: Found, weights: Found, stored_shape: ModelShape) -> None:
     """Refuse adapters on weights that they were not trained on; those that do not record theirs (PEFT's) pass.
 
+    Beside adapters of an embedding PEFT saves the embedding itself, which tells.
+
     Raises:
         UserError: the weights differ, or the adapters were trained on random ones.
     """
     base = base_in(adapter)
     if base is None and adapter.format == "peft":
+        _check_saved_embeddings(adapter, weights, stored_shape)
         return
     if base is None:
         raise UserError(
@@ -86,3 +93,32 @@ def check_base(adapter: Found, weights: Found, stored_shape: ModelShape) -> None
             f"lora: {weights.path} is not the base that {adapter.path} was trained on, because it has {difference}; "
             f"legal: that base in any format and layout; try: {base['path']}"
         )
+
+
+def _check_saved_embeddings(adapter: Found, weights: Found, stored_shape: ModelShape) -> None:
+    from safetensors import safe_open
+
+    path = adapter.directory / WEIGHTS
+    if not path.is_file():
+        return
+    source = open_source(weights, stored_shape)
+    with safe_open(path, "pt") as file:
+        for name in (EMBEDDING, OUTPUT_LAYER):
+            ends = tuple(f"{hf.removesuffix('.weight')}.base_layer.weight" for hf in _hf_names(source, name))
+            for key in [key for key in file.keys() if ends and key.endswith(ends)]:
+                if not _same_but_for_rounding(file.get_tensor(key), source.read(name)):
+                    raise UserError(
+                        f"lora: {weights.path} is not the base of {adapter.path}, because {key} there is another "
+                        "matrix; legal: that base; try: merge the adapters with the program that made them"
+                    )
+
+
+def _hf_names(source: TensorSource, name: str) -> tuple[str, ...]:
+    return source.pairs[name].hf if name in source.pairs else ()
+
+
+def _same_but_for_rounding(saved: Tensor, base: Tensor) -> bool:
+    """Whether two matrices are one, each in its type."""
+    if saved.shape != base.shape:
+        return False
+    return torch.equal(saved.to(base.dtype), base) or torch.equal(saved, base.to(saved.dtype))

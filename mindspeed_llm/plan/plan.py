@@ -19,7 +19,9 @@ from mindspeed_llm.plan.adapters import (
     AdapterSettings,
     adapter_parameters,
     adapters_asked_for,
+    check_combined,
     check_copied_embedding,
+    check_magnitudes,
     check_tied_embedding,
 )
 from mindspeed_llm.plan.base import check_base
@@ -162,8 +164,11 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if plan.holds_nf4:
         plan.rules += quantization_rules(shape, layout)
     if adapters is not None:
+        _try(problems, lambda: check_magnitudes(adapters), None)
         _try(problems, lambda: check_tied_embedding(shape, adapters), None)
         _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
+        if config.lora.lora_fusion_combine:
+            _try(problems, lambda: check_combined(adapters), None)
     problems += _export_problems(plan)
     problems += expert_problems(config, shape, layout)
     problems += recompute_problems(config, shape)

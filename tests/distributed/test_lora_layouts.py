@@ -1,5 +1,6 @@
 """Adapters of experts, routers and latent attention are trained alike by every layout, and by one process."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -99,15 +100,33 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary_alone(dense, rows):
-    return pool(1).run(train, dense, VOCABULARY, rows)[0]
+    return {
+        magnitudes: pool(1).run(train, dense, VOCABULARY + magnitudes, rows)[0] for magnitudes in ("", "--use-dora ")
+    }
 
 
+@pytest.mark.parametrize("magnitudes", ["", "--use-dora "])
 @pytest.mark.parametrize("layout", VOCABULARY_LAYOUTS)
-def test_adapters_of_embedding_and_output_layer_train_as_in_one_process(layout, dense, rows, vocabulary_alone):
-    names = {name.split(".lora_")[0] for name in vocabulary_alone.gradients[0]}
+def test_adapters_of_embedding_and_output_layer_train_as_in_one_process(
+    layout, magnitudes, dense, rows, vocabulary_alone
+):
+    alone = vocabulary_alone[magnitudes]
+    names = {name.split(".lora_")[0] for name in alone.gradients[0] if not magnitudes or "magnitude" in name}
     assert {"embedding.word_embeddings", "output_layer"} <= names
-    found = pool(2).run(train, dense, VOCABULARY + VOCABULARY_LAYOUTS[layout], rows)[0]
-    assert_same(found, vocabulary_alone)
+    found = pool(2).run(train, dense, VOCABULARY + magnitudes + VOCABULARY_LAYOUTS[layout], rows)[0]
+    assert_same(found, alone)
+
+
+def test_a_norm_over_a_ranks_own_tokens_is_noticed(dense, rows, vocabulary_alone):
+    flags = f"{VOCABULARY} --use-dora {VOCABULARY_LAYOUTS['tensor']}"
+    with pytest.raises(AssertionError):
+        assert_same(pool(2).run(train_with_own_norms, dense, flags, rows)[0], vocabulary_alone["--use-dora "])
+
+
+def train_with_own_norms(*arguments):
+    """The mistake of not adding up what ranks have of the embedding's outputs."""
+    with mock.patch("mindspeed_llm.lora.vocabulary.dist", SimpleNamespace(all_reduce=lambda tensor, group: None)):
+        return train(*arguments)
 
 
 MISTAKES = {

@@ -44,6 +44,7 @@ WORDS = {
     "cp2": "--context-parallel-size 2",
     "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
     "swap": "--swap-attention",
     "dropout": "--lora-dropout 0.25",
@@ -62,7 +63,7 @@ FACTORS = {
     "adapters": tuple(ADAPTERS),
     "computed": ("fused", "chunks", "kernel", "coc", "combine", "apart"),
     "dropout": ("", "dropout"),
-    "memory": ("", "full", "selective", "swap"),
+    "memory": ("", "full", "block", "selective", "swap"),
     "base": ("", "nf4"),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.optimizer_state import MOMENTS, own_states
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.parallel.shards import shard_of
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.guards.bits import hash_all
 from mindspeed_llm.training.setup import TrainingModel, gather_parameters, placement
@@ -32,7 +33,8 @@ class Copy:
 
     Attributes:
         kind: which ranks do: "dense" (all replicas of the data), "replicated" (the tensor-parallel ranks too), "expert"
-            (replicas of the same experts), or "tied" (the first and the last stage).
+            (replicas of the same experts), "whole in expert" (the ranks that share an expert too), "shard" (the
+            tensor-parallel ranks alone), or "tied" (the first and the last stage).
     """
 
     name: str
@@ -56,30 +58,43 @@ def check_replicas(
     device = accelerator.current().current_device()
     hashes = hash_all([copy.tensor for copy in copies], device)
     differs = torch.zeros(1, dtype=torch.int64, device=device)
-    for kind, group in _groups(plan).items():
+    for kind, groups in _groups(plan).items():
         own = hashes[[i for i, copy in enumerate(copies) if copy.kind == kind]]
         extremes = torch.cat([own, -own - 1])  # the second's largest is the smallest of the first
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        for group in groups:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         largest, smallest = extremes[: own.numel()], -extremes[own.numel() :] - 1
         differs += (largest != smallest).sum()
     dist.all_reduce(differs)
     if int(differs):
-        raise UserError(_describe(_groups(plan), copies, hashes.tolist(), iteration))
+        raise UserError(_describe(_holders(plan), copies, hashes.tolist(), iteration))
 
 
-def _groups(plan: Plan) -> dict[str, Any]:
-    """The group of each kind of copy that this rank has."""
+def _groups(plan: Plan) -> dict[str, list[Any]]:
+    """For each kind of copy that this rank has the groups whose product holds it."""
     from megatron.core import parallel_state
 
+    replicas = parallel_state.get_expert_data_parallel_group()
     groups = {
-        "dense": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "replicated": parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-        "expert": parallel_state.get_expert_data_parallel_group(),
+        "dense": [parallel_state.get_data_parallel_group(with_context_parallel=True)],
+        "replicated": [parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)],
+        "expert": [replicas],
+        "shard": [parallel_state.get_tensor_model_parallel_group()],
+        "whole in expert": [parallel_state.get_expert_tensor_parallel_group(), replicas],
     }
     tied = plan.shape.tie_word_embeddings and plan.pipeline_parallel_size > 1
     if tied and parallel_state.is_rank_in_embedding_group():
-        groups["tied"] = parallel_state.get_embedding_group()
+        groups["tied"] = [parallel_state.get_embedding_group()]
     return groups
+
+
+def _holders(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """For each kind of copy the ranks that hold it with this one."""
+    holders = {kind: tuple(dist.get_process_group_ranks(found[-1])) for kind, found in _groups(plan).items()}
+    here = plan.layout.coordinates(dist.get_rank())
+    others = ((rank, plan.layout.coordinates(rank)) for rank in range(dist.get_world_size()))
+    holders["whole in expert"] = tuple(rank for rank, there in others if (there.pp, there.ep) == (here.pp, here.ep))
+    return holders
 
 
 def _copies(plan: Plan, model: TrainingModel, optimizer: Any, trained_only: bool) -> Iterator[Copy]:
@@ -90,7 +105,12 @@ def _copies(plan: Plan, model: TrainingModel, optimizer: Any, trained_only: bool
             names[parameter] = here.global_name(local)
             if trained_only and not parameter.requires_grad:
                 continue
-            yield Copy(names[parameter], _kind(parameter), parameter)
+            kind, shard = _kind(parameter), shard_of(parameter)
+            if shard is not None:  # of what is cut over the replicas only tensor-parallel ranks have copies
+                if kind in ("replicated", "whole in expert"):
+                    yield Copy(names[parameter], "shard", shard.main)
+                continue
+            yield Copy(names[parameter], kind, parameter)
             if local in (EMBEDDING, OUTPUT_LAYER) and "tied" in _groups(plan):
                 yield Copy(EMBEDDING, "tied", parameter)
     for state in own_states(optimizer):
@@ -101,14 +121,13 @@ def _copies(plan: Plan, model: TrainingModel, optimizer: Any, trained_only: bool
 
 def _kind(parameter: nn.Parameter) -> str:
     if not getattr(parameter, "allreduce", True):
-        return "expert"
+        return "whole in expert" if getattr(parameter, "whole_in_expert", False) else "expert"
     return "dense" if getattr(parameter, "tensor_model_parallel", False) else "replicated"
 
 
-def _describe(groups: dict[str, Any], copies: list[Copy], hashes: list[int], iteration: int) -> str:
+def _describe(holders: dict[str, tuple[int, ...]], copies: list[Copy], hashes: list[int], iteration: int) -> str:
     """The line that names tensors and ranks: those that differ from most of their peers."""
-    groups = {kind: tuple(dist.get_process_group_ranks(group)) for kind, group in groups.items()}
-    mine = (socket.gethostname(), {(c.name, groups[c.kind]): value for c, value in zip(copies, hashes, strict=True)})
+    mine = (socket.gethostname(), {(c.name, holders[c.kind]): value for c, value in zip(copies, hashes, strict=True)})
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     hosts = [host for host, _ in everybody]

@@ -175,3 +175,21 @@ def test_adapters_of_another_model_are_refused(tuned, convert_door, tmp_path):
     wider = make_toy("llama", tmp_path / "wider", hidden_size=96)
     with pytest.raises(UserError, match="is not the base"):
         convert_door(f"--load-dir {wider} --lora-load {adapters} --save-dir {tmp_path / 'x'}")
+
+
+def test_adapters_that_lack_a_tensor_are_refused(tuned):
+    """As a checkpoint that lost one would be: its settings say that there is more."""
+    from dataclasses import replace
+
+    from mindspeed_llm.checkpoint.detect import open_source
+    from mindspeed_llm.lora.tensors import read_adapters
+    from mindspeed_llm.plan.recorded_adapters import settings_in
+    from mindspeed_llm.plan.source import find_adapters
+
+    base, adapters = tuned("toy_llama", "parts")
+    shape, source = open_source(base).shape, find_adapters(adapters)
+    settings = settings_in(source, shape)
+    assert len(read_adapters(source.directory, shape, settings)) == 4 * 5
+    more = replace(settings, targets={**settings.targets, "linear_fc1": ("gate_proj", "up_proj")})
+    with pytest.raises(UserError, match="has no tensor 'decoder.layers.0.mlp.linear_fc1.lora_B.gate_proj'"):
+        read_adapters(source.directory, shape, more)

@@ -181,4 +181,12 @@ def counts(base):
 
 def test_magnitudes_of_experts_are_refused(base, rows, post_train):
     with pytest.raises(UserError, match="--use-dora with experts.linear_fc1 is wrong"):
-        post_train(TUNE, f"--load {base} --data-path {rows} --train-iters 1 --use-dora")
+        post_train(TUNE, f"--load {base} --data-path {rows} --train-iters 1 --use-dora --dry-run")
+
+
+def test_combining_with_weights_is_for_dense_linears(base, rows, post_train):
+    words = f"--load {base} --data-path {rows} --train-iters 1 --lora-fusion-combine --dry-run"
+    apart = "--lora-target-modules experts.linear_fc1 router"
+    with pytest.raises(UserError, match="--lora-fusion-combine has no meaning for router, experts.linear_fc1, because"):
+        post_train(TUNE, words, apart)
+    post_train(TUNE, words, f"{apart} linear_proj")

@@ -1,8 +1,9 @@
-"""Adapters saved by two tensor-parallel processes are the adapters of one."""
+"""Adapters saved by tensor- and pipeline-parallel processes are the adapters of one, in every form that they have."""
 
 import os
 
 import pytest
+from safetensors.torch import load_file
 
 from mindspeed_llm.testing.pool import pool
 
@@ -29,24 +30,51 @@ def tune_here(words, world_size, cache):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-def test_two_processes_save_what_one_saves(targets, toy_llama, rows, convert_door, our_logits, hf_logits, tmp_path):
-    flags = f"{TUNE} --load {toy_llama} --data-path {rows} --lora-target-modules {TARGETS[targets]}"
-    one, two = tmp_path / "one", tmp_path / "two"
-    cache = str(tmp_path / "cache")
-    assert pool(1).run(tune_here, f"{flags} --save {one}".split(), 1, cache) == [0]
-    words = f"{flags} --save {two} --tensor-model-parallel-size 2 --sequence-parallel".split()
-    assert pool(2).run(tune_here, words, 2, cache) == [0, 0]
-    for directory in (one, two):
-        convert_door(
-            f"--load-dir {toy_llama} --lora-load {directory} --save-lora-to-hf --save-dir {directory / 'peft'}"
-        )
-    expected, found = our_logits(toy_llama, one), our_logits(toy_llama, two)
+SEQUENCE = "--tensor-model-parallel-size 2 --sequence-parallel"
+STAGES = "--pipeline-model-parallel-size 2"
+# layout -> (processes, targets, flags)
+LAYOUTS = {
+    "tensor, whole linears": (2, "fused", SEQUENCE),
+    "tensor, parts": (2, "parts", SEQUENCE),
+    "pipeline": (2, "parts", STAGES),
+    "tensor, interleaved pipeline": (4, "fused", f"{SEQUENCE} {STAGES} --num-layers-per-virtual-pipeline-stage 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def tune(toy_llama, rows, tmp_path_factory):
+    """tune(targets, world size, flags) -> adapter checkpoint."""
+    root, made = tmp_path_factory.mktemp("tuned"), {}
+
+    def run(targets, world, flags=""):
+        out = root / f"{len(made)}"
+        if (targets, flags) not in made:
+            words = f"{TUNE} --load {toy_llama} --data-path {rows} --lora-target-modules {TARGETS[targets]} {flags}"
+            assert (
+                pool(world).run(tune_here, f"{words} --save {out}".split(), world, str(root / "cache")) == [0] * world
+            )
+            made[targets, flags] = out
+        return made[targets, flags]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_save_what_one_saves(layout, tune, toy_llama, convert_door, our_logits, hf_logits, tmp_path):
+    world, targets, flags = LAYOUTS[layout]
+    one, several = tune(targets, 1), tune(targets, world, flags)
+    convert_door(f"--load-dir {toy_llama} --lora-load {several} --save-lora-to-hf --save-dir {tmp_path / 'peft'}")
+    convert_door(f"--load-dir {toy_llama} --lora-load {several} --save-model-type hf --save-dir {tmp_path / 'merged'}")
+    expected, found = our_logits(toy_llama, one), our_logits(toy_llama, several)
     moved = float((expected - our_logits(toy_llama)).abs().max())
     assert moved > 1e-2
     # under AdamW the first steps divide by tiny moments, so rounding differences of gradients show
     assert float((found - expected).abs().max()) < 1e-3 * moved
-    exported = hf_logits(toy_llama, two / "peft")
-    assert float((exported - found).abs().max()) < 1e-5 * float(found.abs().max())
-    again = our_logits(toy_llama, two / "peft")
-    assert float((again - found).abs().max()) < 1e-5 * float(found.abs().max())
+    others = (
+        hf_logits(toy_llama, tmp_path / "peft"),
+        our_logits(toy_llama, tmp_path / "peft"),
+        hf_logits(tmp_path / "merged"),
+    )
+    assert all(float((other - found).abs().max()) < 1e-5 * float(found.abs().max()) for other in others)
+    exported = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in exported} == {0, 1, 2, 3}

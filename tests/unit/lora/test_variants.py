@@ -31,14 +31,14 @@ VARIANTS = {
 PARTS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
-def peft_model(base, **settings):
+def peft_model(base, parts=PARTS, **settings):
     """Transformers' model with peft's adapters, B and magnitudes moved away from where they start."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=PARTS, **settings))
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=parts, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -85,6 +85,46 @@ def test_logits_and_gradients_are_those_of_peft(family, variant, request, tokens
     assert ours.keys() == gradients.keys()
     worst = max(float((ours[k] - gradients[k]).abs().max() / gradients[k].abs().max()) for k in gradients)
     assert worst < 1e-4
+
+
+def test_magnitudes_of_embedding_and_output_layer_are_those_of_peft(
+    toy_llama, our_logits, hf_logits, convert_door, tokens, tmp_path
+):
+    from mindspeed_llm import load_model
+    from mindspeed_llm.checkpoint.toy import make_toy
+
+    parts = ["embed_tokens", "lm_head", "q_proj"]
+    theirs = peft_model(toy_llama, parts, use_dora=True)
+    theirs.save_pretrained(tmp_path / "peft")
+    expected = theirs(input_ids=tokens).logits
+    loss_of(expected, tokens).backward()
+    model = load_model(toy_llama, tmp_path / "peft", dtype="fp32", device="cpu").model
+    loss = model(tokens, labels=tokens.roll(-1, 1)).sum()
+    logits = model(tokens, gather_logits=True)
+    assert float((logits - expected).abs().max()) < 1e-4
+    targets = tokens.roll(-1, 1).flatten()
+    assert float(loss) == pytest.approx(
+        float(nn.functional.cross_entropy(expected.flatten(0, 1), targets, reduction="sum"))
+    )
+    loss_of(logits, tokens).backward()
+    for path, module in (("embed_tokens", model.embedding.word_embeddings), ("lm_head", model.output_layer)):
+        (wanted,) = [p.grad for n, p in theirs.named_parameters() if path in n and "magnitude" in n]
+        found = module.lora_magnitude[path].grad[: len(wanted)]
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
+    convert_door(
+        f"--load-dir {toy_llama} --lora-load {tmp_path / 'peft'} --save-model-type hf --save-dir {tmp_path / 'm'}"
+    )
+    convert_door(
+        f"--load-dir {toy_llama} --lora-load {tmp_path / 'peft'} --save-lora-to-hf --save-dir {tmp_path / 'again'}"
+    )
+    for other in (
+        hf_logits(tmp_path / "m"),
+        hf_logits(toy_llama, tmp_path / "again"),
+        our_logits(toy_llama, tmp_path / "peft", merge=True),
+    ):
+        assert float((other - expected).abs().max()) < 1e-4
+    with pytest.raises(UserError, match="embed_tokens.base_layer.weight there is another matrix"):
+        our_logits(make_toy("llama", tmp_path / "other", seed=3), tmp_path / "peft")
 
 
 @pytest.fixture(scope="module")
