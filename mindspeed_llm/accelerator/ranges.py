@@ -19,9 +19,15 @@ _UNNAMED = contextlib.nullcontext()
 _running = False
 
 
-def named(name: str) -> contextlib.AbstractContextManager:
-    """A range of the trace around the body; small layers would feel one that nobody reads."""
-    return record_function(name) if _running or torch.autograd._profiler_enabled() else _UNNAMED
+def named(name: str, *values: Any) -> contextlib.AbstractContextManager:
+    """A range of the trace around the body; small layers would feel one that nobody reads.
+
+    Args:
+        name: with {} for each of the values, which are put in where a profiler runs.
+    """
+    if _running or torch.autograd._profiler_enabled():
+        return record_function(name.format(*values) if values else name)
+    return _UNNAMED
 
 
 def in_range(name: str) -> Callable[[Callable], Callable]:

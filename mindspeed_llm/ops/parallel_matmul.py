@@ -100,11 +100,11 @@ def chunked_all_gather_matmul(
     y = x.new_empty(t, chunks, rows // chunks, *x.shape[1:-1], weight.shape[0])
     gathered = x.new_empty(t, chunks, rows // chunks, *x.shape[1:])
     for index, (work, whole) in enumerate(zip(sending, arrived)):
-        with named(f"coc: wait for chunk {index + 1} of {chunks}"):
+        with named("coc: wait for chunk {} of {}", index + 1, chunks):
             work.wait()
         by_rank = whole.unflatten(0, (t, -1))
         gathered[:, index] = by_rank
-        with named(f"coc: product of chunk {index + 1} of {chunks}"):
+        with named("coc: product of chunk {} of {}", index + 1, chunks):
             y[:, index] = product(by_rank, weight)
     return y.flatten(0, 2), gathered.flatten(0, 2)
 
@@ -117,7 +117,7 @@ def chunked_matmul_reduce_scatter(x: Tensor, weight: Tensor, group: dist.Process
     y = x.new_empty(chunks, by_rank.shape[2], *x.shape[1:-1], weight.shape[0])
     sending = []
     for index in range(chunks):
-        with named(f"coc: product of chunk {index + 1} of {chunks}"):
+        with named("coc: product of chunk {} of {}", index + 1, chunks):
             partial = product(by_rank[:, index], weight).flatten(0, 1)
         # The partial sums must live until they are sent: they are kept beside the handle.
         with named("coc: start reduce-scatter"):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pydoc_data.topics
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -84,6 +85,7 @@ def test_collectives_branches_and_modules_of_lora_fusion_are_named(traced):
     names = {event.name for event in read_trace(first).events}
     said = ("adapter down", "adapter up", "adapter backward", "base product", "start all-gather", "wait for all-gather")
     assert {f"lora: {name}" for name in said} <= names
+    assert {"lora: chunk 1 of 2", "lora: chunk 2 of 2"} <= names
     assert {"module: decoder.layers.0.self_attention.linear_qkv", "module: decoder.layers.3.mlp"} <= names
     # gloo scatters sums by sending them to each other.
     assert {"all-gather", "all-to-all", "all-reduce"} <= found[0].collectives.keys()
@@ -161,8 +163,17 @@ def run_with_lost_trace(words, cache):
         return run(words, cache)
 
 
-def test_a_run_prints_the_table_of_the_manual(traced):
+def test_the_manual_shows_what_is_printed(traced):
+    """Titles of the tables and states of a device; figures are others on other machines."""
     folder, _ = traced(LORA_FUSION)
     shown = text(summarize_all(find_traces([folder]))[:1])
-    for title in ("time", "communication", "phases", "parts of the model", "operators"):
-        assert f"\n{title} " in shown
+    manual = (Path(__file__).parents[2] / "docs" / "profiling.md").read_text().split("```\n")[3]
+    assert _titles(manual) == _titles(shown)
+    states = [[line.split("  ")[0] for line in lines.splitlines()[4:9]] for lines in (manual, shown)]
+    assert states[0] == states[1] == list(summarize(find_traces([folder])[0]).times.named())
+
+
+def _titles(lines):
+    """The lines that are underlined, without the widths of columns."""
+    rows = lines.splitlines()
+    return [row.split() for row, under in zip(rows, rows[1:]) if under.startswith("---")]

@@ -33,6 +33,9 @@ ONE_AFTER_THE_OTHER = ("gloo",)
 # gloo's reduce-scatter is an all-reduce (twice the bytes); sent to each other and added up by the receiver it is not.
 SCATTERS_BY_EXCHANGE = ("gloo",)
 
+# Name of a part of the sequence in a trace.
+CHUNK = "lora: chunk {} of {}"
+
 
 def cut(rows: int, chunks: int) -> list[slice]:
     """Consecutive parts of `rows`, as equal as can be; at least one, none empty beside others."""
@@ -137,14 +140,15 @@ def gathered_product(
     flying += [_Gathering([x[rows]], group) for rows in parts[1:ahead]]
     arrived_narrow = []
     for number, rows in enumerate(parts):
-        multiply(x[rows], weight, y[me, rows])
-        arrived = flying.pop(0).wait()
-        if number + ahead < len(parts):
-            flying.append(_Gathering([x[parts[number + ahead]]], group))
-        if number == 0 and schedule.merge:
-            arrived_narrow = [tensors[0] for tensors in arrived]
-        for owner in _others(group):
-            multiply(arrived[owner][-1], weight, y[owner, rows])
+        with named(CHUNK, number + 1, len(parts)):
+            multiply(x[rows], weight, y[me, rows])
+            arrived = flying.pop(0).wait()
+            if number + ahead < len(parts):
+                flying.append(_Gathering([x[parts[number + ahead]]], group))
+            if number == 0 and schedule.merge:
+                arrived_narrow = [tensors[0] for tensors in arrived]
+            for owner in _others(group):
+                multiply(arrived[owner][-1], weight, y[owner, rows])
     if beside is not None:
         arrived_narrow = [tensors[0] for tensors in beside.wait()]
     return y.flatten(0, 1), torch.cat(arrived_narrow)
@@ -171,13 +175,14 @@ def scattered_product(
     for number, rows in enumerate(parts):
         shapes = [torch.Size((rows.stop - rows.start, *x.shape[1:-1], width))]
         rides = number == 0 and schedule.merge
-        message = _Scattering([summed.shape, *shapes] if rides else shapes, x, group)
-        for owner in _others(group):
-            multiply(by_owner[owner, rows], weight, message.parts[owner][-1])
-            if rides:
-                message.parts[owner][0].copy_(narrow[owner])
-        message.start()
-        flying.append(message)
+        with named(CHUNK, number + 1, len(parts)):
+            message = _Scattering([summed.shape, *shapes] if rides else shapes, x, group)
+            for owner in _others(group):
+                multiply(by_owner[owner, rows], weight, message.parts[owner][-1])
+                if rides:
+                    message.parts[owner][0].copy_(narrow[owner])
+            message.start()
+            flying.append(message)
     y = x.new_empty(*by_owner.shape[1:-1], width)
     multiply(by_owner[me], weight, y)
     for number, (rows, message) in enumerate(zip(parts, flying)):
@@ -208,11 +213,12 @@ def reduced_product(x: Tensor, narrow: Tensor, weight: Tensor, group: Any, sched
     summed.copy_(narrow)
     begin = 0 if schedule.merge else narrow.numel()
     flying = [] if schedule.merge else [_start_reduce(buffer[:begin], group)]
-    for rows in parts:
-        multiply(x[rows], weight, y[rows])
-        end = begin + y[rows].numel() + (narrow.numel() if begin == 0 else 0)
-        flying.append(_start_reduce(buffer[begin:end], group))
-        begin = end
+    for number, rows in enumerate(parts):
+        with named(CHUNK, number + 1, len(parts)):
+            multiply(x[rows], weight, y[rows])
+            end = begin + y[rows].numel() + (narrow.numel() if begin == 0 else 0)
+            flying.append(_start_reduce(buffer[begin:end], group))
+            begin = end
     with named("lora: wait for all-reduce"):
         for work in flying:
             work.wait()

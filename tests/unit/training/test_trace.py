@@ -505,6 +505,7 @@ def test_nothing_is_named_where_no_profiler_runs():
     ranges.mark_running(True)
     try:
         assert ranges.named("a") is not ranges.named("a")
+        assert ranges.named("chunk {} of {}", 2, 4).name == "chunk 2 of 4"
     finally:
         ranges.mark_running(False)
     with profile(activities=[ProfilerActivity.CPU]) as running:
