@@ -79,17 +79,6 @@ class FullySharded(nn.Module):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def gathered_parameters(self) -> Iterator[nn.Parameter]:
-        """What parameters are while they are gathered, one unit after another; collective, between two passes.
-
-        They are the same tensors in every pass, without memory in between.
-        """
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-                yield from (parameter for parameter in module.parameters() if shard_of(parameter) is None)
-                module.reshard()
-
     def zero_grad_buffer(self) -> None:
         """Forget the gradients."""
         self.reshard()
@@ -142,6 +131,18 @@ def shard_in_place(
         unit.set_force_sum_reduction_for_comms(True)
     # An expert that no token of this rank chose takes part in the sum all the same.
     module.set_reduce_scatter_unused_params(True)
+
+
+def gathered_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What parameters that are cut are while they are gathered, one unit after another; collective, between two passes.
+
+    They are the same tensors in every pass, without memory in between. A module that is not cut has none.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            yield from (parameter for parameter in part.parameters() if shard_of(parameter) is None)
+            part.reshard()
 
 
 def _shard(

@@ -12,8 +12,6 @@ NOT_WITH = {
     "gradient_accumulation_fusion": "gradients leave the backward pass as tensors of their own, to be reduced",
     "fp16": "its optimizer does not scale the loss; legal: --bf16, or fp32",
     "qlora": "what is held in NF4 is not cut",
-    "swap_attention": "gathered weights, which are let go after a layer, would be swapped as activations",
-    "swap_layer_input": "gathered weights, which are let go after a layer, would be swapped as activations",
     "log_local_norms": "no rank has the whole of its own gradient at once",
     "swap_optimizer": "optimizer state is split over the ranks instead",
     "o2_optimizer": "moments of parameters that are cut are fp32",

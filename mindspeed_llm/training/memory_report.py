@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
+from mindspeed_llm.memory.optimizer_arrays import DeviceArray
+from mindspeed_llm.memory.optimizer_windows import WindowedAdamW
 from mindspeed_llm.memory.saved import SavedBytes
 from mindspeed_llm.models.nf4_weight import nf4_weights
-from mindspeed_llm.parallel.fsdp2 import FullySharded
+from mindspeed_llm.parallel.fsdp2 import FullySharded, gathered_parameters
 from mindspeed_llm.parallel.shards import shard_of
 from mindspeed_llm.plan.memory import MemoryEstimate
 from mindspeed_llm.plan.plan import Plan
@@ -99,13 +101,6 @@ def long_lived(model: TrainingModel) -> Iterator[Tensor]:
             yield from (shard.main for shard in wrapped.shards.values())
 
 
-def _gathered(model: TrainingModel) -> Iterator[Tensor]:
-    """Parameters that are cut, as they are while they are gathered; collective."""
-    for wrapped in model.wrapped:
-        if isinstance(wrapped, FullySharded):
-            yield from wrapped.gathered_parameters()
-
-
 def _gradients(model: TrainingModel) -> Iterator[Tensor]:
     for wrapped in model.wrapped:
         if isinstance(wrapped, FullySharded):
@@ -118,8 +113,15 @@ def _gradients(model: TrainingModel) -> Iterator[Tensor]:
 
 
 def _optimizer_state(optimizer: Any) -> Iterator[Tensor]:
-    """Masters and moments; what of it is a model's parameter is counted there."""
+    """Masters and moments on the device; what of it is a model's parameter is counted there."""
     for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, WindowedAdamW):
+            yield from (a.values for a in part.optimizer.elsewhere.arrays if isinstance(a, DeviceArray))
+            if part.optimizer.elsewhere.form.store is not None:
+                continue
+        if (elsewhere := getattr(part.optimizer, "elsewhere", None)) is not None:
+            yield from elsewhere.device_tensors()
+            continue
         for group in part.optimizer.param_groups:
             yield from group["params"]
         for state in part.optimizer.state.values():
@@ -155,7 +157,8 @@ class MemoryReport(LoopHook):
         """Forward and backward of an iteration begin: the second one is looked at."""
         self._steps += 1
         if self._steps == ITERATION:
-            staying = itertools.chain(long_lived(self._model), _gathered(self._model))
+            gathered = map(gathered_parameters, self._model.chunks)
+            staying = itertools.chain(long_lived(self._model), *gathered)
             self._saved = SavedBytes(self._model.chunks, staying, self._model.swap)
             accelerator.current().reset_peak_memory()
             self._saved.begin()

@@ -26,14 +26,19 @@ def swap_activations(plan: Plan, chunks: list[torch.nn.Module]) -> ActivationSwa
     from mindspeed_llm.memory.regions import install
     from mindspeed_llm.memory.store import open_store
     from mindspeed_llm.memory.swap import ActivationSwap
+    from mindspeed_llm.parallel.fsdp2 import gathered_parameters
+    from mindspeed_llm.parallel.shards import local_values
 
     def say(line: str) -> None:
         if dist.get_rank() == 0:
             print(f" {line}", flush=True)
 
+    gathered = [parameter for chunk in chunks for parameter in gathered_parameters(chunk)]
+
     def long_lived() -> Iterator[Tensor]:
+        yield from gathered
         for chunk in chunks:
-            yield from chunk.parameters()
+            yield from map(local_values, chunk.parameters())
             yield from chunk.buffers()
 
     store, limit = open_store(), swap_budget_bytes(options.swap_budget)

@@ -29,8 +29,6 @@ FAULTS = [
           says="parts of the optimizer's state"),
     Fault("a rank raises, fully sharded", "raises", flags="--use-torch-fsdp2 --bf16", resumes_at=3,
           says="OSError: storage is gone"),
-    Fault("a rank is killed, fully sharded", "kill", at="5", flags="--use-torch-fsdp2 --bf16 --save-interval 2",
-          resumes_at=4, says="parts of the model, which each rank holds a share of"),
     Fault("a rank sleeps", "sleeps", flags="--hang-timeout 3", resumes_at=3, says="held_up_by_storage"),
     Fault("adapters, a rank is killed", "kill", flags="--lora-r 4 --lora-alpha 8", resumes_at=3),
     Fault("two tensor-parallel pairs, one killed", "kill", rank=3, ranks=4, flags=TP, resumes_at=3),

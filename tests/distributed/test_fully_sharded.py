@@ -22,7 +22,6 @@ MODELS = {
     "dense": ("llama", {}),
     "tied": ("qwen2", {"tie_word_embeddings": True}),
     "experts": ("qwen3_moe", EXPERTS),
-    "latent": ("deepseek_v2", {}),
     "predicting": ("deepseek_v3", {"num_nextn_predict_layers": 1}),
 }
 ROWS, EQUAL = make_rows(8), make_rows(8, equal=True)
@@ -63,14 +62,11 @@ def alone(toy):
         ("dense", 2, FSDP2),
         ("dense", 4, KEEP),
         ("tied", 2, FSDP2),
-        ("experts", 2, FSDP2),
-        ("experts", 4, f"{FSDP2} --moe-grouped-gemm"),
-        ("latent", 2, FSDP2),
+        ("experts", 2, f"{FSDP2} --moe-grouped-gemm"),
         ("predicting", 2, FSDP2),
         ("dense", 2, f"{FSDP2} {FULL}"),
         ("experts", 2, f"{FSDP2} --moe-zero-memory level1 --recompute-norm"),
         ("dense", 2, f"{FSDP2} --context-parallel-size 2"),
-        ("dense", 4, f"{FSDP2} {TP2}"),
         ("experts", 4, f"{FSDP2} {TP2}"),
     ],
 )
@@ -84,13 +80,13 @@ def test_pre_training(alone, toy):
     assert_same(found, alone("dense", flags, EQUAL, door="pretrain"))
 
 
-@pytest.mark.parametrize("flags", ["--bf16", "--bf16 --lora-r 4", "--bf16 --trainable linear_fc1"])
+@pytest.mark.parametrize("flags", ["--bf16", "--bf16 --lora-r 4"])
 def test_bf16_gradients_are_summed_in_fp32(alone, toy, flags):
     found = pool(2).run(train, toy("tied"), f"{flags} {FSDP2}", ROWS, 1)[0]
     assert_same(found, alone("tied", flags, steps=1))
 
 
-@pytest.mark.parametrize("flags", ["--bf16", "--lora-r 4 --loraplus-lr-ratio 4", "--bf16 --lora-r 4"])
+@pytest.mark.parametrize("flags", ["--bf16", "--lora-r 4 --loraplus-lr-ratio 4"])
 def test_adamw_updates_the_shards(alone, toy, flags):
     """Six steps: losses, and the norms that gradients are clipped by."""
     flags = f"{flags} --lr 1e-3 --lr-decay-style constant --clip-grad 0.5"
@@ -150,9 +146,9 @@ def bytes_between_steps(*arguments):
     return found[0] - before
 
 
-@pytest.mark.parametrize("flags, whole", [("", 16), ("--bf16", 18)])
-def test_each_rank_holds_its_share(toy, flags, whole):
+def test_each_rank_holds_its_share(toy):
     """With use_torch_fsdp2 16 bytes per parameter over the ranks: fp32 weights and no others, gradients, moments."""
+    flags, whole = "--bf16", 18
     arguments = (ROWS, 2, "adamw", 1e-3)
     # The first rank also has the gradients that are compared elsewhere, so the last one is looked at.
     everything = pool(4).run(bytes_between_steps, toy("dense"), f"--lr 1e-3 {flags}", *arguments)[3]

@@ -111,11 +111,11 @@ def saved(go, tmp_path_factory):
     """{who wrote: directory} with a checkpoint after two iterations of one process and of two that are cut."""
     places = {name: tmp_path_factory.mktemp("saved") / "out" for name in ("one", "cut")}
     go(1, f"--train-iters 4 --exit-interval 2 --save {places['one']}")
-    go(2, f"--train-iters 4 --exit-interval 2 --save {places['cut']} {FSDP2}")
+    go(2, f"--train-iters 4 --exit-interval 2 --save {places['cut']} --async-save {FSDP2}")
     return places
 
 
-@pytest.mark.parametrize("writer, ranks, flags", [("one", 2, FSDP2), ("cut", 1, ""), ("cut", 4, FSDP2)])
+@pytest.mark.parametrize("writer, ranks, flags", [("one", 2, FSDP2), ("cut", 1, "")])
 def test_a_run_goes_on_at_another_layout(go, undisturbed, saved, writer, ranks, flags):
     losses, _ = go(ranks, f"--load {saved[writer]} --train-iters 4 {flags}")
     assert losses == pytest.approx(undisturbed[0][2:], rel=1e-4)

@@ -42,7 +42,10 @@ LAYOUTS = {
     "virtual stages": ("qwen", 2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2", SWAP, 0.8),
     "stages with LoRA": ("qwen", 2, f"{PP2} --lora-r 4 {FULL} 1 --recompute-method uniform", INPUTS, 1.0),
     "tensors": ("qwen", 2, TP2, SWAP, 0.6),
+    "fully sharded": ("qwen", 2, "--use-torch-fsdp2", SWAP, 0.9),
     "contexts": ("qwen", 2, "--context-parallel-size 2", SWAP, 0.7),
+    # One layer, which ends the model where the prediction layers do not count.
+    "prediction layers": ("predicting", 1, "", SWAP, 1.0),
     "experts apart": ("mixtral", 2, "--expert-model-parallel-size 2", SWAP, 0.6),
 }
 
@@ -51,7 +54,12 @@ LAYOUTS = {
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("toys")
     qwen = make_toy("qwen2", root / "qwen", tie_word_embeddings=True, num_hidden_layers=LAYERS)
-    return {"qwen": str(qwen), "mixtral": str(make_toy("mixtral", root / "mixtral", num_hidden_layers=LAYERS))}
+    one = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 2}
+    return {
+        "qwen": str(qwen),
+        "mixtral": str(make_toy("mixtral", root / "mixtral", num_hidden_layers=LAYERS)),
+        "predicting": str(make_toy("deepseek_v3", root / "predicting", **one)),
+    }
 
 
 class LiveBytes(TorchDispatchMode):

@@ -25,7 +25,6 @@ def plan_of(toy, words):
         ("--gradient-accumulation-fusion", "tensors of their own"),
         ("--fp16", "does not scale the loss"),
         ("--qlora --lora-r 4", "NF4 is not cut"),
-        ("--swap-attention", "swapped as activations"),
         ("--log-local-norms", "no rank has the whole"),
         ("--swap-optimizer", "split over the ranks"),
         ("--pipeline-model-parallel-size 2", "2 is wrong with --use-torch-fsdp2"),
