@@ -22,7 +22,10 @@ from mindspeed_llm.plan.show import pipeline_idle_share, plan_memory
 MOST_AT_ONCE = 3
 SMALLER_LOSS_CHUNK = 256
 IF_HIDDEN = "no slower where transfers hide behind computation"
+OPTIMIZER_TRANSFERS = "slower by what the optimizer's state takes to the device and back"
+OTHER_NUMBERS = "moments are rounded to bf16, which changes numbers"
 COMMUNICATION = "slower by what its communication takes"
+TWO_TRANSFERS = "slower by the transfer of the optimizer's state to the device and back in every step"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _flag(name: str, value: Any) -> str:
 
 
 def changes(plan: Plan) -> list[Change]:
-    """What could be changed alone without changing what is learned, whether it is possible or not."""
+    """What could be changed alone, whether it is possible or not; what changes numbers says so."""
     c, layout = plan.config, plan.layout
     micro, fits_pipelines = c.training.micro_batch_size, plan.shape.num_layers >= 2 * layout.pp
     # Without a number of its own the global batch would follow the micro-batch and the replicas.
@@ -107,9 +110,16 @@ def changes(plan: Plan) -> list[Change]:
         Change({"recompute_norm": True}, 0.01),
         # Smaller products of the head.
         Change({"loss_chunk_size": SMALLER_LOSS_CHUNK}, 0.02),
+        # Masters are put together and taken apart in every step.
+        Change({"reuse_fp32_param": True}, 0.01),
         Change({"recompute_mla_up_proj": True}, 0.03),
         Change({"mla_zero_memory": True}, 0.05),
         Change({"swap_attention": True, "swap_modules": ",".join(SWAP_MODULES)}, says=(IF_HIDDEN,), order=0.04),
+        Change({"swap_optimizer": True}, says=(TWO_TRANSFERS,), order=0.12),
+        # Adds up the two halves of each weight in the optimizer's step.
+        Change({"reuse_fp32_param": True}, 0.01),
+        Change({"swap_optimizer": True}, says=(OPTIMIZER_TRANSFERS,), order=0.08),
+        Change({"o2_optimizer": True}, says=(OTHER_NUMBERS,), order=0.3),
         # Smaller products; weights are read more often.
         *[Change({"micro_batch_size": size} | batch, 0.05 * micro / size) for size in _halves(micro)],
         # Experts' linears, two of three products of the forward pass, again.
@@ -118,6 +128,8 @@ def changes(plan: Plan) -> list[Change]:
         # The forward pass again, a third of a step.
         Change({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 0.33),
     ]
+    # Parameters travel with every micro-batch.
+    found.append(Change({"use_torch_fsdp2": True}, says=(COMMUNICATION,), order=0.12))
     # The same devices share more of the model and fewer samples. Links decide what that costs.
     sizes = {"tensor_model_parallel_size": layout.tp, "context_parallel_size": layout.cp}
     sizes |= {"expert_model_parallel_size": layout.ep} if plan.shape.num_moe_experts else {}

@@ -9,7 +9,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layer_map
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan import memory
+from mindspeed_llm.plan import activations
 from mindspeed_llm.plan.memory import Swapping, estimate
 from mindspeed_llm.plan.plan import resolve
 from mindspeed_llm.plan.show import plan_memory
@@ -61,7 +61,7 @@ def test_what_goes_together_is_planned(plan, words):
 def test_the_dry_run_says_what_goes(plan, capsys, monkeypatch):
     from mindspeed_llm.plan.show import show_plan
 
-    monkeypatch.setattr(memory, "SMALL_BYTES", 0)
+    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
     swapping = plan("--swap-attention --swap-modules mlp")
     show_plan(swapping)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -96,7 +96,7 @@ def test_the_estimate_is_what_lies_on_the_host(monkeypatch, request, modules):
     # The estimate is for attention without stored scores; "blocks" keeps them, on CPUs alone.
     registry.select("attention", "sdpa")
     request.addfinalizer(registry.reset)
-    monkeypatch.setattr(memory, "SMALL_BYTES", 0)
+    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
     model = build_model(SHAPE, BuildOptions(padded_vocab_size=1009, loss_chunk_size=TOKENS))
     store = MappedStore()
     swap = ActivationSwap(store, UpToHostBytes(store, 10**9), model.parameters, small=4096)
@@ -114,7 +114,7 @@ def test_the_estimate_is_what_lies_on_the_host(monkeypatch, request, modules):
 
 def test_the_budget_and_small_tensors_bound_the_estimate(monkeypatch):
     assert estimated(swapping=Swapping(ALL)).swapped == 0  # no tensor of this toy has a megabyte
-    monkeypatch.setattr(memory, "SMALL_BYTES", 0)
+    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
     everything = estimated(swapping=Swapping(ALL)).swapped
     assert estimated(swapping=Swapping(ALL, limit=everything // 2)).swapped == everything // 2
     assert estimated(swapping=Swapping(ALL, limit=2 * everything)).swapped == everything

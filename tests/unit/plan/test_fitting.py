@@ -1,0 +1,111 @@
+"""Changes that make a plan fit: each is planned, the cheapest stand first, and none is in another."""
+
+import re
+
+import pytest
+
+from mindspeed_llm.config.parser import parse
+from mindspeed_llm.plan.fitting import Change, changes, cheapest, planned
+from mindspeed_llm.plan.plan import resolve
+from mindspeed_llm.plan.show import plan_memory
+
+SHAPE = (
+    "--num-layers 8 --hidden-size 1024 --ffn-hidden-size 3584 --num-attention-heads 16 --group-query-attention "
+    "--num-query-groups 4 --vocab-size 32000 --max-position-embeddings 4096 --normalization RMSNorm --swiglu "
+    "--disable-bias-linear --untie-embeddings-and-output-weights "
+)
+RUN = "--bf16 --seq-length 2048 --micro-batch-size 4 --global-batch-size 16 --data-path none --train-iters 3 --dry-run "
+
+
+def plan_of(words="", world=1, run=RUN):
+    parsed = parse("pretrain", f"{SHAPE}{run}--world-size {world} {words}".split())
+    return resolve(parsed.config, parsed.problems)
+
+
+def again(words, world=1):
+    """Bytes of a plan with the words that were advised, as a user would give them."""
+    flag = re.compile(r"--\S+")
+    run = RUN
+    for changed in set(flag.findall(words)) & set(flag.findall(RUN)):
+        run = re.sub(rf"{changed} \S+ ", "", run)
+    return plan_memory(plan_of(words, world, run)).total
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.5])
+def test_what_is_advised_fits_when_it_is_given(share):
+    plan = plan_of()
+    room = int(plan_memory(plan).total * share)
+    found = cheapest(plan, room)
+    assert 1 <= len(found) <= 3
+    for fitting in found:
+        words, _, times = fitting.change.words().partition(" on ")
+        total = again(words, fitting.change.processes)
+        assert total == fitting.total <= room
+        assert fitting.saved == plan_memory(plan).total - total > 0
+        assert bool(times) == (fitting.change.processes > 1)
+
+
+def test_the_cheapest_that_fit_stand_first_and_each_is_needed_as_a_whole():
+    plan = plan_of()
+    total = plan_memory(plan).total
+    found = cheapest(plan, int(total * 0.95))
+    assert [fitting.change.cost for fitting in found] == sorted(fitting.change.cost for fitting in found)
+    assert found[0].change.options == {"recompute_activation_function": True}
+    for one in found:
+        for other in found:
+            assert one is other or not one.change.options.items() <= other.change.options.items()
+    # A part of what is advised together would not be enough, or it would be advised alone.
+    several = [fitting for fitting in found if len(fitting.change.options) > 1]
+    for fitting in several:
+        for name, value in fitting.change.options.items():
+            alone = planned(plan, Change({name: value}))
+            assert alone is None or plan_memory(alone).total > int(total * 0.95) or name == "swap_attention"
+
+
+def test_nothing_is_advised_where_nothing_fits():
+    assert cheapest(plan_of(), 10**6) == []
+
+
+def test_what_a_run_has_already_is_not_advised():
+    before = plan_of()
+    words = "--recompute-norm --recompute-activation-function"
+    names = {name for change in changes(plan_of(words)) for name in change.options}
+    assert not {"recompute_norm", "recompute_activation_function"} & names
+    assert {"recompute_norm", "recompute_activation_function"} <= {n for c in changes(before) for n in c.options}
+
+
+def test_what_makes_no_difference_is_not_advised():
+    """One process has nobody to share the optimizer with; two have."""
+
+    def advised(plan):
+        found = cheapest(plan, plan_memory(plan).total - 1, most=20)
+        return {name for fitting in found for name in fitting.change.options}
+
+    assert "use_distributed_optimizer" not in advised(plan_of())
+    assert "use_distributed_optimizer" in advised(plan_of(world=2))
+
+
+def test_the_global_batch_stays_when_nobody_gave_it():
+    parsed = parse("pretrain", (SHAPE + RUN.replace("--global-batch-size 16 ", "")).split())
+    plan = resolve(parsed.config, parsed.problems)
+    halved = next(change for change in changes(plan) if change.options.get("micro_batch_size") == 2)
+    assert halved.words() == "--micro-batch-size 2 --global-batch-size 4"
+    assert planned(plan, halved).global_batch_size == plan.global_batch_size == 4
+
+
+def test_what_contradicts_the_run_is_not_planned():
+    plan = plan_of("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+    assert planned(plan, Change({"swap_attention": True})) is None
+
+
+def test_words_and_prices():
+    one = Change({"recompute_norm": True}, 0.01)
+    other = Change({"micro_batch_size": 2}, says=("it depends",), order=0.2)
+    both = one & other
+    assert both.words() == "--recompute-norm --micro-batch-size 2"
+    assert (one.price(), other.price(), both.price()) == (
+        "about 1 % slower", "it depends", "about 1 % slower, it depends"
+    )  # fmt: skip
+    assert Change({"cross_entropy_loss_fusion": False}).words() == "--no-cross-entropy-loss-fusion"
+    assert Change({}).price() == "no slower"
+    assert both.cost == pytest.approx(0.21)
