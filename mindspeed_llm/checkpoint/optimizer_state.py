@@ -36,6 +36,9 @@ class StateElsewhere(Protocol):
     def accept(self, main: Tensor, values: Tensor) -> None:
         """`master` gave this, and it has been written to."""
 
+    def device_tensors(self) -> Iterator[Tensor]:
+        """What of the state is on the device."""
+
 
 @dataclass(frozen=True)
 class OwnState:

@@ -106,7 +106,7 @@ class OptimizerConfig:
         choices=("fused_adamw", "fused_torch_adamw", "adamw"),
     )
     o2_optimizer: bool = option(
-        help="keep both moments in bf16, computed in fp32 and rounded: results change, and --adam-beta2 0.999 is too slow",
+        help="keep both moments in bf16, computed in fp32 and rounded; changes results, best with --adam-beta2 0.95",
         level="advanced",
         kind="continuity",
     )

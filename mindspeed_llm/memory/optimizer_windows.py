@@ -14,7 +14,7 @@ and chunks; rounding of moments to bf16 (to the nearest, ties to even) is the on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,11 @@ class StoredState:
         """See `checkpoint.optimizer_state.StateElsewhere`."""
         slot, masters = self._masters_of[id(main)]
         masters.accept(slot, values)
+
+    def device_tensors(self) -> Iterator[Tensor]:
+        """See `checkpoint.optimizer_state.StateElsewhere`."""
+        yield from (array.values for array in self.arrays if isinstance(array, DeviceArray))
+        yield from (slot.main for slot in self.slots)
 
     def reload(self) -> None:
         """Take the model's weights for all masters."""
