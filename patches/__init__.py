@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mindspeed_llm import patching
-from mindspeed_llm.patches.core import utils
+from mindspeed_llm.patches.core import parallel_state, utils
 from mindspeed_llm.patches.core.datasets import utils as dataset_utils
 from mindspeed_llm.patches.core.fusions import (
     fused_indices_converter,
@@ -24,6 +24,7 @@ def catalogue() -> tuple[Patch, ...]:
     """Every patch of this package."""
     modules = (
         utils,
+        parallel_state,
         dataset_utils,
         fused_indices_converter,
         fused_mla_yarn_rope_apply,

@@ -36,7 +36,7 @@ def install(swap: ActivationSwap, chunks: Sequence[nn.Module], modules: Sequence
         _wrap(decoder, "forward", functools.partial(_chunk, swap, decoder))
         if layer_inputs:
             _wrap(decoder, "_checkpointed_forward", functools.partial(_recomputed, swap, number))
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate([*decoder.layers, *_prediction_layers(chunk)]):
             _wrap(layer, "forward", functools.partial(_layer, swap, (number, index), layer_inputs))
             for name in modules:
                 attribute, methods = MODULES[name]
@@ -44,6 +44,11 @@ def install(swap: ActivationSwap, chunks: Sequence[nn.Module], modules: Sequence
                 for method in methods:
                     if hasattr(module, method):
                         _wrap(module, method, functools.partial(_region, swap))
+
+
+def _prediction_layers(chunk: nn.Module) -> list[nn.Module]:
+    """The transformer layers inside those that predict further tokens, behind the decoder's on the last stage."""
+    return [layer.transformer_layer for layer in chunk.mtp.layers] if chunk.mtp_process else []
 
 
 def _wrap(module: nn.Module, method: str, around: Callable[..., Any]) -> None:

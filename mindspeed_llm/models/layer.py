@@ -47,8 +47,7 @@ class DecoderLayer(TransformerLayer):
         self.bias_dropout_add_exec_handler = nullcontext
         self._recompute(self.config.recompute, keywords.get("vp_stage"))
         if isinstance(self.pre_mlp_layernorm, RMSNorm) and not self.hidden_dropout:
-            if not self.pre_mlp_layernorm.recomputed:
-                self.self_attn_bda = SumAndNorm(self.pre_mlp_layernorm)
+            self.self_attn_bda = SumAndNorm(self.pre_mlp_layernorm)
 
     def _recompute(self, options: RecomputeOptions, vp_stage: int | None) -> None:
         """Choose what this layer computes once more in the backward pass."""

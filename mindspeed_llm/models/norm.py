@@ -41,12 +41,12 @@ class RMSNorm(nn.Module):
         self.recomputed, self.drop = False, keep
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recomputed:
-            out, self.drop = without_output(self._normed, x)
-            return out
         made, self._made = self._made, None
         if made is not None and made[0] is x:
             return made[1]
+        if self.recomputed:
+            out, self.drop = without_output(self._normed, x)
+            return out
         return self._normed(x)
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -54,9 +54,16 @@ class RMSNorm(nn.Module):
 
     def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
         """x + residual, normalised in the same pass; the next call on that very tensor returns what was made here."""
-        normed, total = add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        if self.recomputed:
+            # The sum stays. Its gradient is rounded once only in this very operator: the norm alone would round twice.
+            (normed, total), self.drop = without_output(self._normed_sum, x, residual, dropped=1)
+        else:
+            normed, total = self._normed_sum(x, residual)
         self._made = total, normed
         return total
+
+    def _normed_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(nn.Module):

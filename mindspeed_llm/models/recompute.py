@@ -61,8 +61,13 @@ def keep(_later: Tensor) -> None:
     """What `without_output` returns where nothing is dropped."""
 
 
-def without_output(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[Tensor], None]]:
+def without_output(
+    function: Callable[..., Any], *inputs: Any, dropped: int | None = None
+) -> tuple[Any, Callable[[Tensor], None]]:
     """function(*inputs), and what drops it.
+
+    Args:
+        dropped: of several results only so many, the first ones.
 
     Returns:
         The result, a tensor or several; and `drop(later)`, to be called when everything that uses the result has run:
@@ -72,4 +77,7 @@ def without_output(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Cal
         return function(*inputs), keep
     # megatron takes False for eight bits too.
     checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)
-    return checkpoint.checkpoint(function, *inputs), checkpoint.discard_output_and_register_recompute
+    result = checkpoint.checkpoint(function, *inputs)
+    if dropped is not None:
+        checkpoint.outputs = checkpoint.outputs[:dropped]
+    return result, checkpoint.discard_output_and_register_recompute

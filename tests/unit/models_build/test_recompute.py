@@ -56,10 +56,16 @@ def ids(seed):
     return torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(seed))
 
 
+DROPOUT = dict(hidden_dropout=0.1, attention_dropout=0.1)
+# Without dropout the norm before the MLP is computed with the sum it normalises.
+HALF = dict(params_dtype=torch.bfloat16)
+
+
 def run(shape, grouped=True, frozen="", **options):
-    """(loss, gradients by name, bytes kept for them) of one micro-batch with dropout."""
+    """(loss, gradients by name, bytes kept for them) of one micro-batch; in fp32 with dropout."""
     experts = ExpertOptions(grouped_gemm=grouped) if shape.num_moe_experts else ExpertOptions()
-    model = build_model(shape, BuildOptions(hidden_dropout=0.1, attention_dropout=0.1, experts=experts, **options))
+    options = options if "params_dtype" in options else DROPOUT | options
+    model = build_model(shape, BuildOptions(experts=experts, **options))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen in name)
     model_parallel_cuda_manual_seed(5, force_reset_rng=True)
@@ -70,9 +76,9 @@ def run(shape, grouped=True, frozen="", **options):
 
 
 @functools.cache
-def plain(name, grouped=True, frozen=""):
+def plain(name, grouped=True, frozen="", half=False):
     """The same without recomputation."""
-    return run(SHAPES[name], grouped, frozen)
+    return run(SHAPES[name], grouped, frozen, **(HALF if half else {}))
 
 
 # Experts are computed in two ways.
@@ -91,6 +97,26 @@ def test_the_same_bits_from_less_memory(part, grouped, frozen):
     assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
     # What comes before the first trained weight keeps nothing, unless it is to be recomputed.
     assert less < held or frozen
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_same_bits_in_bf16(part):
+    """Gradients are rounded where they are without recomputation, and no more often."""
+    name, options = PARTS[part]
+    loss, gradients, held = plain(name, half=True)
+    found, others, less = run(SHAPES[name], recompute=RecomputeOptions(**options), **HALF)
+    assert torch.equal(found, loss) and less < held
+    assert not [name for name, gradient in gradients.items() if not torch.equal(gradient, others[name])]
+
+
+def test_a_gradient_that_is_rounded_twice_is_noticed():
+    """Negative control: the norm before the MLP is computed behind its sum instead of with it."""
+    from mindspeed_llm.models.norm import RMSNorm
+
+    _, gradients, _ = plain("dense", half=True)
+    with mock.patch.object(RMSNorm, "of_sum", lambda self, x, residual: x + residual):
+        _, others, _ = run(DENSE, recompute=RecomputeOptions(norm=ALL), **HALF)
+    assert any(not torch.equal(gradient, others[name]) for name, gradient in gradients.items())
 
 
 def test_a_result_that_is_not_made_again_is_noticed():
@@ -117,6 +143,24 @@ def test_less_is_kept_the_more_layers_recompute():
     kept = [run(DENSE, recompute=RecomputeOptions(activation=layers))[2] for layers in (0, 1, 3, 4, ALL)]
     assert kept[0] > kept[1] > kept[2] > kept[3] == kept[4]
     assert kept[0] - kept[3] == 4 * (32 * 80 * 4)  # layers x tokens x ffn_hidden_size x fp32
+
+
+def test_layers_recomputed_as_a_whole_keep_less():
+    """One, three and all of four layers; core attention of all."""
+    block = dict(recompute_granularity="full", recompute_method="block")
+    ways = {
+        "core attention": dict(recompute_granularity="selective"),
+        "one": block | dict(recompute_num_layers=1),
+        "three": block | dict(recompute_num_layers=3),
+        "all": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    }
+    loss, gradients, held = plain("dense")
+    kept = {}
+    for name, way in ways.items():
+        found, others, kept[name] = run(DENSE, **way)
+        assert torch.equal(found, loss) and all(torch.equal(gradients[name], others[name]) for name in gradients)
+    assert kept["core attention"] < held
+    assert held > kept["one"] > kept["three"] > kept["all"] and kept["all"] < held / 2
 
 
 def test_layers_are_counted_behind_those_recomputed_as_a_whole():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mindspeed_llm.ops import cross_entropy, norm, rotary, swiglu
 
@@ -92,6 +94,31 @@ def test_no_labels_give_zero_loss_and_zero_gradients():
 def test_a_label_outside_the_vocabulary_is_refused(label):
     with pytest.raises(ValueError, match="labels must be in"):
         cross_entropy.linear_cross_entropy_sum(random(1, 8), random(24, 8), torch.tensor([label]), vocab_size=19)
+
+
+class LargestResult(TorchDispatchMode):
+    """Values of the largest tensor that an operator made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        made = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.values = max(self.values, *made, 0)
+        return result
+
+
+def test_all_logits_never_exist_at_once():
+    tokens, vocab, chunk = 64, 50, 4
+    hidden, weight, labels = random(tokens, 2), random(vocab, 2), labels_with_gaps(tokens, vocab)
+    largest = {}
+    for name, rows in (("chunked", chunk), ("reference", None)):
+        with LargestResult() as seen:
+            implementation = cross_entropy.reference if name == "reference" else cross_entropy.linear_cross_entropy_sum
+            implementation(hidden, weight, labels, vocab_size=vocab, chunk_rows=rows).backward()
+        largest[name] = seen.values
+    assert largest["chunked"] <= chunk * vocab
+    assert largest["reference"] >= int((labels >= 0).sum()) * vocab
 
 
 def test_frozen_head_and_evaluation():
