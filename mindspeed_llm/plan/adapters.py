@@ -12,7 +12,7 @@ from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan.adaptable import adaptable_linears
+from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears
 from mindspeed_llm.plan.targets import ALL_LINEAR, check_excluded, resolve_pattern, resolve_targets
 
 Number = TypeVar("Number", int, float)
@@ -231,14 +231,40 @@ def adapted_linears(shape: ModelShape, settings: AdapterSettings) -> list[Adapte
         parts = settings.targets[linear.module]
         chosen = parts or tuple(linear.parts)
         ranks = [settings.rank_of(linear.module, part) for part in chosen]
-        outs = [linear.parts[part][1] for part in chosen]
-        each = linear.in_features * (sum(ranks) if parts else ranks[0])
-        each += sum(rank * out for rank, out in zip(ranks, outs)) + (sum(outs) if settings.use_dora else 0)
-        layers = len(settings.layers.get(linear.module, linear.layers or (0,)))
-        count = layers * (linear.experts or 1)
+        each = sum(_factor_sizes(linear, settings))
+        count = _adapted_layers(linear, settings) * (linear.experts or 1)
         scalings = [settings.scaling_of(linear.module, part) for part in chosen]
         rows.append(AdaptedLinear(linear.module, parts, count, _distinct(ranks), _distinct(scalings), count * each))
     return rows
+
+
+def _adapted_layers(linear: Adaptable, settings: AdapterSettings) -> int:
+    return len(settings.layers.get(linear.module, linear.layers or (0,)))
+
+
+def _factor_sizes(linear: Adaptable, settings: AdapterSettings) -> tuple[int, int]:
+    """Numbers of what has the linear's input as a side (A), and of what has its output (B and magnitudes)."""
+    parts = settings.targets[linear.module]
+    chosen = parts or tuple(linear.parts)
+    ranks = [settings.rank_of(linear.module, part) for part in chosen]
+    outs = [linear.parts[part][1] for part in chosen]
+    a = linear.in_features * (sum(ranks) if parts else ranks[0])
+    return a, sum(rank * out for rank, out in zip(ranks, outs)) + (sum(outs) if settings.use_dora else 0)
+
+
+def local_adapter_parameters(shape: ModelShape, settings: AdapterSettings, layout: ParallelLayout) -> int:
+    """Parameters of the adapters on one device, stages taken for equal: tensor parallelism cuts one factor of a
+    linear's two, the one that has the side that is cut."""
+    total = 0.0
+    for linear in adaptable_linears(shape):
+        if linear.module in settings.targets:
+            a, b = _factor_sizes(linear, settings)
+            tp = layout.expert_tp if linear.experts else layout.tp
+            each = a / (tp if linear.cut in ("row", "vocabulary") else 1) + b / (tp if linear.cut == "column" else 1)
+            total += (
+                each * _adapted_layers(linear, settings) * (linear.experts or 1) / layout.ep ** bool(linear.experts)
+            )
+    return int(total / layout.pp)
 
 
 def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:

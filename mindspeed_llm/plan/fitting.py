@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,15 +171,17 @@ def planned(plan: Plan, change: Change) -> Plan | None:
         return None
 
 
-def cheapest(plan: Plan, room: int, most: int = 3) -> list[Fitting]:
+def cheapest(plan: Plan, room: int, most: int = 3, without: Collection[str] = ()) -> list[Fitting]:
     """The cheapest changes, alone or up to three together, that fit; none that has another one in it.
 
     Args:
         room: bytes of a device that the estimate may come to.
         most: so many at most.
+        without: options that are no help here.
     """
     now = plan_memory(plan).total
-    useful = [change for change, total in _totals(plan, changes(plan)) if total < now]
+    single = [change for change in changes(plan) if not change.options.keys() & set(without)]
+    useful = [change for change, total in _totals(plan, single) if total < now]
     found: list[Fitting] = []
     for change in _together(useful):
         if len(found) == most:

@@ -11,7 +11,7 @@ from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adapters import adapted_linears
+from mindspeed_llm.plan.adapters import adapted_linears, local_adapter_parameters
 from mindspeed_llm.plan.fully_sharded_memory import sharded_memory
 from mindspeed_llm.plan.grid import grid_tables
 from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate_stages
@@ -39,7 +39,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         plan.layout,
         padded_vocab=plan.padded_vocab_size,
         dtype_bytes=DTYPE_BYTES[plan.dtype_name],
-        adapter_parameters=None if plan.adapters is None else plan.trainable_parameters(),
+        adapter_parameters=None if plan.adapters is None else _adapters_of_all_ranks(plan),
         tokens_per_microbatch=t.micro_batch_size * plan.seq_length,
         micro_batches=plan.num_micro_batches,
         sequence_parallel=plan.sequence_parallel,
@@ -68,6 +68,11 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         )
         for stage in stages
     ]
+
+
+def _adapters_of_all_ranks(plan: Plan) -> int:
+    """Parameters of adapters on the ranks of a replica, those that several of them hold counted for each."""
+    return local_adapter_parameters(plan.shape, plan.adapters, plan.layout) * plan.layout.tp * plan.layout.pp
 
 
 def _score_bytes(plan: Plan) -> float:

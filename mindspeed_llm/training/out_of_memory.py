@@ -79,7 +79,9 @@ def explanation(plan: Plan, predicted: MemoryEstimate, rank: int, *, room: int, 
     """
     # What the estimate lacks of what was needed, other programs and memory in pieces included, stays as it is.
     missing = max(taken + asked - predicted.total, 0)
-    fitting = cheapest(plan, room - missing)
+    # What is swapped on a CPU lies in a file that is mapped, and takes as much of the process's addresses.
+    without = ("swap_attention", "swap_optimizer") if accelerator.current().name == "cpu" else ()
+    fitting = cheapest(plan, room - missing, without=without)
     parts = {
         "weights": predicted.weights,
         "gradients": predicted.gradients,
