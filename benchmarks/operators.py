@@ -55,7 +55,8 @@ def runner(function: Callable[..., Any], row: Row, backward: bool, wait: Callabl
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             outputs = [o for o in outputs if o.requires_grad]
             if not directions:
-                directions.extend(torch.randn_like(o) for o in outputs)
+                # What arrives at a loss is 1.
+                directions.extend(torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs)
             torch.autograd.grad(outputs, leaves, directions)
         wait()
 

@@ -1,29 +1,33 @@
 #!/usr/bin/env python3
 """Fine-tuning of a ~110M Llama in bf16: real (unpadded) tokens/s here and in transformers with peft.
 
-    python benchmarks/train.py [--mode lora full] [--rounds 5] [--samples 64] [--threads 2] [--quick]
+    python benchmarks/train.py [--mode lora full] [--rounds 5] [--samples 64] [--threads 2] [--sides ...] [--quick]
 
 All sides train the same samples (lengths drawn from lengths.csv) with the same batch sizes, threads and optimizer, and
 take turns; medians of the rounds. A round is all samples in optimizer steps of GLOBAL_BATCH. Padded sides and ours
-joined use micro-batches of MICRO_BATCH samples, packed sides rows of PACKED_ROW tokens. Prints one JSON line.
+joined use micro-batches of MICRO_BATCH samples, packed sides rows of PACKED_ROW tokens. Each program with its
+allocator is a process of its own, which waits while another one's side runs. Prints one JSON line.
 
     ours_joined                 micro-batches joined in one row without padding
     ours_packed                 packed rows
+    ours_packed_system          packed rows, freed memory given back to the system (--cpu-allocator system)
     peer_padded, peer_grouped   dynamic padding, in the order of the data or grouped by length
     peer_packed_mask            packed rows, SDPA with the mask transformers makes from positions
     peer_packed_documents       packed rows, SDPA document by document
+    peer_packed_*_keep          the same with freed memory kept, as --cpu-allocator keep does for ours
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lengths import draw_samples
@@ -45,7 +49,19 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 GLOBAL_BATCH, MICRO_BATCH, PACKED_ROW = 32, 8, 2048
 LORA_RANK, LEARNING_RATE = 16, 1e-4
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-AIMS = {"packed": 1.3, "padded": 2.5}
+AIMS = {"packed": 1.5, "padded": 2.5}
+# Side -> (program, what becomes of freed memory in its process). By themselves ours keeps it and transformers does not.
+SIDES = {
+    "ours_joined": ("ours", "keep"),
+    "ours_packed": ("ours", "keep"),
+    "ours_packed_system": ("ours", "system"),
+    "peer_padded": ("peer", "system"),
+    "peer_grouped": ("peer", "system"),
+    "peer_packed_mask": ("peer", "system"),
+    "peer_packed_documents": ("peer", "system"),
+    "peer_packed_mask_keep": ("peer", "keep"),
+    "peer_packed_documents_keep": ("peer", "keep"),
+}
 
 
 def groups(samples: list, size: int) -> list[list]:
@@ -73,9 +89,10 @@ class Ours:
 
     Args:
         mode: "lora" or "full".
+        allocator: --cpu-allocator.
     """
 
-    def __init__(self, directory: str, mode: str, threads: int) -> None:
+    def __init__(self, directory: str, mode: str, threads: int, allocator: str = "keep") -> None:
         from mindspeed_llm.config.parser import parse
         from mindspeed_llm.plan.plan import resolve
         from mindspeed_llm.training.run import make_optimizer
@@ -83,7 +100,8 @@ class Ours:
 
         words = f"--load {directory} --data-path none --bf16 --lr {LEARNING_RATE} --lr-decay-style constant "
         words += f"--weight-decay 0.01 --seq-length {PACKED_ROW} --global-batch-size {GLOBAL_BATCH} --eval-iters 0 "
-        words += f"--micro-batch-size {MICRO_BATCH} --num-threads {threads} --train-iters 1000000"
+        words += f"--micro-batch-size {MICRO_BATCH} --num-threads {threads} --train-iters 1000000 "
+        words += f"--cpu-allocator {allocator}"
         if mode == "lora":
             words += (
                 f" --lora-r {LORA_RANK} --lora-alpha {2 * LORA_RANK} --lora-target-modules {' '.join(LORA_TARGETS)}"
@@ -147,56 +165,106 @@ def model_flops(shape: Any, samples: list, mode: str) -> float:
     )
 
 
-def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) -> dict[str, Any]:
-    """All sides of one mode."""
+def runs_of(program: str, allocator: str, directory: str, mode: str, samples: list, threads: int) -> dict[str, Any]:
+    """Side -> what runs its round and returns the first step's loss, for the sides of one process."""
+    steps = groups(samples, GLOBAL_BATCH)
+    micro, rows = [groups(s, MICRO_BATCH) for s in steps], [packed_rows(s) for s in steps]
+    if program == "ours":
+        ours = Ours(directory, mode, threads, allocator)
+        loops = {"ours_joined": ours.loop(micro), "ours_packed": ours.loop(rows), "ours_packed_system": ours.loop(rows)}
+        return {name: lambda loop=loop: [loop.step()[0].loss for _ in steps][0] for name, loop in loops.items()}
     from peer import MASKED, PER_DOCUMENT, Peer, document_batch, packed_batch, padded_batch
 
-    steps = groups(samples, GLOBAL_BATCH)
-    micro, rows, grouped = (
-        [groups(s, MICRO_BATCH) for s in steps],
-        [packed_rows(s) for s in steps],
-        grouped_by_length(samples),
-    )
-    ours = Ours(directory, mode, args.threads)
-    joined, packed = ours.loop(micro), ours.loop(rows)
+    from mindspeed_llm.accelerator import host_allocator
+
+    host_allocator.choose(allocator)
     peer = Peer(directory, LORA_TARGETS if mode == "lora" else (), LORA_RANK, LEARNING_RATE)
-    losses: dict[str, float] = {}
-
-    def run_ours(name: str, loop: Any) -> None:
-        results = [loop.step()[0] for _ in steps]
-        losses.setdefault(name, results[0].loss)
-
-    def run_peer(name: str, batches: list, attention: str) -> None:
-        results = [peer.step(step, attention) for step in batches]
-        losses.setdefault(name, results[0])
-
-    sides = {
-        "ours_joined": lambda: run_ours("ours_joined", joined),
-        "ours_packed": lambda: run_ours("ours_packed", packed),
+    kinds = {
+        "peer_padded": (micro, padded_batch, MASKED),
+        "peer_grouped": (grouped_by_length(samples), padded_batch, MASKED),
+        "peer_packed_mask": (rows, packed_batch, MASKED),
+        "peer_packed_documents": (rows, document_batch, PER_DOCUMENT),
     }
-    for name, steps_of_side, collate, attention in (
-        ("peer_padded", micro, padded_batch, MASKED),
-        ("peer_grouped", grouped, padded_batch, MASKED),
-        ("peer_packed_mask", rows, packed_batch, MASKED),
-        ("peer_packed_documents", rows, document_batch, PER_DOCUMENT),
-    ):
-        batches = [[collate(m) for m in step] for step in steps_of_side]
-        sides[name] = lambda name=name, b=batches, a=attention: run_peer(name, b, a)
-    sides = {name: run for name, run in sides.items() if not args.sides or name in args.sides}
-    shape, rates = ours.plan.shape, []
+    kinds |= {f"{name}_keep": kind for name, kind in kinds.items()}
+    batches = {name: [[collate(m) for m in step] for step in steps] for name, (steps, collate, _) in kinds.items()}
+    return {name: lambda name=name: [peer.step(step, kinds[name][2]) for step in batches[name]][0] for name in batches}
+
+
+def serve(args: argparse.Namespace, samples: list, answers: Any) -> None:
+    """Run the sides whose names arrive, a line each, and answer with loss and peak memory of each."""
+    program, allocator = args.serve
+    runs = runs_of(program, allocator, args.directory, args.mode[0], samples, args.threads)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted from here
+        loss = runs[line.strip()]()
+        [peak] = [w.split()[1] for w in Path("/proc/self/status").read_text().splitlines() if w.startswith("VmHWM")]
+        print(json.dumps({"loss": loss, "peak_mib": int(peak) / 1024}), file=answers, flush=True)
+
+
+class Process:
+    """A process that serves sides."""
+
+    def __init__(self, program: str, allocator: str, directory: str, mode: str, args: argparse.Namespace) -> None:
+        words = [sys.executable, __file__, "--serve", program, allocator, "--directory", directory, "--mode", mode]
+        words += ["--threads", str(args.threads), "--samples", str(args.samples), "--seed", str(args.seed)]
+        words += ["--quick"] * args.quick
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answers: dict[str, list[dict[str, float]]] = {}
+
+    def wait(self) -> str:
+        """The next line."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a side ended with status {self.process.wait()}")
+        return line
+
+    def run(self, side: str) -> None:
+        """One round of a side."""
+        print(side, file=self.process.stdin, flush=True)
+        self.answers.setdefault(side, []).append(json.loads(self.wait()))
+
+    def close(self) -> None:
+        """Let it end."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) -> dict[str, Any]:
+    """All sides of one mode."""
+    from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
+
+    shape, rates = shape_from_hf(read_hf_config(directory)), []
+    chosen = {name: kind for name, kind in SIDES.items() if not args.sides or name in args.sides}
+    processes = {kind: Process(*kind, directory, mode, args) for kind in dict.fromkeys(chosen.values())}
+    for process in processes.values():
+        process.wait()
+    sides: dict[str, Any] = {name: lambda n=name, p=processes[kind]: p.run(n) for name, kind in chosen.items()}
     sides["matmul"] = lambda: rates.append(matmul_flops_per_second(PACKED_ROW, linear_shapes(shape)))
     seconds = interleaved(sides, args.rounds)
     del seconds["matmul"]
-    return summary(seconds, rates[1:], losses, samples, model_flops(shape, samples, mode))
+    for process in processes.values():
+        process.close()
+    answers = {name: processes[kind].answers[name] for name, kind in chosen.items()}
+    return summary(seconds, rates[1:], answers, samples, model_flops(shape, samples, mode))
 
 
-def summary(seconds: dict[str, list[float]], rates: list[float], losses: dict, samples: list, flops: float) -> dict:
+def summary(
+    seconds: dict[str, list[float]], rates: list[float], answers: dict[str, list], samples: list, flops: float
+) -> dict:
     """Medians, ratios and shares."""
     tokens = sum(len(sample["input_ids"]) for sample in samples)
-    packed = [name for name in seconds if name.startswith("peer_packed")]
-    fastest = min(packed, key=lambda name: statistics.median(seconds[name])) if packed else None
+
+    def fastest(names: tuple[str, ...]) -> str | None:
+        measured = [name for name in names if name in seconds]
+        return min(measured, key=lambda name: statistics.median(seconds[name])) if measured else None
+
+    packed = fastest(("peer_packed_mask", "peer_packed_documents"))
+    kept = fastest(("peer_packed_mask_keep", "peer_packed_documents_keep"))
     pairs = {
-        "packed_over_fastest_packed_peer": (fastest, "ours_packed"),
+        "packed_over_fastest_packed_peer": (packed, "ours_packed"),
+        "packed_over_fastest_packed_peer_both_keep": (kept, "ours_packed"),
+        "packed_over_fastest_packed_peer_both_system": (packed, "ours_packed_system"),
         "joined_over_padded_peer": ("peer_padded", "ours_joined"),
         "joined_over_grouped_peer": ("peer_grouped", "ours_joined"),
         "packed_over_padded_peer": ("peer_padded", "ours_packed"),
@@ -208,8 +276,9 @@ def summary(seconds: dict[str, list[float]], rates: list[float], losses: dict, s
             n: round(statistics.median(flops / t / r for t, r in zip(s, rates)), 3) for n, s in seconds.items()
         },
         "matmul_gigaflops_per_second": round(statistics.median(rates) / 1e9, 1),
-        "fastest_packed_peer": fastest,
-        "first_loss": {name: round(loss, 3) for name, loss in losses.items()},
+        "fastest_packed_peer": packed,
+        "peak_mib": {name: round(max(a["peak_mib"] for a in given)) for name, given in answers.items()},
+        "first_loss": {name: round(given[0]["loss"], 3) for name, given in answers.items()},
     }
 
 
@@ -217,12 +286,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument("--sides", nargs="+", help="only these")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="only these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=64, help=f"a multiple of {GLOBAL_BATCH}")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one round of one optimizer step of a tiny model")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.samples % GLOBAL_BATCH:
         parser.error(f"--samples: {args.samples} is no multiple of {GLOBAL_BATCH}")
@@ -237,13 +308,15 @@ def main() -> None:
     standard_output, sys.stdout = sys.stdout, sys.stderr
     model = TINY if args.quick else LLAMA_110M
     samples = draw_samples(args.samples, model["vocab_size"], args.seed)
+    if args.serve:
+        serve(args, samples, standard_output)
+        return
     result: dict[str, Any] = {"benchmark": "train", "dtype": "bf16", "threads": args.threads, "rounds": args.rounds}
     result |= {"samples": len(samples), "tokens": sum(len(s["input_ids"]) for s in samples), "aims": AIMS}
     with tempfile.TemporaryDirectory() as scratch:
         directory = str(make_toy("llama", scratch, dtype="bfloat16", **model))
         for mode in args.mode:
             result[mode] = measure(directory, mode, samples, args)
-            gc.collect()
     result["load_average"] = round(os.getloadavg()[0], 2)
     print(json.dumps(result), file=standard_output)
 

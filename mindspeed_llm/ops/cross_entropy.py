@@ -117,10 +117,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             hidden, weight = ctx.saved_tensors
             _, grad_hidden, grad_weight = ctx.problem.solve(hidden, weight, *ctx.needs_input_grad[:2], factor=grad)
         else:
-            grad_hidden, grad_weight = (None if held is None else held * grad for held in ctx.saved_tensors)
+            grad_hidden, grad_weight = (None if held is None else _times(held, grad) for held in ctx.saved_tensors)
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _times(held: Tensor, factor: Tensor) -> Tensor:
+    """held * factor, which is `held` itself where the factor is seen to be 1 without waiting for a device."""
+    if factor.device.type == "cpu" and float(factor) == 1.0:
+        return held
+    return held * factor
 
 
 class _Problem:
@@ -208,17 +215,20 @@ def _shared_log_sum(logits: Tensor, rows: Tensor, columns: Tensor, group: dist.P
     return parts[0].log()[:, None] + maximum, parts[1]
 
 
-def _softmax_blocks(logits: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _softmax_blocks(
+    logits: Tensor, target: Tensor, into: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of some rows after others of logits [c, v]: which, their probabilities, wide, and their losses [rows].
 
-    Targets [c] must be in the vocabulary. The next block takes the memory of the probabilities.
+    Targets [c] must be in the vocabulary. Probabilities are written to their rows of `into`, of the wide type; without
+    it the next block takes the memory of the one before.
     """
     wide = _wide(logits.dtype)
     blocks = list(row_blocks(*logits.shape, logits, wide))
-    widened = scratch(blocks, logits.shape[1], logits, wide)
+    widened = scratch(blocks, logits.shape[1], logits, wide) if into is None else None
     for block in blocks:
         own = logits[block]
-        probabilities = widened[: own.shape[0]]
+        probabilities = widened[: own.shape[0]] if into is None else into[block]
         torch.softmax(own if own.dtype == wide else probabilities.copy_(own), dim=-1, out=probabilities)
         at_target = probabilities.gather(1, target[block, None]).squeeze(1)
         # Looking at the smallest would wait for a device, which takes the exact way.
@@ -280,8 +290,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 probabilities[block] = logits[block].to(log_sum.dtype).sub_(log_sum[block]).exp_()
         else:
             losses = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
-            for block, exact, own_losses in _softmax_blocks(logits, own.where(kept, 0)):
-                probabilities[block], losses[block] = exact, own_losses
+            into = probabilities if logits.dtype == losses.dtype else None
+            for block, exact, own_losses in _softmax_blocks(logits, own.where(kept, 0), into):
+                losses[block] = own_losses
+                if into is None:
+                    probabilities[block] = exact
         ctx.save_for_backward(probabilities, inside, columns, kept)
         return losses.masked_fill_(~kept, 0.0)
 
@@ -291,10 +304,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         factor = (grad * kept)[:, None]
         gradient = torch.empty_like(probabilities)
         blocks = list(row_blocks(*gradient.shape, gradient, grad.dtype))
-        widened = scratch(blocks, gradient.shape[1], gradient, grad.dtype)
+        narrow = gradient.dtype != grad.dtype
+        widened = scratch(blocks, gradient.shape[1], gradient, grad.dtype) if narrow else None
         for block in blocks:
-            own = widened[: block.stop - block.start].copy_(probabilities[block])
-            gradient[block] = own.mul_(factor[block])
+            if narrow:
+                own = widened[: block.stop - block.start].copy_(probabilities[block])
+                gradient[block] = own.mul_(factor[block])
+            else:
+                torch.mul(probabilities[block], factor[block], out=gradient[block])
         at_target = (probabilities[rows, columns].to(grad.dtype) - 1) * factor[rows, 0]
         gradient[rows, columns] = at_target.to(gradient.dtype)
         return gradient, None, None

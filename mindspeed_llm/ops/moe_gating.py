@@ -112,15 +112,21 @@ class _Gating(torch.autograd.Function):
         if gating.scaling_factor is not None:
             grad = grad * gating.scaling_factor
         if gating.softmax_later:
-            grad = weights * (grad - (grad * weights).sum(-1, keepdim=True))
+            grad = _SCORES_BACKWARD["softmax"](grad, weights)
         elif total is not None:
             grad = (grad - (grad * weights).sum(-1, keepdim=True)) / total
         grad_scores = grad.new_zeros(grad.shape[0], ctx.num_experts).scatter_(1, experts, grad)
         if scores is None:
             return grad_scores, None, None, None
-        if gating.score_function == "softmax":
-            return scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True)), None, None, None
-        return grad_scores * scores * (1 - scores), None, None, None
+        backward = _SCORES_BACKWARD[gating.score_function]
+        return backward(grad_scores, scores), None, None, None
+
+
+# torch's own derivatives, a kernel each.
+_SCORES_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": lambda grad, scores: torch.ops.aten._softmax_backward_data(grad, scores, -1, scores.dtype),
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+}
 
 
 def _scores(logits: Tensor, gating: Gating) -> Tensor:
