@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.cli.training import run_door
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.errors import UserError
@@ -61,6 +62,22 @@ def test_a_rank_of_a_large_run_is_built_and_stepped_here(experts, capsys):
     run_door(parse("pretrain", f"--hf-config {experts} --dry-run --world-size 1024 --check-rank 777 {words}".split()))
     out = capsys.readouterr().out
     assert "rank 777:" in out and "as planned" in out and "took one step" in out
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_qlora_run_is_built_and_stepped_here(tmp_path, capsys):
+    """The full-size part counts its weights in NF4; the narrow one, whose rows are too short for blocks, is dense."""
+    sizes = dict(hidden_size=128, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    model = make_toy("llama", tmp_path / "llama", **sizes)
+    words = (
+        f"--load {model} --data-path rows.json --train-iters 1 --global-batch-size 4 --seq-length 64 --qlora "
+        "--lora-r 4 --lora-target-modules q_proj v_proj down_proj --use-dora --lora-dropout 0.1 "
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --dry-run "
+        "--world-size 8 --check-rank 5"
+    )
+    run_door(parse("posttrain", words.split()))
+    out = capsys.readouterr().out
+    assert "rank 5:" in out and "as planned" in out and "took one step" in out and "NF4" in out
 
 
 def test_ranks_that_do_not_exist_are_refused(experts):
