@@ -14,6 +14,9 @@ from torch import Tensor
 # Of the 16 bits of the difference and the bit that tells ties apart, for one number.
 REST_BYTES = 2 + 1 / 8
 BITS = 8
+# Bits 0, 9, 18, ... 63; and the lowest bit of each byte. (int64 has no larger positive number than 2^63 - 1.)
+_DIAGONAL = 0x8040201008040201 - 2**64
+_LOWEST = 0x0101010101010101
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +41,7 @@ def join(weight: Tensor, rest: Tensor, above: Tensor) -> Tensor:
     Args:
         weight, rest, above: bf16 [n], int16 [n], uint8 [n/8].
     """
-    difference = rest.to(torch.int32) + (_unpack(above) << 16)
+    difference = rest.to(torch.int32) + (_unpack(above).to(torch.int32) << 16)
     return (_upper_half(weight) + difference).view(torch.float32)
 
 
@@ -48,11 +51,10 @@ def _upper_half(weight: Tensor) -> Tensor:
 
 
 def _pack(flags: Tensor) -> Tensor:
-    powers = 1 << torch.arange(BITS, dtype=torch.int32, device=flags.device)
-    return (flags.view(-1, BITS) * powers).sum(1).to(torch.uint8)
+    """bool [n] as bits, uint8 [n/8]: of eight bytes of 0 or 1 the product moves each to a bit of its highest byte."""
+    return ((flags.view(torch.int64) * _DIAGONAL) >> 56).to(torch.int32).bitwise_and_(0xFF).to(torch.uint8)
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    """int32 [n], 0 or 1."""
-    places = torch.arange(BITS, dtype=torch.int32, device=packed.device)
-    return ((packed.to(torch.int32)[:, None] >> places) & 1).view(-1)
+    """uint8 [n], 0 or 1: the product has copies of a byte nine bits apart, so each of its bytes ends in another bit."""
+    return (((packed.to(torch.int64) * _DIAGONAL) >> 7) & _LOWEST).view(torch.uint8)

@@ -64,6 +64,19 @@ def swapped(**form):
     return StateForm(store=store, windows=WINDOWS, **form)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def events_live():
+    """Events outlive the run: where one ends, the simulator runs what it marks, and so hides who does not wait."""
+    events, copy = [], PinnedStore.copy
+
+    def remembered(self, *arguments, **keywords):
+        events.append(copy(self, *arguments, **keywords))
+        return events[-1]
+
+    with mock.patch.object(PinnedStore, "copy", remembered):
+        yield
+
+
 @pytest.fixture(scope="module")
 def plain():
     return train(StateForm())
