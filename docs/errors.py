@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "mindspeed_llm"
 CAUSES = DOCS / "errors_causes.yaml"
 # What a user is meant to read. A RuntimeError is where it has a topic; others come with a traceback, as mistakes do.
-RAISED = ("UserError", "EmptyPart", "RuntimeError")
+RAISED = ("UserError", "OutOfMemory", "EmptyPart", "RuntimeError")
 # A line of a list of problems: it begins with a flag and says something about it, or says what is legal.
 PROBLEM = re.compile(
     r"--[a-z][\w-]*(:|,| and | is | are | has | have | needs? | does | takes | exclude|.*; (legal|try))"

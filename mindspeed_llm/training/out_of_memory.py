@@ -48,9 +48,9 @@ class OutOfMemoryAdvice:
             asked = refused_bytes(error)
             if asked is None:
                 raise
-            raise OutOfMemory(self._explain(asked)) from error
+            raise self._explained(asked) from error
 
-    def _explain(self, asked: int) -> str:
+    def _explained(self, asked: int) -> OutOfMemory:
         rank = dist.get_rank()
         predicted = stages_memory(self._plan)[self._plan.layout.coordinates(rank).pp]
         taken = max(self._room - accelerator.current().memory_room(), 0)
@@ -68,7 +68,7 @@ class OutOfMemoryAdvice:
         return table(rows, f"memory of rank {rank} when there was no more, MiB")
 
 
-def explanation(plan: Plan, predicted: MemoryEstimate, rank: int, *, room: int, taken: int, asked: int) -> str:
+def explanation(plan: Plan, predicted: MemoryEstimate, rank: int, *, room: int, taken: int, asked: int) -> OutOfMemory:
     """The error, in one line.
 
     Args:
@@ -95,7 +95,7 @@ def explanation(plan: Plan, predicted: MemoryEstimate, rank: int, *, room: int, 
         advice = "try: " + "; or ".join(change.line() for change in fitting)
     else:
         advice = "try: more devices, or a shorter --seq-length; no change of the other options alone would fit"
-    return (
+    return OutOfMemory(
         f"out of memory: rank {rank} asked for {more} when {in_units(taken)} of {in_units(room)} were taken, because "
         f"this training needs about {in_units(predicted.total)} there ({sizes}); {advice}"
     )
