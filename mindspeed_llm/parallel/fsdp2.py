@@ -12,7 +12,7 @@ gradients are means over ranks, its `finish_grad_sync` does not take what `final
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.errors import UserError
-from mindspeed_llm.parallel.shards import Shard, shard_of
+from mindspeed_llm.parallel.shards import Shard
 
 # What is asked of torch's FSDPModule beyond its first release.
 NEEDED = ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms", "set_reduce_scatter_unused_params")
@@ -131,18 +131,6 @@ def shard_in_place(
         unit.set_force_sum_reduction_for_comms(True)
     # An expert that no token of this rank chose takes part in the sum all the same.
     module.set_reduce_scatter_unused_params(True)
-
-
-def gathered_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """What parameters that are cut are while they are gathered, one unit after another; collective, between two passes.
-
-    They are the same tensors in every pass, without memory in between. A module that is not cut has none.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
-            yield from (parameter for parameter in part.parameters() if shard_of(parameter) is None)
-            part.reshard()
 
 
 def _shard(

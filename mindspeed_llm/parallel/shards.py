@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ def shard_of(parameter: Any) -> Shard | None:
     return getattr(parameter, _SHARD, None)
 
 
+def shards_of(wrapped: nn.Module) -> Collection[Shard]:
+    """All shards of a model in its wrapper for data parallelism; none where that cuts nothing."""
+    return wrapped.shards.values() if hasattr(wrapped, "shards") else ()
+
+
 def local_values(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter, cut or not; live."""
     shard = shard_of(parameter)
@@ -53,3 +59,15 @@ def local_gradient(parameter: nn.Parameter) -> Tensor:
     """This rank's accumulated gradient of a trained parameter, cut or not; live."""
     shard = shard_of(parameter)
     return parameter.main_grad if shard is None else shard.gradient
+
+
+def gathered_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What parameters that are cut are while they are gathered, one unit after another; collective, between two passes.
+
+    They are the same tensors in every pass, without memory in between. A module that is not cut has none.
+    """
+    for part in module.modules():
+        if hasattr(part, "unshard"):
+            part.unshard()
+            yield from (parameter for parameter in part.parameters() if shard_of(parameter) is None)
+            part.reshard()

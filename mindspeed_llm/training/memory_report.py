@@ -22,8 +22,7 @@ from mindspeed_llm.memory.optimizer_arrays import DeviceArray
 from mindspeed_llm.memory.optimizer_windows import WindowedAdamW
 from mindspeed_llm.memory.saved import SavedBytes
 from mindspeed_llm.models.nf4_weight import nf4_weights
-from mindspeed_llm.parallel.fsdp2 import FullySharded, gathered_parameters
-from mindspeed_llm.parallel.shards import shard_of
+from mindspeed_llm.parallel.shards import gathered_parameters, shard_of, shards_of
 from mindspeed_llm.plan.memory import MemoryEstimate
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.show import stages_memory
@@ -97,14 +96,13 @@ def long_lived(model: TrainingModel) -> Iterator[Tensor]:
         yield from (parameter for parameter in chunk.parameters() if shard_of(parameter) is None)
         yield from chunk.buffers()
     for wrapped in model.wrapped:
-        if isinstance(wrapped, FullySharded):
-            yield from (shard.main for shard in wrapped.shards.values())
+        yield from (shard.main for shard in shards_of(wrapped))
 
 
 def _gradients(model: TrainingModel) -> Iterator[Tensor]:
     for wrapped in model.wrapped:
-        if isinstance(wrapped, FullySharded):
-            yield from (shard.gradient for shard in wrapped.shards.values() if shard.gradient is not None)
+        if shards := shards_of(wrapped):
+            yield from (shard.gradient for shard in shards if shard.gradient is not None)
             continue
         for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
             yield buffer.grad_data
@@ -157,8 +155,7 @@ class MemoryReport(LoopHook):
         """Forward and backward of an iteration begin: the second one is looked at."""
         self._steps += 1
         if self._steps == ITERATION:
-            gathered = map(gathered_parameters, self._model.chunks)
-            staying = itertools.chain(long_lived(self._model), *gathered)
+            staying = itertools.chain(long_lived(self._model), *map(gathered_parameters, self._model.chunks))
             self._saved = SavedBytes(self._model.chunks, staying, self._model.swap)
             accelerator.current().reset_peak_memory()
             self._saved.begin()

@@ -26,8 +26,7 @@ def swap_activations(plan: Plan, chunks: list[torch.nn.Module]) -> ActivationSwa
     from mindspeed_llm.memory.regions import install
     from mindspeed_llm.memory.store import open_store
     from mindspeed_llm.memory.swap import ActivationSwap
-    from mindspeed_llm.parallel.fsdp2 import gathered_parameters
-    from mindspeed_llm.parallel.shards import local_values
+    from mindspeed_llm.parallel.shards import gathered_parameters, local_values
 
     def say(line: str) -> None:
         if dist.get_rank() == 0:

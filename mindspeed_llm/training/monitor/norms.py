@@ -18,8 +18,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.parallel.exact_sum import sum_float64
-from mindspeed_llm.parallel.fsdp2 import FullySharded
-from mindspeed_llm.parallel.shards import shard_of
+from mindspeed_llm.parallel.shards import shard_of, shards_of
 from mindspeed_llm.training.log_line import PARAMS_NORM, ZEROS_IN_GRADIENT
 from mindspeed_llm.training.monitor.places import PlacedChunk
 
@@ -43,7 +42,7 @@ class Part:
 
 def parts(chunk: PlacedChunk) -> Iterator[Part]:
     """What this rank counts of one chunk's parameters."""
-    if isinstance(chunk.wrapped, FullySharded):
+    if shards_of(chunk.wrapped):
         yield from _shards(chunk)
         return
     sharded = chunk.wrapped.ddp_config.use_distributed_optimizer
