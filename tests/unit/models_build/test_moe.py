@@ -14,10 +14,13 @@ from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.models.build import BuildOptions, build_model
 from mindspeed_llm.models.initialize import initial_tensor
 from mindspeed_llm.models.moe.auxiliary_loss import load_balancing_loss, routers, set_weights, take, z_loss
+from mindspeed_llm.models.moe.experts import cut_by_expert
 from mindspeed_llm.models.moe.options import ExpertOptions
 from mindspeed_llm.models.moe.routing import choose_experts, drop_tokens, routing_tables
+from mindspeed_llm.models.nf4_weight import Nf4Weight
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.ops.grouped_matmul import by_group, grouped_mm, reference
+from mindspeed_llm.ops.grouped_matmul import by_group, grouped_matmul, grouped_mm, reference
+from mindspeed_llm.ops.nf4_matrix import quantize_matrix
 from mindspeed_llm.parallel.setup import initialize_distributed
 
 torch.set_num_threads(1)
@@ -244,3 +247,21 @@ def test_torchs_grouped_kernel_computes_the_same_and_anything_else_goes_by_group
             results.append((out, a.grad, w.grad))
         for ours, expected in zip(*results):
             torch.testing.assert_close(ours, expected, atol=1e-1 if dtype == torch.bfloat16 else 1e-5, rtol=2e-2)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_parts_of_stacked_weights_are_the_weights_of_their_experts(quantized):
+    generator, sizes = torch.Generator().manual_seed(1), [2, 1, 2]
+    dense, x = torch.randn(5, 8, 64, generator=generator), torch.randn(20, 64, generator=generator)
+    weight, counts = dense.clone().requires_grad_(), torch.tensor([7, 0, 5, 2, 6])
+    if quantized:
+        weight = Nf4Weight((5, 8, 64), torch.float32, torch.device("cpu"))
+        for index, matrix in enumerate(dense):
+            weight.fill(quantize_matrix(matrix), index)
+    whole = grouped_matmul(x, weight, counts)
+    rows, numbers = x.split([7, 5, 8]), counts.split(sizes)
+    parts = [grouped_matmul(*operands) for operands in zip(rows, cut_by_expert(weight, sizes), numbers)]
+    assert torch.equal(torch.cat(parts), whole)
+    if not quantized:
+        expected, found = (torch.autograd.grad(y.sum(), weight)[0] for y in (whole, torch.cat(parts)))
+        assert torch.equal(found, expected) and expected.any()
