@@ -10,11 +10,10 @@ allocator is a process of its own, which waits while another one's side runs. Pr
 
     ours_joined                 micro-batches joined in one row without padding
     ours_packed                 packed rows
-    ours_packed_system          packed rows, freed memory given back to the system (--cpu-allocator system)
     peer_padded, peer_grouped   dynamic padding, in the order of the data or grouped by length
     peer_packed_mask            packed rows, SDPA with the mask transformers makes from positions
     peer_packed_documents       packed rows, SDPA document by document
-    peer_packed_*_keep          the same with freed memory kept, as --cpu-allocator keep does for ours
+    ..._keep                    the same with freed memory kept, as --cpu-allocator keep does
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ GLOBAL_BATCH, MICRO_BATCH, PACKED_ROW = 32, 8, 2048
 LORA_RANK, LEARNING_RATE = 16, 1e-4
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AIMS = {"packed": 1.5, "padded": 2.5}
-# Side -> (program, what becomes of freed memory in its process). By themselves ours keeps it and transformers does not.
+# Side -> (program, what becomes of freed memory in its process).
 SIDES = {
-    "ours_joined": ("ours", "keep"),
-    "ours_packed": ("ours", "keep"),
-    "ours_packed_system": ("ours", "system"),
+    "ours_joined": ("ours", "system"),
+    "ours_packed": ("ours", "system"),
+    "ours_packed_keep": ("ours", "keep"),
     "peer_padded": ("peer", "system"),
     "peer_grouped": ("peer", "system"),
     "peer_packed_mask": ("peer", "system"),
@@ -92,7 +91,7 @@ class Ours:
         allocator: --cpu-allocator.
     """
 
-    def __init__(self, directory: str, mode: str, threads: int, allocator: str = "keep") -> None:
+    def __init__(self, directory: str, mode: str, threads: int, allocator: str = "system") -> None:
         from mindspeed_llm.config.parser import parse
         from mindspeed_llm.plan.plan import resolve
         from mindspeed_llm.training.run import make_optimizer
@@ -171,13 +170,14 @@ def runs_of(program: str, allocator: str, directory: str, mode: str, samples: li
     micro, rows = [groups(s, MICRO_BATCH) for s in steps], [packed_rows(s) for s in steps]
     if program == "ours":
         ours = Ours(directory, mode, threads, allocator)
-        loops = {"ours_joined": ours.loop(micro), "ours_packed": ours.loop(rows), "ours_packed_system": ours.loop(rows)}
+        loops = {"ours_joined": ours.loop(micro), "ours_packed": ours.loop(rows), "ours_packed_keep": ours.loop(rows)}
         return {name: lambda loop=loop: [loop.step()[0].loss for _ in steps][0] for name, loop in loops.items()}
     from peer import MASKED, PER_DOCUMENT, Peer, document_batch, packed_batch, padded_batch
 
     from mindspeed_llm.accelerator import host_allocator
 
-    host_allocator.choose(allocator)
+    if allocator == "keep":
+        host_allocator.keep_freed_memory()
     peer = Peer(directory, LORA_TARGETS if mode == "lora" else (), LORA_RANK, LEARNING_RATE)
     kinds = {
         "peer_padded": (micro, padded_batch, MASKED),
@@ -263,8 +263,7 @@ def summary(
     kept = fastest(("peer_packed_mask_keep", "peer_packed_documents_keep"))
     pairs = {
         "packed_over_fastest_packed_peer": (packed, "ours_packed"),
-        "packed_over_fastest_packed_peer_both_keep": (kept, "ours_packed"),
-        "packed_over_fastest_packed_peer_both_system": (packed, "ours_packed_system"),
+        "packed_over_fastest_packed_peer_both_keep": (kept, "ours_packed_keep"),
         "joined_over_padded_peer": ("peer_padded", "ours_joined"),
         "joined_over_grouped_peer": ("peer_grouped", "ours_joined"),
         "packed_over_padded_peer": ("peer_padded", "ours_packed"),

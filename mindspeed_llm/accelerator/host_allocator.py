@@ -10,12 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 
-# Parameters of mallopt in glibc's malloc.h, what keeps freed memory, and what glibc begins with.
+# Parameters of mallopt in glibc's malloc.h, and what keeps freed memory: nothing is mapped by itself, nothing trimmed.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
-BEGINNING = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 * 1024}
-# Who sets these has chosen.
-VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+_told: list[dict[int, int]] = []
 
 
 def why_not() -> str | None:
@@ -28,50 +27,28 @@ def why_not() -> str | None:
     return None
 
 
-def set_by_environment() -> str | None:
-    """The variable by which the user has told glibc what to do with freed memory; None when there is none."""
-    tunables = ["GLIBC_TUNABLES"] if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") else []
-    return next((name for name in (*VARIABLES, *tunables) if name in os.environ), None)
-
-
-def choose(wanted: str | None) -> None:
-    """Let freed memory be kept or not from now on.
-
-    Args:
-        wanted: "keep" or "system" (what glibc does by itself); None keeps it where that can be done and the
-            environment does not say otherwise.
+def keep_freed_memory() -> None:
+    """Let glibc keep what this process frees from now on, until it ends.
 
     Raises:
-        RuntimeError: "keep" is wanted, and there is no glibc to be told.
+        RuntimeError: there is no glibc to be told, or it refuses.
     """
-    if wanted == "keep" or (wanted is None and why_not() is None and set_by_environment() is None):
-        _set(KEEP)
-    elif wanted == "system" and kept():
-        _set(BEGINNING)
-        ctypes.CDLL(None).malloc_trim(0)
+    if reason := why_not():
+        raise RuntimeError(f"freed memory cannot be kept, because {reason}")
+    library = ctypes.CDLL(None)
+    if not all(library.mallopt(parameter, value) for parameter, value in KEEP.items()):
+        raise RuntimeError("glibc's mallopt refuses what keeps freed memory")
+    _told[:] = [KEEP]
 
 
 def kept() -> bool:
     """Whether this process was told to keep what it frees."""
-    return _in_force == [KEEP]
-
-
-_in_force: list[dict[int, int]] = []
-
-
-def _set(values: dict[int, int]) -> None:
-    if reason := why_not():
-        raise RuntimeError(f"freed memory cannot be kept, because {reason}")
-    library = ctypes.CDLL(None)
-    if not all(library.mallopt(parameter, value) for parameter, value in values.items()):
-        raise RuntimeError("glibc's mallopt refuses what keeps freed memory")
-    _in_force[:] = [values]
+    return bool(_told)
 
 
 def describe() -> str:
-    """What training on this CPU does with freed memory unless it is told otherwise."""
-    if reason := why_not():
-        return f"the system's: {reason}"
-    if variable := set_by_environment():
-        return f"as {variable} says"
-    return "freed memory is kept while training"
+    """Whether --cpu-allocator keep can be had."""
+    reason = why_not()
+    return (
+        f"--cpu-allocator keep cannot be had: {reason}" if reason else "freed memory is kept with --cpu-allocator keep"
+    )

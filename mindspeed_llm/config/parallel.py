@@ -144,10 +144,11 @@ class RuntimeConfig:
     num_threads: int | None = option(
         help="CPU threads per process; default: cores / processes on this host", level="expert", check=at_least(1)
     )
-    cpu_allocator: str | None = option(
-        help="on a CPU, keep the memory of freed tensors for the next ones, or leave that to the C library; default: "
-        "keep, where that is glibc and no MALLOC_* variable tells it otherwise",
-        choices=("keep", "system"),
+    cpu_allocator: str = option(
+        "system",
+        help="on a CPU, leave freed memory to the C library, or keep it for the next tensors: faster for full "
+        "tuning, at more memory (docs/benchmarks.md)",
+        choices=("system", "keep"),
         level="expert",
         doors=TRAINING_DOORS,
     )

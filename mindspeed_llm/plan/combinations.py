@@ -270,12 +270,13 @@ def _device_problems(config: RunConfig) -> list[str]:
     ]
 
 
-def _allocator_problems(wanted: str | None, device: str) -> list[str]:
-    if wanted is not None and device != "cpu":
-        return [f"--cpu-allocator has a meaning on a CPU only, and the device is {device}; leave the flag out"]
-    if wanted == "keep" and (reason := host_allocator.why_not()):
-        return [f"--cpu-allocator: keep is wrong, because {reason}; legal: system"]
-    return []
+def _allocator_problems(wanted: str, device: str) -> list[str]:
+    if wanted == "system":
+        return []
+    if device != "cpu":
+        return [f"--cpu-allocator {wanted} has a meaning on a CPU only, and the device is {device}; leave the flag out"]
+    reason = host_allocator.why_not()
+    return [f"--cpu-allocator: {wanted} is wrong, because {reason}; legal: system"] if reason else []
 
 
 def _chip_problems(config: RunConfig) -> list[str]:

@@ -15,7 +15,6 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import host_allocator
 from mindspeed_llm.config.hccl_groups import parse_buffers
 from mindspeed_llm.config.parallel import RuntimeConfig
-from mindspeed_llm.config.schema import TRAINING_DOORS
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.build_options import build_options, communication_chunks
@@ -68,8 +67,8 @@ def start_processes(plan: Plan) -> None:
         accelerator.select(r.device)
     _configure_npu(r)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if accelerator.current().name == "cpu" and plan.config.door in TRAINING_DOORS:
-        host_allocator.choose(r.cpu_allocator)
+    if r.cpu_allocator == "keep":
+        host_allocator.keep_freed_memory()
     torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
     choose_operators(plan)
     check_devices()

@@ -194,7 +194,7 @@ CASES: dict[str, Case] = {
     "npu_deterministic": case(True, refused="after"),  # no NPU here; tests/ascend has one
     "hccl_group_buffer": case("dp:100", refused="after"),
     "num_threads": case(3),
-    "cpu_allocator": case("system", before="keep"),
+    "cpu_allocator": case("keep"),
     "distributed_timeout_minutes": case(3.0),
     "hang_timeout": case(90.0),
     "exit_signal_handler": case(False, save="@new"),
@@ -470,6 +470,7 @@ class Recorder:
                 no_sync=0, module=stub_model(0), param_to_bucket_group=collections.defaultdict(int)
             ),
             "torch.set_num_threads": None,
+            "mindspeed_llm.accelerator.host_allocator.keep_freed_memory": None,
         }.items():
             monkeypatch.setattr(target, self.stand_in(target.rsplit(".", 1)[-1], result))
         monkeypatch.setattr(accelerator, "select", self.stand_in("select", None))
@@ -544,7 +545,6 @@ def loop_events(plan, data, train_iters):
 
 def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     """(whether it was refused, everything that a run would derive from the options)."""
-    from mindspeed_llm.accelerator import host_allocator
     from mindspeed_llm.cli import training as training_door
     from mindspeed_llm.ops import registry
     from mindspeed_llm.plan.plan import resolve
@@ -567,7 +567,6 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     seen["watch"] = repr((takes_signals(plan), watch_settings(plan)))
     seen["build options"] = repr(setup.build_options(plan, initialize=False))
     setup.start_processes(plan)
-    seen["freed memory is kept"] = repr(host_allocator.kept())
     seen["operators"] = repr(registry.chosen())
     training_door.prepare_data(plan, training_door.tokenizer_of(plan))
     monkeypatch.setattr(setup, "dist", OneProcess())
