@@ -18,8 +18,6 @@ from torch import Tensor
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.optimizer_state import optimizer_parts
-from mindspeed_llm.memory.optimizer_arrays import DeviceArray
-from mindspeed_llm.memory.optimizer_windows import WindowedAdamW
 from mindspeed_llm.memory.saved import SavedBytes
 from mindspeed_llm.models.nf4_weight import nf4_weights
 from mindspeed_llm.parallel.shards import gathered_parameters, shard_of, shards_of
@@ -113,10 +111,6 @@ def _gradients(model: TrainingModel) -> Iterator[Tensor]:
 def _optimizer_state(optimizer: Any) -> Iterator[Tensor]:
     """Masters and moments on the device; what of it is a model's parameter is counted there."""
     for part in optimizer_parts(optimizer):
-        if isinstance(part.optimizer, WindowedAdamW):
-            yield from (a.values for a in part.optimizer.elsewhere.arrays if isinstance(a, DeviceArray))
-            if part.optimizer.elsewhere.form.store is not None:
-                continue
         if (elsewhere := getattr(part.optimizer, "elsewhere", None)) is not None:
             yield from elsewhere.device_tensors()
             continue
