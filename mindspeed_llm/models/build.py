@@ -55,6 +55,7 @@ class BuildOptions:
         experts: how routed experts are computed and balanced.
         variable_seq_lengths: pipeline stages tell each other the shape of every micro-batch.
         recompute: parts of layers that are recomputed beside those.
+        on_host: parameters are made in host memory, for whoever wraps the model to bring to the device in parts.
         seed: of the initial weights.
         initialize: False leaves the weights undefined, for a checkpoint to fill.
     """
@@ -87,6 +88,7 @@ class BuildOptions:
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     variable_seq_lengths: bool = False
     recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
+    on_host: bool = False
     seed: int = 1234
     initialize: bool = True
 
@@ -163,6 +165,7 @@ def model_config(shape: ModelShape, options: BuildOptions):
         fp16=options.params_dtype == torch.float16,
         # Several processes of one host share its memory; a checkpoint or initialize_weights fills the tensors.
         perform_initialization=False,
+        use_cpu_initialization=options.on_host,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=options.virtual_pipeline_parallel_size,
@@ -230,7 +233,7 @@ def build_model(
     vp_stage: int | None = None,
     config: ModelConfig | None = None,
 ):
-    """This rank's part of a model, on the current device.
+    """This rank's part of a model, on the current device or in host memory (`BuildOptions.on_host`).
 
     `parallel.setup.initialize_distributed` must have been called with the sizes in `options`.
 

@@ -45,9 +45,19 @@ def build_options(plan: Plan, *, initialize: bool) -> Any:
         quantized_linears=plan.holds_nf4,
         experts=expert_options(plan),
         variable_seq_lengths=plan.pipeline_parallel_size > 1,
+        on_host=is_built_on_host(plan),
         seed=c.data.seed,
         initialize=initialize,
     )
+
+
+def is_built_on_host(plan: Plan) -> bool:
+    """Whether a device gets its share of the model alone, and the whole is made in host memory.
+
+    Magnitudes of DoRA come from norms that tensor-parallel ranks add up, on their devices.
+    """
+    summed = plan.adapters is not None and plan.adapters.use_dora and plan.tensor_parallel_size > 1
+    return plan.config.parallel.use_torch_fsdp2 and not summed
 
 
 def communication_chunks(operators: OperatorConfig) -> int | None:

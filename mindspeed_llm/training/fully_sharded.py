@@ -38,6 +38,9 @@ def fully_sharded(chunk: nn.Module, *, reshard_after_forward: bool) -> FullyShar
     wrapped = FullySharded(chunk, group, units, reshard_after_forward)
     for name in names:
         state[name].data = wrapped.shards[name].parameter
+    for name, buffer in chunk.named_buffers():
+        if name in state:  # on the device now
+            state[name].data = buffer
     chunk.lasting_sharded_state = state
     chunk.config.finalize_model_grads_func = finalize_model_grads
     return wrapped

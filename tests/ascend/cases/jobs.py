@@ -47,6 +47,28 @@ def run(door: str, words: str, cache: str) -> dict[str, Any]:
     }
 
 
+def peak_of_building(words: str, cut: bool) -> tuple[int, int]:
+    """(peak bytes on the device while a model is built and wrapped, bytes of its parameters)."""
+    import torch
+    import torch.distributed as dist
+
+    from mindspeed_llm.config.parser import parse
+    from mindspeed_llm.plan.plan import resolve
+    from mindspeed_llm.training.setup import build, start_processes
+
+    world = str(dist.get_world_size())
+    os.environ.update(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, RANK=str(dist.get_rank()))
+    parsed = parse("pretrain", [*words.split(), *(["--use-torch-fsdp2"] if cut else [])])
+    plan = resolve(parsed.config, parsed.problems)
+    start_processes(plan)
+    torch.npu.empty_cache()
+    torch.npu.reset_peak_memory_stats()
+    before = torch.npu.memory_allocated()
+    model = build(plan)
+    whole = sum(parameter.numel() for parameter in model.chunks[0].parameters()) * 4
+    return torch.npu.max_memory_allocated() - before, whole
+
+
 def calls() -> Any:
     """Counter of torch_npu's kernels; an empty one on the CPU."""
     import collections

@@ -4,7 +4,7 @@ import json
 import pydoc_data.topics
 
 import pytest
-from cases.jobs import answer, join_on_npu, run
+from cases.jobs import answer, join_on_npu, peak_of_building, run
 
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.testing.pool import pool
@@ -113,6 +113,13 @@ def test_one_process_gives_the_losses_of_the_cpu(job, on_cpu, name):
 def test_two_processes_over_hccl_give_the_losses_of_the_cpu(job, on_cpu, name, layout):
     found = pool(2, join_on_npu).run(run, *job(name, LAYOUTS[layout]), timeout=400)[-1]
     agree(found, on_cpu(name))
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_no_device_holds_the_whole_of_a_cut_model(models, cut):
+    words = f"--load {models['llama']} --train-iters 1 --seq-length 32 --num-threads 1"
+    for peak, whole in pool(2, join_on_npu).run(peak_of_building, words, cut, timeout=200):
+        assert (peak < 0.9 * whole) == cut
 
 
 def test_the_comparison_notices_another_seed(job, on_cpu):
