@@ -64,19 +64,6 @@ def swapped(**form):
     return StateForm(store=store, windows=WINDOWS, **form)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def events_live():
-    """Events outlive the run: where one ends, the simulator runs what it marks, and so hides who does not wait."""
-    events, copy = [], PinnedStore.copy
-
-    def remembered(self, *arguments, **keywords):
-        events.append(copy(self, *arguments, **keywords))
-        return events[-1]
-
-    with mock.patch.object(PinnedStore, "copy", remembered):
-        yield
-
-
 @pytest.fixture(scope="module")
 def plain():
     return train(StateForm())
@@ -109,12 +96,6 @@ def sent_at_once(self, start):
     self._last, _ = self._going.pop(start)
 
 
-def fetched_at_once(self, start):
-    """The memory is used before the copy has arrived."""
-    return self._coming.pop(start)[1]
-
-
-@pytest.mark.parametrize("wait, broken", [("wait_sent", sent_at_once), ("wait_fetched", fetched_at_once)])
-def test_whoever_does_not_wait_is_noticed(plain, wait, broken):
-    with mock.patch.object(_PinnedKept, wait, broken):
+def test_whoever_does_not_wait_is_noticed(plain):
+    with mock.patch.object(_PinnedKept, "wait_sent", sent_at_once):
         assert not same(train(swapped())[0], plain[0])
