@@ -26,9 +26,9 @@ class Fault:
 
     Args:
         sample: its number in the training part; None for no sample.
-        harm: "output" (nan), "every" (nan at all samples), "gradient" (nan), "large gradient", "gradient once" (in the
-            first pass, on the last rank), or "bit NAME": a bit of that weight of the second last rank flips after the
-            second step.
+        harm: "output" (nan), "output once" (a little, in the first pass), "every" (nan at all samples), "gradient"
+            (nan), "large gradient", "gradient once" (in the first pass, on the last rank), or "bit NAME": a bit of that
+            weight of the second last rank flips after the second step.
     """
 
     def __init__(self, sample, harm):
@@ -65,6 +65,8 @@ class Fault:
             place[where, 0] = 1
         if self.harm == "output":
             return output.masked_fill(place.bool(), float("nan"))
+        if self.harm == "output once":
+            return output + place if self.passes == 1 else output
         return _Harm.apply(output, place, self.harm, self.passes)
 
     def state(self):
@@ -244,6 +246,32 @@ def test_a_run_that_leaves_a_batch_out_is_the_run_without_it(toy_llama, rows, tm
     assert "number of nan iterations:   1" in found["said"] and "skipped samples:            4" in found["said"]
     (skip,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (skip["first"], skip["end"], skip["iteration"]) == (4, 8, 2)
+
+
+@pytest.fixture(scope="module")
+def whole_blocks(tmp_path_factory):
+    """A model whose rows are whole blocks of NF4."""
+    sizes = dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2)
+    return make_toy("llama", tmp_path_factory.mktemp("model") / "llama", **sizes)
+
+
+@pytest.mark.parametrize("flags", ["--use-distributed-optimizer", "--tensor-model-parallel-size 2"])
+def test_a_run_on_nf4_leaves_a_batch_out_and_repeats_another_to_the_bit(whole_blocks, rows, flags):
+    """Adapters with dropout: a batch is computed again for its samples, and random states go back."""
+    line = f"{flags} --qlora --lora-r 4 --lora-dropout 0.1 --replay-batch-interval 3"
+    skipping = words(whole_blocks, rows[0], line, "--on-nonfinite skip:1")
+    found = pool(2).run(run, skipping, rows[2], 6, "output")[1]
+    fewer = words(whole_blocks, rows[1], line).replace("--train-iters 4", "--train-iters 3")
+    without = pool(2).run(run, fewer, rows[2])[1]
+    assert found["error"] is without["error"] is None
+    assert [loss for i, loss in enumerate(found["losses"]) if i != 1] == without["losses"]
+    assert found["progress"]["skipped_iterations"] == 1 and "sample 6 (row 6 of" in found["said"]
+
+
+def test_on_nf4_a_result_that_differs_the_second_time_is_noticed(whole_blocks, rows):
+    line = words(whole_blocks, rows[0], "--qlora --lora-r 4 --replay-batch-interval 2")
+    for one in pool(2).run(run, line, rows[2], 6, "output once"):
+        assert "repeated batch: another result at iteration 2" in one["error"] and "rank 1 on " in one["error"]
 
 
 def test_experts_and_the_biases_of_their_scores_are_taken_back_too(rows, tmp_path):
