@@ -11,8 +11,8 @@ the rounds. Prints one JSON line:
     off       exchange, experts, exchange, and shared experts before
     shared    shared experts while tokens travel (`--moe-shared-expert-overlap`)
     parts     and the experts of a rank in parts (`--moe-alltoall-overlap-comm`)
-    bound     max(computation alone, communication alone), both measured on `off`
-    hidden    of what could be hidden, how much `parts` hides: (off - parts) / (off - bound)
+    bound     max(computation alone, communication alone), both measured on `off`, whose exchanges come one after the
+              other; parts send both ways at once, so that unequal loads of the ranks can take them below it
 """
 
 from __future__ import annotations
@@ -101,7 +101,6 @@ def measure(side: Side, tokens: int, rounds: int) -> dict:
     found = {name: statistics.median(times) for name, times in seconds.items()}
     found["bound"] = max(found["computation"], found["communication"])
     found["off_over_parts"] = statistics.median(a / b for a, b in zip(seconds["off"], seconds["parts"]))
-    found["hidden"] = (found["off"] - found["parts"]) / (found["off"] - found["bound"])
     return found
 
 
