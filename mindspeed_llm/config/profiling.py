@@ -9,7 +9,9 @@ from mindspeed_llm.config.schema import at_least, option, section
 class ProfilingConfig:
     """A trace of some iterations, written when they are over."""
 
-    profile: bool = option(help="trace some iterations; traces and pages that sum them up lie in --profile-save-path", level="advanced")
+    profile: bool = option(
+        help="trace some iterations; traces and pages that sum them up lie in --profile-save-path", level="advanced"
+    )
     profile_step_start: int = option(10, help="iterations before the trace begins", level="advanced", check=at_least(0))
     profile_step_end: int = option(
         12, help="iterations before the trace ends; -1 for the end of training", level="advanced", check=at_least(-1)

@@ -25,7 +25,7 @@ from mindspeed_llm.plan.activations import (
     WholeLayers,
     micro_batches_in_flight,
 )
-from mindspeed_llm.plan.optimizer_memory import OptimizerForm
+from mindspeed_llm.plan.optimizer_memory import PLAIN, OptimizerForm
 
 # Adam's two moments in fp32; with 16-bit weights also their fp32 masters.
 MOMENT_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
@@ -151,7 +151,7 @@ def estimate_stages(
     quantized: bool = False,
     score_bytes: float = 0.0,
     adapted: frozenset[str] | None = None,
-    optimizer: OptimizerForm = OptimizerForm(),
+    optimizer: OptimizerForm = PLAIN,
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
 

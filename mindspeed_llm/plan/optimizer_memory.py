@@ -56,3 +56,6 @@ class OptimizerForm:
         wide = 2 * FP32_BYTES if self.moment_bytes < FP32_BYTES else 0
         wide += JOINING_BYTES if self.split else 0
         return int(windows + wide * min(parameters / (self.windows or 1), STEP_VALUES))
+
+
+PLAIN = OptimizerForm()
