@@ -84,10 +84,11 @@ class Profiler(LoopHook):
         """Training is over after `iteration` iterations: write a trace that is under way, or say that there is none."""
         if self._running is not None:
             self._stop(iteration)
-        elif self.chosen and self._begin == 0 and iteration <= self.options.profile_step_start:
+        elif self.chosen:
+            start, end = self.options.profile_step_start, self.options.profile_step_end
             print(
-                f" nothing was traced: training ended after iteration {iteration}, and --profile-step-start is "
-                f"{self.options.profile_step_start}",
+                f" nothing was traced: training ended after iteration {iteration} and did none of iterations "
+                f"{start + 1} to {'the end' if end < 0 else end} (--profile-step-start, --profile-step-end)",
                 flush=True,
             )
 
@@ -118,5 +119,5 @@ class Profiler(LoopHook):
             return f"no summary of rank {self.rank}: no trace as text was written ({ASCEND_TRACE})"
         try:
             return f"summary of rank {self.rank}: {write_page([summarize(new[-1])], page_beside(new[-1]))}"
-        except UserError as wrong:  # the trace is damaged; training is not
+        except (UserError, OSError) as wrong:  # the trace is damaged or the disk is full; training is not
             return f"no summary of rank {self.rank}: {wrong}"

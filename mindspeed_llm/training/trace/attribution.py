@@ -25,6 +25,8 @@ from mindspeed_llm.training.trace.reading import Lane, Trace
 from mindspeed_llm.training.trace.work import Work
 
 LINK = "fwdbwd"
+# torch draws a range of the host once more on each stream, around the kernels that were launched in it.
+ON_DEVICE = "gpu_user_annotation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,9 @@ def innermost(ranges: Iterable[Range], moments: Sequence[int]) -> list[str | Non
 
 
 def ranges_named(trace: Trace, prefix: str) -> list[Range]:
-    """Ranges whose names begin so, named by the rest."""
-    return [Range(e.name.removeprefix(prefix), e.start, e.end) for e in trace.events if _is_range(e.name, prefix)]
+    """Ranges of the host whose names begin so, named by the rest."""
+    host = (event for event in trace.events if event.category != ON_DEVICE)
+    return [Range(e.name.removeprefix(prefix), e.start, e.end) for e in host if _is_range(e.name, prefix)]
 
 
 def _is_range(name: str, prefix: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ def nanoseconds(microseconds: str | int) -> int:
 
     Raises:
         ValueError: it is none.
+        OverflowError: it is infinite.
     """
     text = str(microseconds)
     if not re.fullmatch(r"-?\d+(\.\d*)?", text):
@@ -128,7 +130,7 @@ def _document(path: Path) -> Any:
             f"trace: {path} is wrong, because it is no whole trace ({error}); try: wait until the profiler has "
             "written it, or trace again"
         ) from None
-    except (gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(
             f"trace: {path} is wrong, because it is no trace ({error}); legal: what --profile writes, "
             f"{', '.join(PATTERNS)}"
@@ -161,7 +163,7 @@ def _take(entry: dict, trace: Trace, starts: dict, ends: dict) -> None:
         end = start + nanoseconds(entry["dur"]) if phase == "X" else start
         if end < start:
             raise ValueError(f"a duration below 0: {entry['dur']}")
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         trace.left_out += 1
         return
     if phase == "X":

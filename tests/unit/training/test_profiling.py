@@ -85,7 +85,11 @@ def test_other_ranks_and_other_iterations_are_not_traced(monkeypatch, capsys):
     capsys.readouterr()
     late = Profiler(options(profile_ranks=[-1]))
     assert Watched(monkeypatch).train(late, 0, 5) == []
-    assert "nothing was traced: training ended after iteration 5" in capsys.readouterr().out
+    said = "nothing was traced: training ended after iteration 5 and did none of iterations 11 to 12"
+    assert said in capsys.readouterr().out
+    goes_on_behind = Profiler(options(profile_ranks=[-1]))
+    assert Watched(monkeypatch).train(goes_on_behind, 12, 15) == []
+    assert "nothing was traced: training ended after iteration 15" in capsys.readouterr().out
     with pytest.raises(UserError, match="--profile-ranks: 2 is wrong, because the run has 2 ranks; legal: 0 to 1"):
         Profiler(options(profile_ranks=[0, 2]))
 
@@ -184,6 +188,13 @@ def test_the_new_trace_of_this_rank_is_summed_up(monkeypatch, tmp_path, capsys, 
     assert f" summary of rank 0: {tmp_path / page}" in capsys.readouterr().out
     assert [found.relative_to(tmp_path).as_posix() for found in tmp_path.rglob("*.html")] == [page]
     assert "aten::mm" in (tmp_path / page).read_text()
+
+
+def test_a_page_that_cannot_be_written_does_not_stop_training(monkeypatch, tmp_path, capsys):
+    Writes(monkeypatch, tmp_path, "rank0.17.pt.trace.json")
+    (tmp_path / "rank0.17.summary.html").mkdir()
+    trace_once(tmp_path)
+    assert "no summary of rank 0: [Errno 21] Is a directory" in capsys.readouterr().out
 
 
 def test_without_a_trace_as_text_there_is_no_page(monkeypatch, tmp_path, capsys):

@@ -177,6 +177,18 @@ def test_kernels_belong_where_they_were_launched(written):
     assert found.phase_computation == {"forward": 6 * US, "backward": 15 * US, "outside phases": 7 * US}
 
 
+def test_ranges_that_are_drawn_again_on_the_device_do_not_count(written):
+    """As torch does: around the kernels that were launched in a range, with its name, at the device's time."""
+    host = marked()
+    again = [
+        event(names.ITERATION + "4", 110, 60, "gpu_user_annotation", 0, 7),
+        event(names.PHASE + names.FORWARD, 43, 33, "gpu_user_annotation", 0, 7),
+    ]
+    found, expected = written([*host, *again]), written(host)
+    assert found.iterations == expected.iterations and found.phase_wall == expected.phase_wall
+    assert found.phase_computation == expected.phase_computation
+
+
 def test_without_the_arrows_of_the_backward_pass_it_is_outside(written):
     found = written([piece for piece in marked() if piece["cat"] != "fwdbwd"])
     assert found.parts["attention"]["backward"] == 0 and found.parts["outside the model"]["backward"] == 15 * US
@@ -298,10 +310,11 @@ def test_times_keep_their_nanoseconds():
 
 def test_fields_that_are_missing(written):
     odd = kernel("gemm", 10, 5)
-    incomplete = [{**odd, "dur": -1}, {**odd, "ts": "soon"}, {k: v for k, v in odd.items() if k != "dur"}]
+    lost = {k: v for k, v in odd.items() if k != "dur"}
+    incomplete = [{**odd, "dur": -1}, {**odd, "ts": "soon"}, lost, {**odd, "dur": float("inf")}]
     bare = [{"ph": "X", "ts": 1, "dur": 2}, {"ph": "s", "cat": "ac2g", "id": 9, "ts": 3}, {}, {"ph": "M", "name": "x"}]
     found = written([*incomplete, *bare, kernel("gemm", 0, 10), kernel("gemm", 3, 0)], distributedInfo=None)
-    assert found.left_out == 3 and "3 events without a readable time left out" in text([found])
+    assert found.left_out == 4 and "4 events without a readable time left out" in text([found])
     assert found.operators == {"gemm": (2, 10 * US)} and found.rank == 0
 
 
@@ -311,6 +324,7 @@ def test_fields_that_are_missing(written):
         ("cut.json", json.dumps({"traceEvents": [kernel("gemm", 0, 1)]})[:-20].encode(), "is no whole trace"),
         ("empty.json", b"", "is no whole trace"),
         ("cut.json.gz", gzip.compress(b'{"traceEvents": []}')[:-9], "is no whole trace"),
+        ("damaged.json.gz", gzip.compress(b"{}")[:10] + b"\xff" * 20, "is no trace"),
         ("picture.json", b"\x89PNG\xff\xfe", "is no trace"),
         ("text.json", b"Dear all", "is no whole trace"),
         ("config.json", b'{"hidden_size": 64}', "is JSON, but no list of events"),
