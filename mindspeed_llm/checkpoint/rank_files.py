@@ -214,15 +214,16 @@ class RankFiles:
         """
         found: dict[str, torch.dtype] = {}
         for tp_rank, pp_rank, ep_rank in sorted(self._paths):
-            said = self.content(tp_rank, pp_rank, ep_rank).get(NF4)
-            if said is None:
+            record = self.content(tp_rank, pp_rank, ep_rank).get(NF4)
+            if record is None:
                 continue
-            if {field: said.get(field) for field in NF4_RECORD} != NF4_RECORD:
+            said = {field: record.get(field) for field in NF4_RECORD}
+            if said != NF4_RECORD:
                 raise UserError(
                     f"checkpoint: {self.directory} holds weights quantised as {said}, which is not implemented; legal: "
                     f"{NF4_RECORD}"
                 )
-            found |= said["dtypes"]
+            found |= record["dtypes"]
         return found
 
     def model_keys(self, tp_rank: int, pp_rank: int) -> list[str]:

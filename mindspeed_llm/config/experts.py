@@ -109,7 +109,7 @@ class ExpertConfig:
         doors=TRAINING_DOORS,
     )
     moe_alltoall_overlap_comm: bool = option(
-        help="and send the tokens of some of a rank's experts while others compute",
+        help="send the tokens of some of a rank's experts while others, and shared ones, compute",
         level="advanced",
         doors=TRAINING_DOORS,
     )
