@@ -24,9 +24,8 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     columns, these are shares of a sum.
 
     Args:
-        weight: [out, in]; a: [R, in]; b: [out, R], scaled.
+        weight: [out, in]; a: [R, in]; b: [out, R], scaled, fp32: scaling it in 16 bits would round it.
     """
-    b = b.float()
     squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     squares += 2 * ((weight @ a.t()).float() * b).sum(1)
     a = a.float()
@@ -130,7 +129,7 @@ class LoraMixin:
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """Norms of the rows of W + s B A over the whole input, fp32 [out]."""
-        squares = squared_row_norms(dense(self.weight), self.lora_A, self.stacked_b() * self.kind.scaling)
+        squares = squared_row_norms(dense(self.weight), self.lora_A, self.stacked_b().float() * self.kind.scaling)
         if not self.kind.column and self.kind.world > 1:
             dist.all_reduce(squares, group=self.kind.group)
         # A row of zeros has magnitude zero, and what it is divided by does not matter.

@@ -62,7 +62,7 @@ class LoraVocabularyMixin:
     @torch.no_grad()
     def output_norms(self) -> Tensor:
         """What magnitudes are divided by, fp32: [h] of the embedding, [v_local] of the output layer."""
-        weight, a, b = self.weight, self.lora_A, self.lora_B[self.part] * self.scaling
+        weight, a, b = self.weight, self.lora_A, self.lora_B[self.part].float() * self.scaling
         if self.is_looked_up:
             real = max(min(self.shape[0] - self.vocab_start_index, weight.shape[0]), 0)
             squares = squared_row_norms(weight[:real].t(), a[:, :real], b)
