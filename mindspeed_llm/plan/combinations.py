@@ -143,8 +143,6 @@ def _swap_problems(config: RunConfig) -> list[str]:
 
 def _optimizer_state_problems(config: RunConfig) -> list[str]:
     m, r = config.memory, config.runtime
-    names = ("o2_optimizer", "swap_optimizer", "reuse_fp32_param")
-    kept = [all_options()[name].flags[0] for name in names if config.get(name)]
     return _lines(
         (
             not m.swap_optimizer and "swap_optimizer_times" in config.given,
@@ -153,10 +151,6 @@ def _optimizer_state_problems(config: RunConfig) -> list[str]:
         (
             m.reuse_fp32_param and not r.bf16,
             "--reuse-fp32-param needs --bf16: only a bf16 weight is a half of an fp32 one",
-        ),
-        (
-            config.parallel.use_torch_fsdp2 and kept,
-            f"{', '.join(kept)}: no meaning with --use-torch-fsdp2, which cuts the state over all processes itself",
         ),
     )
 

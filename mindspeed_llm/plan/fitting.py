@@ -25,7 +25,6 @@ IF_HIDDEN = "no slower where transfers hide behind computation"
 OPTIMIZER_TRANSFERS = "slower by what the optimizer's state takes to the device and back"
 OTHER_NUMBERS = "moments are rounded to bf16, which changes numbers"
 COMMUNICATION = "slower by what its communication takes"
-TWO_TRANSFERS = "slower by the transfer of the optimizer's state to the device and back in every step"
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,10 @@ def changes(plan: Plan) -> list[Change]:
         Change({"recompute_norm": True}, 0.01),
         # Smaller products of the head.
         Change({"loss_chunk_size": SMALLER_LOSS_CHUNK}, 0.02),
-        # Masters are put together and taken apart in every step.
-        Change({"reuse_fp32_param": True}, 0.01),
         Change({"recompute_mla_up_proj": True}, 0.03),
         Change({"mla_zero_memory": True}, 0.05),
         Change({"swap_attention": True, "swap_modules": ",".join(SWAP_MODULES)}, says=(IF_HIDDEN,), order=0.04),
-        Change({"swap_optimizer": True}, says=(TWO_TRANSFERS,), order=0.12),
-        # Adds up the two halves of each weight in the optimizer's step.
+        # Masters are put together and taken apart in every step.
         Change({"reuse_fp32_param": True}, 0.01),
         Change({"swap_optimizer": True}, says=(OPTIMIZER_TRANSFERS,), order=0.08),
         Change({"o2_optimizer": True}, says=(OTHER_NUMBERS,), order=0.3),

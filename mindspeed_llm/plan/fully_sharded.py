@@ -28,9 +28,7 @@ def fully_sharded_problems(config: RunConfig) -> list[str]:
         return ["--torch-fsdp2-no-reshard-after-forward has a meaning with --use-torch-fsdp2 only"]
     flags = {name: option.flags[0] for name, option in all_options().items()}
     problems = [
-        f"{flags[name]} does not go with --use-torch-fsdp2: {why}"
-        for name, why in NOT_WITH.items()
-        if name in flags and config.get(name)
+        f"{flags[name]} does not go with --use-torch-fsdp2: {why}" for name, why in NOT_WITH.items() if config.get(name)
     ]
     tp = p.tensor_model_parallel_size
     sizes = {"pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": tp}

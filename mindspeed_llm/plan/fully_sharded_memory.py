@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 
 from mindspeed_llm.checkpoint.names import EMBEDDING
@@ -14,7 +14,7 @@ from mindspeed_llm.plan.memory import (
     MASTER_BYTES,
     MOMENT_BYTES,
     MemoryEstimate,
-    parameters_by_stage,
+    local_sizes,
 )
 
 
@@ -38,16 +38,13 @@ def sharded_memory(
         whole: as if nothing were cut.
         adapter_parameters: trained parameters when the model itself is frozen; None trains all of it.
     """
-
-    def count(counted: Callable[[str], bool]) -> int:
-        return parameters_by_stage(shape, layout, padded_vocab, counted)[0].total
-
-    def layer(number: int) -> int:
-        return count(lambda name: layer_index(name) == number)
-
-    ranks, total = layout.dp * layout.cp, count(lambda name: True)
-    layers = [layer(number) for number in range(shape.num_layers)]
-    embedding = 0 if shape.tie_word_embeddings else count(lambda name: name == EMBEDDING)
+    by_layer: Counter[int | None] = Counter()
+    embedding = 0
+    for name, _, size in local_sizes(shape, layout, padded_vocab):
+        by_layer[layer_index(name)] += size
+        embedding += size if name == EMBEDDING and not shape.tie_word_embeddings else 0
+    ranks, total = layout.dp * layout.cp, by_layer.total()
+    layers = [by_layer[number] for number in range(shape.num_layers)]
     outside = total - sum(layers) - embedding
     trained, gradients = total, max(layers) * (dtype_bytes + GRADIENT_BYTES)
     if adapter_parameters is not None:

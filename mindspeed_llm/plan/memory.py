@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -79,6 +80,33 @@ class LocalParameters:
         return self.dense + self.expert
 
 
+@dataclass(frozen=True)
+class _Sizing:
+    """What the sizes of a device's tensors depend on. A shape has dictionaries in it, and so no hash."""
+
+    shape: ModelShape = field(hash=False)
+    tp: int
+    expert_tp: int
+    padded_vocab: int
+
+
+def local_sizes(shape: ModelShape, layout: ParallelLayout, padded_vocab: int) -> tuple[tuple[str, bool, int], ...]:
+    """Of every parameter: its mcore name, whether it is a routed expert's, and its numbers on a device that has it."""
+    return _sizes(_Sizing(shape, layout.tp, layout.expert_tp, padded_vocab))
+
+
+# Advice estimates some thousand plans of one model, which may have ten thousand experts.
+@functools.lru_cache(maxsize=8)
+def _sizes(of: _Sizing) -> tuple[tuple[str, bool, int], ...]:
+    found = []
+    for pair in tensor_pairs(of.shape):
+        if not pair.mcore.endswith("expert_bias"):  # a buffer
+            tp = of.expert_tp if pair.layout.expert else of.tp
+            size = prod(local_shape(pair.mcore, of.shape, tp, of.padded_vocab))
+            found.append((pair.mcore, bool(pair.layout.expert), size))
+    return tuple(found)
+
+
 def parameters_by_stage(
     shape: ModelShape,
     layout: ParallelLayout,
@@ -91,15 +119,11 @@ def parameters_by_stage(
         counted: whether a tensor of that mcore name counts.
     """
     stages = [LocalParameters() for _ in range(layout.pp)]
-    for pair in tensor_pairs(shape):
-        if pair.mcore.endswith("expert_bias") or not counted(pair.mcore):  # a buffer
+    for name, is_expert, size in local_sizes(shape, layout, padded_vocab):
+        if not counted(name):
             continue
-        size = 1
-        tp = layout.expert_tp if pair.layout.expert else layout.tp
-        for dim in local_shape(pair.mcore, shape, tp, padded_vocab):
-            size *= dim
-        for stage in _stages_of(pair.mcore, shape, layout):
-            if pair.layout.expert:
+        for stage in _stages_of(name, shape, layout):
+            if is_expert:
                 stages[stage].expert += size
             else:
                 stages[stage].dense += size

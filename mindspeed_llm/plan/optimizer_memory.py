@@ -51,8 +51,9 @@ class OptimizerForm:
         return int(parameters * self.state_bytes(dtype_bytes)) if self.windows else 0
 
     def in_step(self, parameters: float, dtype_bytes: int) -> int:
-        """Bytes on the device during a step alone: two windows, and what is made fp32 at once."""
-        windows = 2 * parameters / self.windows * self.state_bytes(dtype_bytes) if self.windows else 0
+        """Bytes on the device during a step alone: two windows (or the only one), and what is made fp32 at once."""
+        at_once = min(2, self.windows) / self.windows if self.windows else 0
+        windows = at_once * parameters * self.state_bytes(dtype_bytes)
         wide = 2 * FP32_BYTES if self.moment_bytes < FP32_BYTES else 0
         wide += JOINING_BYTES if self.split else 0
         return int(windows + wide * min(parameters / (self.windows or 1), STEP_VALUES))

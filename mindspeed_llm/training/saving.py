@@ -117,7 +117,7 @@ class Saver(LoopHook):
 
         refuse_together(lambda: space_problem(self.root, self.num_bytes, "a checkpoint's files"))
         if self.export is not None:
-            self.export.wait()  # the checkpoint that it reads may be removed by this one
+            self.finish()  # the checkpoint that it reads may be removed by this one; one under way will be exported too
         gather_parameters(self.model)
         state, order = self.state(rng_states()), self.order(progress)
         if self.background is not None:
@@ -149,7 +149,7 @@ class Saver(LoopHook):
             try:
                 if beside is not None:
                     beside.wait(SETTLE_SECONDS)
-            except UserError as failed:
+            except Exception as failed:  # whatever it is, what the run failed with counts
                 print(f"warning: {failed}", flush=True)
 
     def _background(self) -> AsyncSave:

@@ -1,10 +1,12 @@
 """Changes that make a plan fit: each is planned, the cheapest stand first, and none is in another."""
 
 import re
+from unittest import mock
 
 import pytest
 
 from mindspeed_llm.config.parser import parse
+from mindspeed_llm.plan import memory
 from mindspeed_llm.plan.fitting import Change, changes, cheapest, planned
 from mindspeed_llm.plan.plan import resolve
 from mindspeed_llm.plan.show import plan_memory
@@ -64,6 +66,21 @@ def test_the_cheapest_that_fit_stand_first_and_each_is_needed_as_a_whole():
 
 def test_nothing_is_advised_where_nothing_fits():
     assert cheapest(plan_of(), 10**6) == []
+
+
+def test_a_models_tensors_are_listed_once_for_each_way_to_cut_them():
+    """Hundreds of plans are estimated; of a model with many experts one list takes seconds."""
+    plan = plan_of()
+    memory._sizes.cache_clear()
+    with mock.patch.object(memory, "tensor_pairs", wraps=memory.tensor_pairs) as listed:
+        cheapest(plan, 10**6)
+    assert 1 <= listed.call_count <= 4
+
+
+def test_no_change_stands_twice():
+    for plan in (plan_of(), plan_of(world=2)):
+        single = [(tuple(change.options.items()), change.processes) for change in changes(plan)]
+        assert len(single) == len(set(single))
 
 
 def test_what_a_run_has_already_is_not_advised():
