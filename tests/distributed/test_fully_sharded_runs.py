@@ -3,6 +3,7 @@
 import json
 import os
 import pydoc_data.topics
+import re
 from unittest import mock
 
 import pytest
@@ -51,22 +52,22 @@ def gathered_after_evaluation(words, cache, careless):
     return sum(shard_of(p) is None for p in built[0].chunks[0].parameters())
 
 
-def run_with_overflow(words, cache):
-    """As `run`, with a gradient of one weight that is infinite on the last rank in every pass."""
+def run_with_overflow(words, cache, name):
+    """As `run`, with a gradient of the weight of this module that is infinite on the last rank in every pass."""
     from mindspeed_llm.training import run as run_module
 
     real = run_module.build
 
     def build(plan):
         model = real(plan)
-        linear = model.chunks[0].decoder.layers[2].mlp.linear_fc2
+        part = model.chunks[0].get_submodule(name)
 
         def harm(module, inputs):
             if module.weight.requires_grad and torch.is_grad_enabled() and not hasattr(module.weight, "harmed"):
                 module.weight.harmed = module.weight.register_hook(lambda gradient: gradient * float("inf"))
 
         if dist.get_rank() == dist.get_world_size() - 1:
-            linear.register_forward_pre_hook(harm)
+            part.register_forward_pre_hook(harm)
         return model
 
     with mock.patch.object(run_module, "build", build):
@@ -148,6 +149,8 @@ def test_the_guards_look_at_shards(go):
     assert losses == again
 
 
-def test_a_weights_gradient_that_overflows_is_named_with_its_rank(go):
-    with pytest.raises(UserError, match=r"rank 1 on .* gradient of the weight of decoder\.layers\.2\.mlp\.linear_fc2"):
-        go(2, f"--train-iters 2 {FSDP2}", run_with_overflow)
+@pytest.mark.parametrize("name", ["decoder.layers.2.mlp.linear_fc2", "embedding.word_embeddings"])
+def test_a_weights_gradient_that_overflows_is_named_with_its_rank(go, name):
+    """In a layer, and of a module that is gathered by itself."""
+    with pytest.raises(UserError, match=f"rank 1 on .* gradient of the weight of {re.escape(name)}"):
+        go(2, f"--train-iters 2 {FSDP2}", run_with_overflow, name)

@@ -85,7 +85,8 @@ def watching(
             name = name_of(number, local) if local else LOSS
             handles.append(module.register_forward_hook(_output_hook(watcher, name, number, gradients)))
             if gradients:
-                handles.append(module.register_forward_hook(partial(watch_weights, number, local)))
+                # First of its hooks: another one lets the weights go.
+                handles.append(module.register_forward_hook(partial(watch_weights, number, local), prepend=True))
     try:
         yield lambda: _take(watcher)
     finally:
