@@ -112,7 +112,7 @@ def fields_of(name: str, matrix: Nf4Matrix) -> dict[str, Tensor]:
     return {f"{name}{_MARK}{field}": getattr(matrix, field) for field in FIELDS}
 
 
-def stored_name(name: str) -> str | None:
+def weight_of(name: str) -> str | None:
     """The weight that a tensor in a file belongs to: None for all fields but one, and the name itself for others."""
     weight, mark, field = name.rpartition(_MARK)
     if not mark:

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mindspeed_llm.checkpoint import nf4_shards
 from mindspeed_llm.checkpoint.expert_files import slice_of_stack
 from mindspeed_llm.checkpoint.names import EMBEDDING, is_extra_state, plain_name
-from mindspeed_llm.checkpoint.nf4_shards import matrix_in
+from mindspeed_llm.checkpoint.nf4_shards import matrix_in, weight_of
 from mindspeed_llm.checkpoint.quantized import NF4_RECORD
 from mindspeed_llm.checkpoint.source import check_names
 from mindspeed_llm.errors import UserError
@@ -261,7 +260,7 @@ class RankFiles:
 
     def _number_chunk(self, pp_rank: int, key: str, next_layer: int, places: dict[str, Place]) -> int:
         """Add the tensors of one model chunk; returns the number that its successor's first layer gets."""
-        held = [nf4_shards.stored_name(name) for name in self.content(0, pp_rank)[key] if not is_extra_state(name)]
+        held = [weight_of(name) for name in self.content(0, pp_rank)[key] if not is_extra_state(name)]
         stored_names = [name for name in held if name is not None]
         slots = sorted({i for name in stored_names if (i := tensor_names.layer_index(name)) is not None})
         for stored in stored_names:
