@@ -105,6 +105,8 @@ def by_length(
     scale: float | None,
 ) -> Tensor:
     """A call of the operator `attention` for each batch; `lengths` are the documents', none of them 0."""
+    if not lengths:
+        return query.new_zeros(0, 1, query.shape[2] * value.shape[3])
     run = able(dropout)
     if len(lengths) == 1 and filled_length(lengths[0]) == lengths[0]:
         return run(query, key, value, window_size, dropout, scale)
@@ -115,5 +117,4 @@ def by_length(
     for size, *own in zip(batches.sizes, *(part.split(cut) for part in parts)):
         own_query, own_key, own_value = (x.unflatten(0, size) for x in own)
         outs.append(run(own_query, own_key, own_value, window_size, dropout, scale).flatten(0, 1))
-    packed = torch.cat(outs) if outs else query.new_zeros(0, query.shape[2] * value.shape[3])
-    return _PutBack.apply(packed, batches).unsqueeze(1)
+    return _PutBack.apply(torch.cat(outs), batches).unsqueeze(1)

@@ -84,3 +84,8 @@ def test_rows_are_arranged_and_put_back():
     assert torch.equal(batches.order[batches.back], torch.arange(t))
     assert len(batches.order) == sum(s * b for s, b in batches.sizes) == t + len(batches.filling)
     assert len(batches.sizes) < len(LENGTHS)
+
+
+def test_a_row_without_documents_is_empty():
+    tensors, _ = inputs(0)
+    assert attention(*tensors, cu_seqlens=bounds((0,))).shape == (0, 1, 32)
