@@ -28,6 +28,10 @@ class HfExport:
         self._thread = threading.Thread(target=self._export, name="export", daemon=True)
         self._thread.start()
 
+    def is_busy(self) -> bool:
+        """Whether an export is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what an export failed with, once."""
         failure, self._failure = self._failure, None

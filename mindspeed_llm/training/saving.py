@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 SECONDS_A_MINUTE = 60.0
 # After a failure a save in the background gets this long to end.
 SETTLE_SECONDS = 30.0
+# While a save waits for an export, the ranks speak to each other this often.
+EXPORT_SECONDS = 30.0
 
 
 class SaveSchedule(LoopHook):
@@ -116,8 +118,8 @@ class Saver(LoopHook):
         from mindspeed_llm.checkpoint.training_state import rng_states
 
         refuse_together(lambda: space_problem(self.root, self.num_bytes, "a checkpoint's files"))
-        if self.export is not None:
-            self.finish()  # the checkpoint that it reads may be removed by this one; one under way will be exported too
+        if self.plan.config.checkpoint.save_hf_each_checkpoint:
+            self._let_export_end()
         gather_parameters(self.model)
         state, order = self.state(rng_states()), self.order(progress)
         if self.background is not None:
@@ -151,6 +153,21 @@ class Saver(LoopHook):
                     beside.wait(SETTLE_SECONDS)
             except Exception as failed:  # whatever it is, what the run failed with counts
                 print(f"warning: {failed}", flush=True)
+
+    def _let_export_end(self) -> None:
+        """Wait for what the first rank exports: the checkpoint that it reads may be removed by the next one.
+
+        The other ranks hear of it again and again, so that an export may take longer than a collective.
+        """
+        busy = True
+        while busy:
+            if self.export is not None:
+                if self.background is not None:
+                    self.background.wait()  # what is under way will be exported too
+                self.export.wait(EXPORT_SECONDS)
+            told = [self.export is not None and self.export.is_busy()]
+            dist.broadcast_object_list(told, src=0)
+            busy = told[0]
 
     def _background(self) -> AsyncSave:
         from mindspeed_llm.checkpoint.async_save import AsyncSave

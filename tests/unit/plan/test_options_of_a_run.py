@@ -135,13 +135,21 @@ def test_save_hf_writes_what_was_trained(door, toy_llama, tmp_path):
     assert all(torch.equal(exported.read(name), trained.read(name)) for name in trained.names())
 
 
+@pytest.mark.parametrize("flag, times", [("", 1), ("--no-memory-report", 0)])
+def test_no_memory_report_leaves_it_out(door, toy_llama, capsys, flag, times):
+    door(f"--load {toy_llama} --train-iters 3 --progress lines {flag}")
+    shown = capsys.readouterr().out
+    assert shown.count("memory of iteration 2, MiB") == shown.count("memory of iteration") == times
+
+
 @pytest.mark.parametrize("beside", ["", "--async-save --keep-last 1"])
 def test_save_hf_each_checkpoint_renews_the_export_beside_training(door, toy_llama, tmp_path, monkeypatch, beside):
     import torch
 
     from mindspeed_llm.checkpoint.detect import open_source
-    from mindspeed_llm.training import hf_export
+    from mindspeed_llm.training import hf_export, saving
 
+    monkeypatch.setattr(saving, "EXPORT_SECONDS", 0.05)
     out, seen, export = tmp_path / "out", [], hf_export.export_as_hf
 
     def watched(plan, quiet=False):
