@@ -154,8 +154,8 @@ def test_the_report_is_a_table_and_a_record(models):
     assert "a CPU keeps no account of temporary tensors" in rows[-1]
 
 
-def test_a_run_without_the_report_saves_as_always(models):
-    """--no-memory-report: no event; with it losses are the same bit for bit, and nothing stays behind."""
+def test_the_report_changes_no_loss_and_leaves_nothing_behind(models):
+    """With and without it losses are the same bit for bit."""
     losses, left = zip(*(pool(1).run(losses_of, models["llama"], more)[0] for more in ("", "--no-memory-report")))
     assert losses[0] == losses[1]
     assert left == (0, 0)

@@ -301,7 +301,7 @@ CASES: dict[str, Case] = {
 
 # Options that act only while something runs, and the test that sees it.
 ELSEWHERE = {
-    "memory_report": "tests/distributed/test_memory_report.py::test_a_run_without_the_report_saves_as_always",
+    "memory_report": "tests/unit/plan/test_options_of_a_run.py::test_no_memory_report_leaves_it_out",
     "use_torch_fsdp2": "tests/distributed/test_fully_sharded.py::test_each_rank_holds_its_share",
     "torch_fsdp2_reshard_after_forward": (
         "tests/distributed/test_fully_sharded.py::test_layers_are_gathered_again_or_kept"
