@@ -75,11 +75,6 @@ class SavedBytes:
         self._look()
         self._undo.close()
 
-    @property
-    def highest(self) -> int:
-        """Bytes at the highest moment."""
-        return sum(self.peak.values())
-
     def _name_parts(self, layer: DecoderLayer) -> None:
         self._name(layer, "forward", SUMS, self._end_layer)
         for part, (attribute, methods) in MODULES.items():
