@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 import resource
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.accelerator import profiling
+from mindspeed_llm.accelerator import host_memory, profiling
 from mindspeed_llm.config.profiling import ProfilingConfig
 
 
@@ -136,11 +135,8 @@ class CPU:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def memory_room(self) -> int:
-        page, pages = resource.getpagesize(), Path("/proc/self/statm").read_text().split()
-        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        room = int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # counts what is mapped, resident or not
-        return room if limit == resource.RLIM_INFINITY else min(room, limit - int(pages[0]) * page)
+        room, addresses = host_memory.host_room(), host_memory.address_room()
+        return room if addresses is None else min(room, addresses)
 
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

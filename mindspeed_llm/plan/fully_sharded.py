@@ -10,7 +10,7 @@ NOT_WITH = {
     "overlap_grad_reduce": "gradients are reduced layer by layer while the backward pass runs already",
     "overlap_param_gather": "parameters are gathered layer by layer in every pass already",
     "gradient_accumulation_fusion": "gradients leave the backward pass as tensors of their own, to be reduced",
-    "fp16": "its optimizer does not scale the loss; legal: --bf16, or fp32",
+    "fp16": "its optimizer does not scale the loss (legal: --bf16, or fp32)",
     "qlora": "what is held in NF4 is not cut",
     "log_local_norms": "no rank has the whole of its own gradient at once",
     "swap_optimizer": "optimizer state is split over the ranks instead",
@@ -28,7 +28,9 @@ def fully_sharded_problems(config: RunConfig) -> list[str]:
         return ["--torch-fsdp2-no-reshard-after-forward has a meaning with --use-torch-fsdp2 only"]
     flags = {name: option.flags[0] for name, option in all_options().items()}
     problems = [
-        f"{flags[name]} does not go with --use-torch-fsdp2: {why}" for name, why in NOT_WITH.items() if config.get(name)
+        f"{flags[name]} does not go with --use-torch-fsdp2: {why}; leave out one of the two"
+        for name, why in NOT_WITH.items()
+        if config.get(name)
     ]
     tp = p.tensor_model_parallel_size
     sizes = {"pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": tp}

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 import weakref
@@ -89,7 +90,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = f"/tmp/mindspeed-pool-{os.getpid()}-{self.world_size}-{time.monotonic_ns()}"
+        store = f"{tempfile.gettempdir()}/mindspeed-pool-{os.getpid()}-{self.world_size}-{time.monotonic_ns()}"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             # Not daemons: the asynchronous checkpoint writer starts processes of its own.

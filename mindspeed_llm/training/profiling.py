@@ -92,6 +92,13 @@ class Profiler(LoopHook):
                 flush=True,
             )
 
+    def abandon(self) -> None:
+        """After a failure: name nothing any more. A trace under way is lost, since to end it might wait for ever."""
+        if self._running is not None:
+            self._marks.close()
+            mark_running(False)
+            self._running = None
+
     def _phase(self, name: str) -> None:
         if self._running is not None:
             self._marks.phase(name)

@@ -133,6 +133,7 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
         events.look()
         profiler.close(progress.iteration)
     finally:
+        profiler.abandon()
         monitor.close()
         reporter.close(plan.config.logging.loss_curve)
     reason, last = stop.reason or schedule.reason, saver.last if saver else None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mindspeed_llm import accelerator
-from mindspeed_llm.accelerator import profiling
+from mindspeed_llm.accelerator import profiling, ranges
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.config.profiling import ProfilingConfig
 from mindspeed_llm.errors import UserError
@@ -71,6 +71,18 @@ def test_iterations_between_start_and_end_are_traced(
     watched = Watched(monkeypatch)
     profiler = Profiler(options(profile_step_start=profile_step_start, profile_step_end=profile_step_end))
     assert watched.train(profiler, first, last) == ["rank0", ("start", traced[0]), ("stop", traced[1])]
+
+
+def test_after_a_failure_nothing_is_named_any_more(monkeypatch):
+    watched = Watched(monkeypatch)
+    profiler = Profiler(options(profile_step_start=0, profile_step_end=3))
+    next(iterations := iterate(profiler, 0, 3))
+    next(iterations)
+    assert isinstance(ranges.named("x"), torch.profiler.record_function)
+    profiler.abandon()
+    assert not isinstance(ranges.named("x"), torch.profiler.record_function)
+    assert watched.done == ["rank0", ("start", 0)]
+    profiler.abandon()
 
 
 def test_other_ranks_and_other_iterations_are_not_traced(monkeypatch, capsys):
