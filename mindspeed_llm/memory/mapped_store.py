@@ -42,14 +42,29 @@ class _Job:
         self.target, self.source, self.nbytes, self.room, self.out = target, source, nbytes, room, out
         self.done = threading.Event()
         self.seconds = 0.0
+        self._failure: Exception | None = None
 
     def run(self) -> None:
+        """Copy; what goes wrong is for whoever waits."""
         begun = time.perf_counter()
-        ctypes.memmove(self.target, self.source, self.nbytes)  # without the interpreter's lock
-        if self.out:
-            self.room.forget_pages()
+        try:
+            ctypes.memmove(self.target, self.source, self.nbytes)  # without the interpreter's lock
+            if self.out:
+                self.room.forget_pages()
+        except Exception as wrong:
+            self._failure = wrong
         self.seconds = time.perf_counter() - begun
         self.done.set()
+
+    def wait(self) -> None:
+        """Until it is done.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        self.done.wait()
+        if self._failure is not None:
+            raise RuntimeError(f"swap: a copy of {self.nbytes} bytes failed") from self._failure
 
 
 class MappedStore:
@@ -81,7 +96,7 @@ class MappedStore:
     def seconds_sending(self) -> float:
         """Time of the timed copies out."""
         for job in self._timed or ():
-            job.done.wait()
+            job.wait()
         return sum(job.seconds for job in self._timed or ())
 
     def send(self, source: Tensor) -> _MappedCopy:
@@ -110,7 +125,7 @@ class MappedStore:
 
     def await_arrival(self, target: Tensor, job: _Job) -> None:
         """Wait for the copy back into `target`."""
-        job.done.wait()
+        job.wait()
         self._arriving.pop(id(target), None)
 
     def keep(self, nbytes: int) -> _MappedKept:
@@ -164,7 +179,7 @@ class _MappedCopy:
 
     def wait_sent(self) -> None:
         """Wait for the copy out."""
-        self._sending.done.wait()
+        self._sending.wait()
 
     def fetch(self) -> None:
         """Begin to copy back."""
@@ -194,7 +209,7 @@ class _MappedKept:
     def wait_fetched(self, start: int) -> Tensor:
         """The bytes, when they are there."""
         job, target = self._coming.pop(start)
-        job.done.wait()
+        job.wait()
         return target
 
     def send(self, start: int, source: Tensor) -> None:
@@ -205,7 +220,7 @@ class _MappedKept:
     def wait_sent(self, start: int) -> None:
         """Wait for the copy."""
         job, _ = self._going.pop(start)
-        job.done.wait()
+        job.wait()
 
     def settle(self) -> None:
         """Nothing: `wait_sent` has waited."""

@@ -5,6 +5,7 @@ Every module in `models/families/` that defines `FAMILY` is found by itself; add
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -149,6 +150,7 @@ def all_families() -> dict[str, Family]:
     return found
 
 
+@functools.cache  # asked for with every tensor
 def get_family(name: str) -> Family:
     """The family called `name`.
 

@@ -48,7 +48,11 @@ class OutOfMemoryAdvice:
             asked = refused_bytes(error)
             if asked is None:
                 raise
-            raise self._explained(asked) from error
+            try:
+                explained = self._explained(asked)
+            except Exception as wrong:  # the device's refusal is what counts
+                explained = OutOfMemory(f"out of memory: {error}; what would have fitted is not known ({wrong!r})")
+            raise explained from error
 
     def _explained(self, asked: int) -> OutOfMemory:
         rank = dist.get_rank()

@@ -145,6 +145,17 @@ def test_a_full_disk_is_said(store, monkeypatch):
         store.send(bytes_of(10))
 
 
+def test_a_copy_that_fails_is_heard_of_by_who_waits(store, monkeypatch):
+    def failing(room):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(mapped_store._Room, "forget_pages", failing)
+    with pytest.raises(RuntimeError, match="a copy of 10 bytes failed"):
+        store.send(bytes_of(10)).wait_sent()
+    monkeypatch.undo()
+    store.send(bytes_of(10)).wait_sent()
+
+
 def test_copies_are_timed_on_request(store):
     sent(store, bytes_of(MEGABYTE))
     assert store.seconds_sending() == 0

@@ -10,6 +10,8 @@ import torch
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator.out_of_memory import refused_bytes
+from mindspeed_llm.errors import OutOfMemory
+from mindspeed_llm.training.out_of_memory import OutOfMemoryAdvice
 
 # 8 layers that save about 270 MB in a room of 200 MiB.
 RUN = "--seq-length 256 --micro-batch-size 32 --global-batch-size 32 --train-iters 2 --eval-iters 0 --split 100"
@@ -84,6 +86,18 @@ def test_the_error_says_what_would_have_fitted(model, corpus, tmp_path):
 )  # fmt: skip
 def test_a_device_without_memory_is_told_apart(error, nbytes):
     assert refused_bytes(error) == nbytes
+
+
+def test_the_device_s_refusal_counts_where_it_cannot_be_explained(monkeypatch):
+    advice = object.__new__(OutOfMemoryAdvice)
+
+    def failing(asked):
+        raise KeyError("a stage")
+
+    monkeypatch.setattr(advice, "_explained", failing, raising=False)
+    with pytest.raises(OutOfMemory, match=r"out of memory: .*tried to allocate 9 bytes.*not known \(KeyError"):
+        with advice.explaining():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
 
 def test_torch_refuses_on_a_cpu_as_is_expected():
