@@ -76,7 +76,6 @@ def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, flo
 
     sequence, threads = args.sequence, args.threads
     torch.set_num_threads(threads)
-    import train as training
     from train import Steps
 
     from mindspeed_llm import accelerator
@@ -86,7 +85,6 @@ def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, flo
     from mindspeed_llm.training.run import make_optimizer
     from mindspeed_llm.training.setup import build, start_processes
 
-    training.GLOBAL_BATCH = args.batch
     words = f"--load {directory} --data-path none --bf16 --lr 1e-4 --lr-decay-style constant --eval-iters 0 "
     words += f"--seq-length {sequence} --global-batch-size {args.batch} --micro-batch-size {args.batch} "
     words += f"--num-threads {threads} "
@@ -99,7 +97,7 @@ def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, flo
     model = build(plan)
     optimizer, scheduler = make_optimizer(plan, model, 1_000_000)
     ids = torch.randint(0, 1000, (sequence,), generator=torch.Generator().manual_seed(0)).numpy()
-    data = Steps([[[{"input_ids": ids, "labels": ids}] * args.batch]])
+    data = Steps([[[{"input_ids": ids, "labels": ids}] * args.batch]], args.batch)
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, None, Progress(), 1_000_000, None)
     with LargestLogits(plan.padded_vocab_size, list(model.chunks[0].parameters())) as logits:
         first = loop.step()[0].loss

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Fine-tuning of a ~110M Llama in bf16: real (unpadded) tokens/s here and in transformers with peft.
+"""Pre-training and fine-tuning of a ~110M Llama in bf16: real (unpadded) tokens/s here and in transformers with peft.
 
-    python benchmarks/train.py [--mode lora full] [--rounds 5] [--samples 64] [--threads 2] [--sides ...] [--quick]
+    python benchmarks/train.py [--mode pretrain full lora start] [--rounds 5] [--samples 64] [--sides ...] [--quick]
 
 All sides train the same samples (lengths drawn from lengths.csv) with the same batch sizes, threads and optimizer, and
 take turns; medians of the rounds. A round is all samples in optimizer steps of GLOBAL_BATCH. Padded sides and ours
 joined use micro-batches of MICRO_BATCH samples, packed sides rows of PACKED_ROW tokens. Each program with its
-allocator is a process of its own, which waits while another one's side runs. Prints one JSON line.
+allocator is a process of its own, which waits while another one's side runs. Pre-training has ROWS full rows a step.
+`start` is the time from a launch to the first iteration of a tiny model, without and with the data in the cache. Prints
+one JSON line.
 
     ours_joined                 micro-batches joined in one row without padding
     ours_packed                 packed rows
@@ -25,10 +27,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lengths import draw_samples
 from measure import interleaved, matmul_flops_per_second, median_ratio
 
@@ -46,9 +50,12 @@ LLAMA_110M = {
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 1000}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 GLOBAL_BATCH, MICRO_BATCH, PACKED_ROW = 32, 8, 2048
+# Rows of PACKED_ROW tokens in a step of pre-training, one in each micro-batch.
+ROWS = 2
 LORA_RANK, LEARNING_RATE = 16, 1e-4
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-AIMS = {"packed": 1.5, "padded": 2.5}
+MODES = ("pretrain", "full", "lora", "start")
+AIMS = {"packed": 1.5, "padded": 2.5, "pretrain_share_of_matmul_rate": 0.6, "seconds_to_first_iteration": 15}
 # Side -> (program, what becomes of freed memory in its process).
 SIDES = {
     "ours_joined": ("ours", "system"),
@@ -61,6 +68,16 @@ SIDES = {
     "peer_packed_mask_keep": ("peer", "keep"),
     "peer_packed_documents_keep": ("peer", "keep"),
 }
+
+
+# What pre-training has of them: its rows are full.
+FULL_ROWS = ("ours_packed", "peer_packed_mask", "peer_packed_documents")
+
+
+def full_rows(vocab_size: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """ROWS samples of PACKED_ROW random tokens, all of them labelled."""
+    numbers = np.random.default_rng(seed).integers(0, vocab_size, (ROWS, PACKED_ROW + 1))
+    return [{"input_ids": row[:-1], "labels": row[1:]} for row in numbers]
 
 
 def groups(samples: list, size: int) -> list[list]:
@@ -87,7 +104,7 @@ class Ours:
     """Our training path: plan, model, optimizer and the loop's own step.
 
     Args:
-        mode: "lora" or "full".
+        mode: "lora", "full" or "pretrain".
         allocator: --cpu-allocator.
     """
 
@@ -97,9 +114,10 @@ class Ours:
         from mindspeed_llm.training.run import make_optimizer
         from mindspeed_llm.training.setup import build, start_processes
 
+        self.batch, micro_batch = (ROWS, 1) if mode == "pretrain" else (GLOBAL_BATCH, MICRO_BATCH)
         words = f"--load {directory} --data-path none --bf16 --lr {LEARNING_RATE} --lr-decay-style constant "
-        words += f"--weight-decay 0.01 --seq-length {PACKED_ROW} --global-batch-size {GLOBAL_BATCH} --eval-iters 0 "
-        words += f"--micro-batch-size {MICRO_BATCH} --num-threads {threads} --train-iters 1000000 "
+        words += f"--weight-decay 0.01 --seq-length {PACKED_ROW} --global-batch-size {self.batch} --eval-iters 0 "
+        words += f"--micro-batch-size {micro_batch} --num-threads {threads} --train-iters 1000000 "
         words += f"--cpu-allocator {allocator}"
         if mode == "lora":
             words += (
@@ -114,7 +132,7 @@ class Ours:
         """A training loop whose iterations are `steps` (micro-batches of samples), over and over."""
         from mindspeed_llm.training.loop import Progress, TrainingLoop
 
-        data = Steps(steps)
+        data = Steps(steps, self.batch)
         args = (self.plan, self.model, self.optimizer, self.scheduler, data, None, Progress(), 1_000_000, None)
         return TrainingLoop(*args)
 
@@ -124,8 +142,8 @@ class Steps:
 
     valid, prefix = None, "samples in memory"
 
-    def __init__(self, steps: list[list[list]]) -> None:
-        self.steps = steps
+    def __init__(self, steps: list[list[list]], batch: int = GLOBAL_BATCH) -> None:
+        self.steps, self.batch = steps, batch
 
     def sample_indices(self, consumed_samples: int) -> list[int]:
         """Numbers for messages."""
@@ -136,7 +154,7 @@ class Steps:
         from mindspeed_llm.data.collate import collate_concatenated
 
         joined = []
-        for samples in self.steps[consumed_samples // GLOBAL_BATCH % len(self.steps)]:
+        for samples in self.steps[consumed_samples // self.batch % len(self.steps)]:
             ids, labels = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
             joined.append(collate_concatenated([{"input_ids": i, "labels": n} for i, n in zip(ids, labels)], 0))
         return joined
@@ -235,7 +253,8 @@ def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) 
     from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 
     shape, rates = shape_from_hf(read_hf_config(directory)), []
-    chosen = {name: kind for name, kind in SIDES.items() if not args.sides or name in args.sides}
+    there = FULL_ROWS if mode == "pretrain" else SIDES
+    chosen = {name: SIDES[name] for name in there if not args.sides or name in args.sides}
     processes = {kind: Process(*kind, directory, mode, args) for kind in dict.fromkeys(chosen.values())}
     for process in processes.values():
         process.wait()
@@ -281,10 +300,32 @@ def summary(
     }
 
 
+def seconds_to_first_iteration(scratch: str) -> float:
+    """Wall time from the launch of a tiny pre-training on raw text to its first log line; the second finds the data."""
+    from mindspeed_llm.checkpoint.toy import make_toy
+
+    model, text, cache = (Path(scratch) / name for name in ("tiny", "text.jsonl", "cache"))
+    if not model.is_dir():
+        make_toy("llama", model)
+        text.write_text("".join(json.dumps({"text": f"{n} is a number. " * 20}) + "\n" for n in range(200)))
+    words = (
+        f"--load {model} --data-path {text} --cache-dir {cache} --seq-length 64 --global-batch-size 2 --train-iters 1 "
+    )
+    words += "--lr 1e-3 --progress lines --split 1"
+    door = Path(__file__).parent.parent / "pretrain_gpt.py"
+    begin = time.perf_counter()
+    job = subprocess.Popen([sys.executable, str(door), *words.split()], stdout=subprocess.PIPE, text=True)
+    seconds = next((time.perf_counter() - begin for line in job.stdout if "lm loss" in line), None)
+    job.stdout.read()
+    if job.wait() or seconds is None:
+        raise SystemExit(f"a tiny pre-training ended with status {job.returncode}")
+    return seconds
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="only these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=64, help=f"a multiple of {GLOBAL_BATCH}")
@@ -307,15 +348,19 @@ def main() -> None:
     standard_output, sys.stdout = sys.stdout, sys.stderr
     model = TINY if args.quick else LLAMA_110M
     samples = draw_samples(args.samples, model["vocab_size"], args.seed)
+    rows = full_rows(model["vocab_size"], args.seed)
     if args.serve:
-        serve(args, samples, standard_output)
+        serve(args, rows if args.mode == ["pretrain"] else samples, standard_output)
         return
     result: dict[str, Any] = {"benchmark": "train", "dtype": "bf16", "threads": args.threads, "rounds": args.rounds}
     result |= {"samples": len(samples), "tokens": sum(len(s["input_ids"]) for s in samples), "aims": AIMS}
     with tempfile.TemporaryDirectory() as scratch:
         directory = str(make_toy("llama", scratch, dtype="bfloat16", **model))
         for mode in args.mode:
-            result[mode] = measure(directory, mode, samples, args)
+            if mode == "start":
+                result["seconds_to_first_iteration"] = [round(seconds_to_first_iteration(scratch), 1) for _ in range(2)]
+            else:
+                result[mode] = measure(directory, mode, rows if mode == "pretrain" else samples, args)
     result["load_average"] = round(os.getloadavg()[0], 2)
     print(json.dumps(result), file=standard_output)
 

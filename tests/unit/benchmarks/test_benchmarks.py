@@ -42,6 +42,15 @@ def test_all_sides_of_training_train_the_same(script):
     assert all(share > 0 for share in result["share_of_matmul_rate"].values())
 
 
+@pytest.mark.slow
+def test_pretraining_and_the_start_of_a_run(script):
+    found = script("train", "--quick", "--threads", "1", "--mode", "pretrain", "start")
+    losses = found["pretrain"]["first_loss"]
+    assert list(losses) == ["ours_packed", "peer_packed_mask", "peer_packed_documents"]
+    assert list(losses.values()) == pytest.approx([losses["ours_packed"]] * 3, rel=1e-2)
+    assert len(found["seconds_to_first_iteration"]) == 2
+
+
 def test_preprocessing(script):
     result = script("preprocess", "--quick", "--threads", "1")
     assert len(result["megabytes_per_second"]) == 6
