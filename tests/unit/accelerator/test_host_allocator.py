@@ -40,6 +40,7 @@ def faults(keep):
     return int(count), kept == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(host_allocator.why_not() is not None, reason=f"{host_allocator.why_not()}")
 def test_kept_memory_is_not_asked_for_again(plain):
     (kept, is_kept), (given_back, is_kept_too) = faults(True), faults(False)

@@ -161,6 +161,7 @@ def run(program):
     return done
 
 
+@pytest.mark.slow
 @needs_no_cuda
 def test_megatron_imports_quietly_and_its_tracker_forks_the_stream_kernels_draw_from():
     done = run(

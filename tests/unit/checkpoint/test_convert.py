@@ -239,10 +239,27 @@ def test_converting_does_not_import_megatron(toys, tmp_path):
     subprocess.run([sys.executable, "-c", program, toys["llama"], tmp_path / "mg"], check=True)
 
 
-def anonymous_kib():
-    """Memory of this process that no file backs."""
+# In a process of its own: the heap of the suite's has room from before. Prints by how many MiB its memory grew.
+MEASURED = """
+import sys
+from mindspeed_llm.checkpoint.convert import convert
+
+def anonymous_kib():  # memory that no file backs
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+source, target, save_type, keep = sys.argv[1:]
+peaks, kept = [], []  # from the first tensor on: what is imported for it is there then
+
+def sample(name, tensor):
+    if keep == "True":
+        kept.append(tensor.clone())
+    peaks.append(anonymous_kib())
+    return tensor
+
+convert(source, target, save_type=save_type, tp=2 if save_type == "mg" else 1, transform=sample, quiet=True)
+print((max(peaks) - peaks[0]) / 1024)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -267,28 +284,18 @@ def wide_toy(tmp_path_factory):
     return root / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_type", ["mg", "hf"])
 def test_memory_does_not_grow_with_the_model(wide_toy, tmp_path, save_type):
     def peak_growth(keep):
-        start, peaks, kept = anonymous_kib(), [], []
-
-        def sample(name, tensor):
-            if keep:
-                kept.append(tensor.clone())
-            peaks.append(anonymous_kib())
-            return tensor
-
-        convert(
-            wide_toy, tmp_path / str(keep), save_type=save_type, tp=2 if save_type == "mg" else 1, transform=sample,
-            quiet=True,
-        )  # fmt: skip
-        return (max(peaks) - start) / 1024
+        words = [sys.executable, "-c", MEASURED, wide_toy, tmp_path / str(keep), save_type, str(keep)]
+        return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
     total = sum(f.stat().st_size for f in wide_toy.glob("*.safetensors")) / 2**20
     assert total > 150
     assert peak_growth(keep=False) < 40
-    # negative control: holding the tensors would be seen (part of them in memory that earlier tests gave back)
-    assert peak_growth(keep=True) > 0.4 * total
+    # negative control: holding the tensors would be seen
+    assert peak_growth(keep=True) > 0.8 * total
 
 
 def test_a_tensor_that_was_swapped_in_the_file_changes_the_result(toys, tmp_path, same_tensors):

@@ -84,6 +84,7 @@ def test_it_converts_to_both_other_formats(saved, layout, tmp_path, same_tensors
     same_tensors(toy, tmp_path / "back")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_reading_needs_no_megatron(saved):
     toy, directory = saved["tp2pp1"]

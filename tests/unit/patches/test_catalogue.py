@@ -93,6 +93,7 @@ def foreign_model(**options):
     return GPTModel(config, spec, 96, 64, position_embedding_type="rope", share_embeddings_and_output_weights=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"apply_query_key_layer_scaling": True}, {"softmax_type": "learnable"}])
 def test_a_foreign_local_model_computes_the_same_with_and_without_the_patches(megatron_adaptor, options):
     import torch

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 PROGRAM = """
     import sys, types, builtins, warnings
     warnings.simplefilter("ignore")
@@ -109,12 +111,14 @@ def run(before):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_everything_is_restored_whether_megatron_was_loaded_before_or_after():
     for before in (True, False):
         done = run(before)
         assert done.stdout.strip() == "restored", done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_packages_that_are_stood_in_for_are_absent_to_everybody_else():
     command = [sys.executable, "-c", textwrap.dedent(STRANGERS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

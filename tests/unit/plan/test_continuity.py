@@ -23,6 +23,7 @@ FIXED = {
     "reset_attention_mask": (True, "--no-reset-attention-mask"),
     "mtp_loss_scaling_factor": (0.1, "--mtp-loss-scaling-factor 0.3"),
     "no_shuffle": (False, "--no-shuffle"),
+    "o2_optimizer": (False, "--bf16 --o2-optimizer"),
 }
 
 

@@ -115,7 +115,7 @@ def test_the_metrics_file_stands_where_it_is_asked_for(door, toy_llama, corpus, 
     run = f"{TEXT} --load {toy_llama} --data-path {corpus} --eval-iters 0"
     door("pretrain", run, f"--save {tmp_path / 'out'} --metrics-jsonl {tmp_path / 'deep' / 'file'}")
     lines = list(read_lines(tmp_path / "deep" / "file"))
-    assert [line["kind"] for line in lines] == ["start", "metrics", "metrics", "checkpoint"]
+    assert [line["kind"] for line in lines] == ["start", "metrics", "metrics", "memory", "checkpoint"]
     assert lines[0]["train_iters"] == 2
     assert lines[-1]["directory"] == str(tmp_path / "out" / "iter_0000002")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

@@ -52,6 +52,7 @@ def test_moments_keep_their_type_unless_it_is_asked_for(run, toy_llama, tmp_path
     assert "were fp32 and are rounded to bf16 (--o2-optimizer)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_with_bf16_moments_stays_close(run, toy_llama):
     words = f"--load {toy_llama} --train-iters 30"
     narrow, wide = run(f"{words} {O2}"), run(words)

@@ -52,6 +52,7 @@ def trained(model, corpus, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_error_says_what_would_have_fitted(model, corpus, tmp_path):
     found = trained(model, corpus, tmp_path)
     assert found.returncode == 1, found.stderr[-3000:]

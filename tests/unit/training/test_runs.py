@@ -232,6 +232,7 @@ def test_a_nan_stops_the_run_before_the_step(door, toy_llama, corpus, tmp_path):
         door("pretrain", TEXT, f"--load {broken} --data-path {corpus} --train-iters 1")
 
 
+@pytest.mark.slow
 def test_the_one_command_of_the_readme_needs_no_more_than_data_and_a_model(
     door, toy_llama, instructions, tmp_path, capsys
 ):
