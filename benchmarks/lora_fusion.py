@@ -25,7 +25,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -276,18 +275,8 @@ def main() -> None:
         arguments.megabits, arguments.tokens, arguments.hidden, arguments.rounds = [100, 0], [32], 128, 1
     if arguments.worker is not None:
         return worker(arguments)
-    if not veth.is_possible():
-        sys.exit("lora_fusion: network namespaces cannot be made here; legal: root with `ip` and `tc`")
-    words = [sys.executable, "-W", "ignore", *sys.argv]
-    with veth.Cable() as cable:
-        processes = [
-            subprocess.Popen([*cable.inside(rank), *words, "--worker", str(rank)], stdout=subprocess.PIPE, text=True)
-            for rank in range(RANKS)
-        ]
-        outputs = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            sys.exit("lora_fusion: a rank failed")
-    results = json.loads(outputs[0].splitlines()[-1])
+    output = veth.output_of_first("lora_fusion")
+    results = json.loads(output.splitlines()[-1])
     if arguments.plot:
         plot(results, arguments.plot)
     best = max(r["fused_over_unfused"] for r in results)

@@ -22,7 +22,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -147,18 +146,8 @@ def main() -> None:
         arguments.megabits, arguments.tokens, arguments.hidden, arguments.rounds = [0], 32, 64, 1
     if arguments.worker is not None:
         return worker(arguments)
-    if not veth.is_possible():
-        sys.exit("moe_overlap: network namespaces cannot be made here; legal: root with `ip` and `tc`")
-    words = [sys.executable, "-W", "ignore", *sys.argv]
-    with veth.Cable() as cable:
-        processes = [
-            subprocess.Popen([*cable.inside(rank), *words, "--worker", str(rank)], stdout=subprocess.PIPE, text=True)
-            for rank in range(RANKS)
-        ]
-        outputs = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            sys.exit("moe_overlap: a rank failed")
-    print(outputs[0].splitlines()[-1])
+    output = veth.output_of_first("moe_overlap")
+    print(output.splitlines()[-1])
 
 
 if __name__ == "__main__":

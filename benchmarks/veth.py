@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 
 ADDRESSES = ("10.203.77.1", "10.203.77.2")
 
@@ -53,6 +54,29 @@ def limit_rate(megabits_per_second: float | None) -> None:
         rate = f"{megabits_per_second}mbit"
         words = f"qdisc add dev {Cable.device} root tbf rate {rate} burst {BURST} latency 2s"
         _run("tc", *words.split())
+
+
+def output_of_first(name: str) -> str:
+    """Run this program once on each side with `--worker SIDE`; what the first one printed.
+
+    Args:
+        name: of the benchmark, for messages.
+
+    Raises:
+        SystemExit: there can be no cable here, or a side failed.
+    """
+    if not is_possible():
+        sys.exit(f"{name}: network namespaces cannot be made here; legal: root with `ip` and `tc`")
+    words = [sys.executable, "-W", "ignore", *sys.argv]
+    with Cable() as cable:
+        processes = [
+            subprocess.Popen([*cable.inside(side), *words, "--worker", str(side)], stdout=subprocess.PIPE, text=True)
+            for side in range(len(ADDRESSES))
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            sys.exit(f"{name}: a rank failed")
+    return outputs[0]
 
 
 def is_possible() -> bool:

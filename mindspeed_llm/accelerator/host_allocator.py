@@ -14,7 +14,7 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 
-_told: list[dict[int, int]] = []
+_kept = False
 
 
 def why_not() -> str | None:
@@ -33,17 +33,18 @@ def keep_freed_memory() -> None:
     Raises:
         RuntimeError: there is no glibc to be told, or it refuses.
     """
+    global _kept
     if reason := why_not():
         raise RuntimeError(f"freed memory cannot be kept, because {reason}")
     library = ctypes.CDLL(None)
     if not all(library.mallopt(parameter, value) for parameter, value in KEEP.items()):
         raise RuntimeError("glibc's mallopt refuses what keeps freed memory")
-    _told[:] = [KEEP]
+    _kept = True
 
 
 def kept() -> bool:
     """Whether this process was told to keep what it frees."""
-    return bool(_told)
+    return _kept
 
 
 def describe() -> str:

@@ -68,30 +68,18 @@ def arrange(lengths: tuple[int, ...]) -> Batches:
     return Batches(tuple(sizes), rows, (~is_real).nonzero().squeeze(1), back)
 
 
-class _Arrange(torch.autograd.Function):
-    """Packed rows [t, ...] -> arranged rows; copies have no gradient."""
+class _Take(torch.autograd.Function):
+    """Rows of x [t, ...]: forward those of `rows`, backward of the gradient those of `back`, zero at `unread`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, batches: Batches) -> Tensor:
-        ctx.batches = batches
-        return x.index_select(0, batches.order)
+    def forward(ctx, x: Tensor, rows: Tensor, back: Tensor, unread: Tensor | None) -> Tensor:
+        ctx.back, ctx.unread = back, unread
+        return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.batches.back), None
-
-
-class _PutBack(torch.autograd.Function):
-    """Arranged rows -> packed rows [t, ...]; what arrives for copies is zero."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, batches: Batches) -> Tensor:
-        ctx.batches = batches
-        return x.index_select(0, batches.back)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.batches.order).index_fill_(0, ctx.batches.filling, 0), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        taken = grad.index_select(0, ctx.back)
+        return taken if ctx.unread is None else taken.index_fill_(0, ctx.unread, 0), None, None, None
 
 
 @register("packed_attention", "by_length", devices=("cpu",), priority=1)
@@ -111,10 +99,10 @@ def by_length(
     if len(lengths) == 1 and filled_length(lengths[0]) == lengths[0]:
         return run(query, key, value, window_size, dropout, scale)
     batches = arrange(tuple(lengths))
-    parts = [_Arrange.apply(x.squeeze(1), batches) for x in (query, key, value)]
+    parts = [_Take.apply(x.squeeze(1), batches.order, batches.back, None) for x in (query, key, value)]
     cut = [s * b for s, b in batches.sizes]
     outs = []
     for size, *own in zip(batches.sizes, *(part.split(cut) for part in parts)):
         own_query, own_key, own_value = (x.unflatten(0, size) for x in own)
         outs.append(run(own_query, own_key, own_value, window_size, dropout, scale).flatten(0, 1))
-    return _PutBack.apply(torch.cat(outs), batches).unsqueeze(1)
+    return _Take.apply(torch.cat(outs), batches.back, batches.order, batches.filling).unsqueeze(1)

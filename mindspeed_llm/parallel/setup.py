@@ -107,7 +107,8 @@ _made = _Made()
 def release_groups() -> None:
     """End megatron's parallel state and its groups, but stay in the process group.
 
-    megatron forgets its groups without ending them, and each gloo group keeps threads that wake up all the time: a
+    megatron forgets its groups without ending them (the patch `gloo-groups-end` ends its gloo ones; here go all that
+    were made, ours and those of other back ends too), and each gloo group keeps threads that wake up all the time: a
     process that makes many parallel states, as a test session does, would end up doing little else. A group lives on
     while a model refers to it, and models that are not used any more are cycles of references: hence the collection.
     """

@@ -107,10 +107,15 @@ def make_in_form(
         held = [state for state in own_states(optimizer) if state.main is not None]
         for part in optimizer_parts(optimizer):
             if part.optimizer is not None and not isinstance(part.optimizer, FusedAdamW):
+                given = {
+                    "--o2-optimizer": config.o2_optimizer,
+                    "--swap-optimizer": memory.swap_optimizer,
+                    "--reuse-fp32-param": memory.reuse_fp32_param,
+                }
+                asked = ", ".join(flag for flag, on in given.items() if on)
                 raise UserError(
-                    "--o2-optimizer, --swap-optimizer, --reuse-fp32-param: one of them is wrong, because megatron-core "
-                    f"uses {type(part.optimizer).__module__} where that is installed; legal: none of them; "
-                    "try: an environment without it"
+                    f"--optimizer-selection: megatron-core uses {type(part.optimizer).__module__} where that is "
+                    f"installed, which has no {asked}; legal: our AdamW; try: an environment without it"
                 )
             if states := [state for state in held if state.part is part]:
                 WindowedAdamW.rearrange(part, states, form)

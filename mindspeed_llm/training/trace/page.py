@@ -65,7 +65,7 @@ def page_beside(trace: Path) -> Path:
 
 
 def _title(summaries: Sequence[Summary]) -> str:
-    ranks = ", ".join(str(summary.rank) for summary in summaries)
+    ranks = ", ".join("unknown" if summary.rank is None else str(summary.rank) for summary in summaries)
     return f"Trace of rank{'s' if len(summaries) > 1 else ''} {ranks}"
 
 

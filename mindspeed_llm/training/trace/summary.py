@@ -62,6 +62,7 @@ class Summary:
     """What a trace says about its rank; times in ns.
 
     Attributes:
+        rank: None where the trace does not say.
         window: (start, end): the traced iterations, or all of the trace where none is marked.
         iterations: duration of each.
         phase_wall: phase -> time of the host.
@@ -74,7 +75,7 @@ class Summary:
     """
 
     path: Path
-    rank: int
+    rank: int | None
     device: str
     window: tuple[int, int]
     times: Times
@@ -108,11 +109,16 @@ def summarize_all(paths: Iterable[str | Path]) -> list[Summary]:
     """One summary for each rank, by rank.
 
     Raises:
-        UserError: a file is no whole trace, or two are of the same rank.
+        UserError: a file is no whole trace, two are of the same rank, or one of several does not say of which it is.
     """
     by_rank: dict[int, Summary] = {}
-    for path in paths:
-        summary = summarize(path)
+    summaries = [summarize(path) for path in paths]
+    if len(summaries) == 1:
+        return summaries
+    for summary in summaries:
+        path = summary.path
+        if summary.rank is None:
+            raise UserError(f"trace: {path} is wrong, because it does not say of which rank it is; try: it alone")
         if summary.rank in by_rank:
             raise UserError(
                 f"trace: {path} is wrong, because {by_rank[summary.rank].path} is of rank {summary.rank} too; try: "
@@ -132,7 +138,7 @@ def sum_up(trace: Trace) -> Summary:
     sending = _cut(collectives, inside)
     summary = Summary(
         trace.path,
-        trace.rank or 0,
+        trace.rank,
         work.device,
         (first, last),
         _times(inside, computing, sending, intersection(work.copying, inside)),

@@ -196,7 +196,8 @@ def heading(summary: Summary) -> str:
     if summary.iterations:
         took += f", {len(summary.iterations)} iterations of {_range(summary.iterations)} ms"
     left = f", {summary.left_out} events without a readable time left out" if summary.left_out else ""
-    return f"rank {summary.rank} on {summary.device}: {took}{left}"
+    rank = "unknown rank" if summary.rank is None else f"rank {summary.rank}"
+    return f"{rank} on {summary.device}: {took}{left}"
 
 
 def _range(durations: list[int]) -> str:

@@ -3,23 +3,9 @@
 import pytest
 
 from mindspeed_llm.config.memory import STEP_VALUES
-from mindspeed_llm.config.parser import parse
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.optimizer_memory import OptimizerForm
-from mindspeed_llm.plan.plan import resolve
 from mindspeed_llm.plan.show import plan_memory, show_plan
-
-
-@pytest.fixture
-def plan(toy_llama):
-    """plan("--flag value") of pre-training the toy."""
-
-    def make(words):
-        given = f"--load {toy_llama} --data-path x --train-iters 1 --global-batch-size 2 {words}"
-        parsed = parse("pretrain", given.split())
-        return resolve(parsed.config, parsed.problems)
-
-    return make
 
 
 @pytest.mark.parametrize("words, said", [

@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from mindspeed_llm import ops
-from mindspeed_llm.config.parser import parse
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layer_map
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan import activations
 from mindspeed_llm.plan.memory import Swapping, estimate
-from mindspeed_llm.plan.plan import resolve
 from mindspeed_llm.plan.show import plan_memory
 
 SHAPE = ModelShape("llama", 8, 128, 320, 8, 4, 16, 1009, 256)
@@ -20,18 +18,6 @@ ALL = ("input_norm", "self_attention", "post_attention_norm", "mlp")
 FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 FACTOR = 1.1
 """The estimate of what lies on the host is right within this factor either way."""
-
-
-@pytest.fixture
-def plan(toy_llama):
-    """plan("--flag value") of pre-training the toy."""
-
-    def make(words):
-        given = f"--load {toy_llama} --data-path x --train-iters 1 --global-batch-size 2 {words}"
-        parsed = parse("pretrain", given.split())
-        return resolve(parsed.config, parsed.problems)
-
-    return make
 
 
 @pytest.mark.parametrize("words, said", [

@@ -374,6 +374,15 @@ def test_two_traces_of_a_rank_are_refused(tmp_path):
         summarize_all(find_traces([tmp_path]))
 
 
+def test_a_trace_that_does_not_say_its_rank_is_none_of_a_known_one(tmp_path):
+    write(tmp_path / "any.pt.trace.json", overlapped([(0, 1)], []))
+    found = summarize_all(find_traces([tmp_path]))
+    assert [one.rank for one in found] == [None] and "unknown rank on " in text(found)
+    write(tmp_path / "rank0.5.pt.trace.json", overlapped([(0, 1)], []))
+    with pytest.raises(UserError, match="does not say of which rank it is; try: it alone"):
+        summarize_all(find_traces([tmp_path]))
+
+
 def test_a_row_that_a_rank_lacks_is_nothing_there(tmp_path):
     write(tmp_path / "rank0.1.pt.trace.json", overlapped([(0, 10)], [(5, 5)]))
     write(tmp_path / "rank1.1.pt.trace.json", overlapped([(0, 10)], []))
