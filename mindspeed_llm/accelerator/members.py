@@ -96,9 +96,13 @@ class Finder(importlib.abc.MetaPathFinder):
         self._namespace = namespace
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if sys.meta_path[0] is not self:
+            # Somebody came later and finds modules itself, as pytest does, which may be told of us by `-p`.
+            sys.meta_path.remove(self)
+            sys.meta_path.insert(0, self)
         if not self.members.may_have(name):
             return None
-        for finder in sys.meta_path:
+        for finder in list(sys.meta_path):
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
             if (spec := finder.find_spec(name, path, target)) is not None:

@@ -1,6 +1,7 @@
 """What modules below a prefix see under the name torch, and that nobody else does."""
 
 import importlib
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -148,6 +149,25 @@ def test_installing_twice_is_installing_once_and_prefixes_add_up(subject):
     assert code.available() and code.move(torch.ones(1))[0].device.type == "cpu"
     with pytest.raises(RuntimeError, match="uninstall it before"):
         torch_facade.install(CPU(), ("subject",))
+
+
+class LaterFinder:
+    """Finds modules by itself and comes first, as the hook of pytest that rewrites assertions does."""
+
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, path, target)
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("something_between", [True, False])
+def test_a_finder_that_came_later_is_stepped_before_again(subject, tmp_path, monkeypatch, something_between):
+    torch_facade.install(CPU(), ("subject",))
+    monkeypatch.setattr(sys, "meta_path", [LaterFinder(), *sys.meta_path])
+    if something_between:  # that the later finder leaves to the others; without it the module is found by it alone
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("subject_that_is_nowhere")
+    code = importlib.import_module("subject.code")
+    assert (code.torch is torch_facade.installed()) == something_between
 
 
 def test_only_whole_names_are_prefixes():
