@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """What each memory feature saves and costs: peak memory and tokens/s of the same training, one feature at a time.
 
-    python benchmarks/memory.py [--rounds 3] [--sequence 2048] [--layers 8] [--only NAME ...] [--chart FILE] [--quick]
+    python benchmarks/memory.py [--rounds 3] [--steps 2] [--only NAME ...] [--quick]
+                                [--plot docs/memory.png] [--markdown docs/benchmarks.md] [--cite docs/performance.md]
 
-Every row is the training of a Llama-shaped model, or of one with experts, in a process of its own; rows take turns over
-rounds. Memory is the allocator's on a device. On a CPU it is resident memory, where glibc is told to give freed tensors
-back; what lies in the file that takes the place of host memory is not counted, as host memory is not on a device.
-The first step is watched for its largest tensor of logits: rows that chunk the loss fail where all logits are ever
-there. Prints a table to stderr and one JSON line.
+Every row of memory_rows.py is the training of a Llama-shaped model, or of one with experts, in a process of its own, or
+in two that talk over the device's backend; rows take turns over rounds, and compare with a plain row of the same
+processes. Memory is the allocator's on a device, of the rank that needs most. On a CPU it is resident memory, where
+glibc is told to give freed tensors back; what lies in the file that takes the place of host memory is not counted, as
+host memory is not on a device. The first step is watched for its largest tensor of logits: rows that chunk the loss
+fail where all logits are ever there. Prints a table to stderr and one JSON line.
 """
 
 from __future__ import annotations
@@ -15,58 +17,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-SWAPPED = "--swap-attention --swap-modules input_norm,self_attention,post_attention_norm,mlp --swap-budget 64"
-LORA = "--lora-r 16 --lora-target-modules all-linear"
-MOE = "experts"
-# Row -> (flags, the row that it is compared with). Names that begin with MOE are of the model with experts.
-ROWS: dict[str, tuple[str, str]] = {
-    "pre-training": ("", ""),
-    "loss from all logits": ("--no-cross-entropy-loss-fusion", "pre-training"),
-    "loss in chunks": ("--loss-compute-mode chunk --loss-chunk-size 256", "pre-training"),
-    "recompute norms": ("--recompute-norm", "pre-training"),
-    "recompute activations": ("--recompute-activation-function", "pre-training"),
-    "both": ("--recompute-norm --recompute-activation-function", "pre-training"),
-    "recompute layers": (FULL, "pre-training"),
-    "swap": (SWAPPED, "pre-training"),
-    "swap, recompute both": (f"{SWAPPED} --recompute-norm --recompute-activation-function", "pre-training"),
-    "recompute layers, swap inputs": (f"{FULL} --swap-layer-input --swap-budget 64", "pre-training"),
-    "moments in bf16": ("--o2-optimizer", "pre-training"),
-    "weights are halves of masters": ("--reuse-fp32-param", "pre-training"),
-    "swap optimizer": ("--swap-optimizer", "pre-training"),
-    "LoRA": (LORA, "pre-training"),
-    "LoRA, swap": (f"{LORA} {SWAPPED}", "LoRA"),
-    "QLoRA": (f"{LORA} --qlora", "LoRA"),
-    MOE: ("", ""),
-    f"{MOE}, recompute activations": ("--recompute-activation-function", MOE),
-    f"{MOE}, recompute them (level0)": ("--moe-zero-memory level0", MOE),
-    f"{MOE}, recompute the part (level1)": ("--moe-zero-memory level1", MOE),
-    f"{MOE}, swap": (SWAPPED, MOE),
-}
-# Rows that never have all logits, and how many they may have.
-CHUNKED = {"loss in chunks": 256}
-# Memory of tokens in proportion to that of weights as in an 8B model with some 16 thousand tokens on 8 devices.
-WIDE = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 4}
-WIDE |= {"head_dim": 64, "vocab_size": 16000, "initializer_range": 0.02}
-EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-TINY |= {"head_dim": 16, "vocab_size": 1000}
-RATIOS = ("peak_ratio", "activations_ratio")
+import memory_page
+from memory_rows import CHUNKED, ROWS, SETTINGS, models
+
 MIB = 2**20
 # Tensors of a MiB and more are then returned to the system when they are freed.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB), "MALLOC_TOP_PAD_": "0"}
 
 
-def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, float]:
-    """One row, in this process.
+def train(name: str, directory: str, args: argparse.Namespace) -> dict[str, float]:
+    """One row, on this process's rank.
 
     Returns:
         bytes: `peak` over what the process held before the model was built, `activations` of it over what lies
@@ -74,7 +46,8 @@ def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, flo
     """
     import torch
 
-    sequence, threads = args.sequence, args.threads
+    row, setting = ROWS[name], SETTINGS[ROWS[name].setting]
+    sequence, threads = args.sequence, max(args.threads // setting.ranks, 1)
     torch.set_num_threads(threads)
     from train import Steps
 
@@ -85,10 +58,10 @@ def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, flo
     from mindspeed_llm.training.run import make_optimizer
     from mindspeed_llm.training.setup import build, start_processes
 
+    samples = args.batch // setting.data_parallel
     words = f"--load {directory} --data-path none --bf16 --lr 1e-4 --lr-decay-style constant --eval-iters 0 "
-    words += f"--seq-length {sequence} --global-batch-size {args.batch} --micro-batch-size {args.batch} "
-    words += f"--num-threads {threads} "
-    words += f"--train-iters 1000000 {flags}"
+    words += f"--seq-length {sequence} --global-batch-size {args.batch} --micro-batch-size {samples} "
+    words += f"--num-threads {threads} --train-iters 1000000 {setting.flags} {row.flags}"
     parsed = parse("posttrain", words.split())
     plan = resolve(parsed.config, parsed.problems)
     start_processes(plan)
@@ -97,9 +70,9 @@ def train(directory: str, flags: str, args: argparse.Namespace) -> dict[str, flo
     model = build(plan)
     optimizer, scheduler = make_optimizer(plan, model, 1_000_000)
     ids = torch.randint(0, 1000, (sequence,), generator=torch.Generator().manual_seed(0)).numpy()
-    data = Steps([[[{"input_ids": ids, "labels": ids}] * args.batch]], args.batch)
+    data = Steps([[[{"input_ids": ids, "labels": ids}] * samples]], args.batch)
     loop = TrainingLoop(plan, model, optimizer, scheduler, data, None, Progress(), 1_000_000, None)
-    with LargestLogits(plan.padded_vocab_size, list(model.chunks[0].parameters())) as logits:
+    with LargestLogits(plan.padded_vocab_size // plan.tensor_parallel_size, model.chunks[0].parameters()) as logits:
         first = loop.step()[0].loss
     resting = memory_now(device)
     reset_peak(device)
@@ -120,7 +93,7 @@ class LargestLogits:
         rows: of a tensor whose last dimension is a vocabulary's.
     """
 
-    def __init__(self, vocabulary: int, parameters: list[Any]) -> None:
+    def __init__(self, vocabulary: int, parameters: Iterable[Any]) -> None:
         from torch.utils._python_dispatch import TorchDispatchMode
 
         self.rows = 0
@@ -171,18 +144,44 @@ def peak_memory(device: Any) -> int:
 
 
 def run_row(name: str, directory: str, args: argparse.Namespace) -> dict[str, float]:
-    """One row in a process of its own."""
+    """One row in processes of its own: of each figure the highest of the ranks.
+
+    Raises:
+        SystemExit: a rank failed; the others have been ended.
+    """
+    ranks = SETTINGS[ROWS[name].setting].ranks
     words = ["--row", name, "--directory", directory, "--sequence", str(args.sequence), "--steps", str(args.steps)]
-    words += ["--batch", str(args.batch)]
-    found = subprocess.run(
-        [sys.executable, __file__, *words, "--threads", str(args.threads)],
-        env=os.environ | ALLOCATOR,
-        capture_output=True,
-        text=True,
-    )
-    if found.returncode:
-        raise SystemExit(f"{name}: {found.stderr[-2000:]}")
-    return json.loads(found.stdout.splitlines()[-1])
+    words += ["--batch", str(args.batch), "--threads", str(args.threads)]
+    with socket.create_server(("127.0.0.1", 0)) as free, tempfile.TemporaryDirectory() as scratch:
+        port = str(free.getsockname()[1])
+        free.close()
+        launch = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+        launch |= {"MASTER_ADDR": "127.0.0.1"}
+        processes = []
+        for rank in range(ranks):
+            own = os.environ | ALLOCATOR | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(f"{scratch}/{rank}.out", "w") as out, open(f"{scratch}/{rank}.err", "w") as err:
+                processes.append(subprocess.Popen([sys.executable, __file__, *words], env=own, stdout=out, stderr=err))
+        failed = wait_for_all(processes)
+        if failed is not None:
+            raise SystemExit(f"{name}: {Path(f'{scratch}/{failed}.err').read_text()[-2000:]}")
+        found = [json.loads(Path(f"{scratch}/{rank}.out").read_text().splitlines()[-1]) for rank in range(ranks)]
+    return {key: max(own[key] for own in found) for key in found[0]}
+
+
+def wait_for_all(processes: list[subprocess.Popen]) -> int | None:
+    """Until all have ended, or one has failed: its number; the others, which wait for it, are ended."""
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.05)
+        return next((number for number, process in enumerate(processes) if process.poll()), None)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def summary(measured: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, dict[str, Any]]:
@@ -193,117 +192,113 @@ def summary(measured: dict[str, list[dict[str, float]]], tokens: int) -> dict[st
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, row in middle.items():
-        other = middle.get(ROWS[name][1])
         rows[name] = {
             "peak_mib": round(row["peak"] / MIB),
             "activations_mib": round(row["activations"] / MIB),
-            "tokens_per_second": round(tokens / row["seconds"], 1),
+            "tokens_per_second": round(tokens / row["seconds"]),
             "loss": round(row["loss"], 6),
             "logit_rows": int(row["logit_rows"]),
         }
         if row["logit_rows"] > CHUNKED.get(name, row["logit_rows"]):
             raise SystemExit(f"{name}: {row['logit_rows']} rows of logits were there at once, not {CHUNKED[name]}")
+        other = middle.get(ROWS[name].beside)
         if other is not None:
-            pairs = zip(measured[ROWS[name][1]], measured[name])
+            pairs = zip(measured[ROWS[name].beside], measured[name])
             rows[name]["peak_ratio"] = round(row["peak"] / other["peak"], 3)
             rows[name]["activations_ratio"] = round(row["activations"] / other["activations"], 3)
             rows[name]["speed_ratio"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 3)
     return rows
 
 
-def show(rows: dict[str, dict[str, Any]]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All rows, in rounds."""
+    from mindspeed_llm.checkpoint.toy import make_toy
 
-    table = Table("feature", "beside", "peak MiB", "change", "activations MiB", "change", "tokens/s", "speed", box=None)
-    for name, row in rows.items():
-        changes = [f"{100 * (row[key] - 1):+.0f} %" if key in row else "" for key in RATIOS]
-        speed = f"{row['speed_ratio']:.2f}x" if "speed_ratio" in row else ""
-        table.add_row(
-            name, ROWS[name][1], str(row["peak_mib"]), changes[0], str(row["activations_mib"]), changes[1],
-            str(row["tokens_per_second"]), speed,
-        )  # fmt: skip
-    Console(stderr=True, width=110).print(table)
-
-
-# Okabe and Ito's colours, which the colour-blind tell apart; on white, which both themes of a README show.
-STATE_COLOUR, ACTIVATION_COLOUR, BASE_COLOUR = "#56B4E9", "#E69F00", "#000000"
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
+    with tempfile.TemporaryDirectory() as scratch:
+        there = models(args.layers, args.sequence, args.quick)
+        needed = dict.fromkeys(SETTINGS[ROWS[name].setting].model for name in args.only)
+        made = {kind: str(make_toy(kind, Path(scratch) / kind, dtype="bfloat16", **there[kind])) for kind in needed}
+        for number in range(args.rounds):
+            begin = number % len(args.only)
+            for name in args.only[begin:] + args.only[:begin]:
+                measured[name].append(run_row(name, made[SETTINGS[ROWS[name].setting].model], args))
+    return summary(measured, args.batch * args.sequence)
 
 
-def chart(rows: dict[str, dict[str, Any]], path: str) -> None:
-    """Draw peak memory as bars below the one they are compared with, and what each changed."""
-    import matplotlib
+def possible_rows(chosen: list[str] | None) -> list[str]:
+    """The rows that are asked for, or all that have devices enough; says which have not."""
+    from mindspeed_llm import accelerator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.2), facecolor="white")
-    groups = list(dict.fromkeys(ROWS[name][1] or name for name in rows))
-    names = [name for group in groups for name in rows if name == group or ROWS[name][1] == group]
-    places = {name: -number - 0.6 * groups.index(ROWS[name][1] or name) for number, name in enumerate(names)}
-    for name, place in places.items():
-        row = rows[name]
-        state, saved = row["peak_mib"] - row["activations_mib"], row["activations_mib"]
-        axes.barh(place, state, color=STATE_COLOUR, height=0.72)
-        axes.barh(place, saved, left=state, color=ACTIVATION_COLOUR, height=0.72)
-        text = f" {row['peak_mib']:,} MiB"
-        if "peak_ratio" in row:
-            text += f"  {100 * (row['peak_ratio'] - 1):+.0f} %,  {row['speed_ratio']:.2f}x tokens/s"
-            axes.plot([rows[ROWS[name][1]]["peak_mib"]] * 2, [place - 0.45, place + 0.45], color=BASE_COLOUR, lw=1)
-        axes.text(max(row["peak_mib"], rows.get(ROWS[name][1], row)["peak_mib"]), place, text, va="center", fontsize=8)
-    axes.set_yticks(list(places.values()), list(places), fontsize=8)
-    axes.set_xlim(0, 1.45 * max(row["peak_mib"] for row in rows.values()))
-    axes.set_xlabel("highest memory of a training step, MiB; the line is the row that it is compared with", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    kinds = {"weights, gradients, optimizer": STATE_COLOUR, "activations, temporary tensors": ACTIVATION_COLOUR}
-    bars = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in kinds.values()]
-    axes.legend(bars, list(kinds), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=2, frameon=False)
-    figure.savefig(path, dpi=120, bbox_inches="tight", facecolor="white")
+    device = accelerator.current()
+    most = max(setting.ranks for setting in SETTINGS.values()) if device.name == "cpu" else device.device_count()
+    names = [name for name, row in ROWS.items() if SETTINGS[row.setting].ranks <= most]
+    if left := [name for name in chosen or ROWS if name not in names]:
+        print(f"not measured, for want of devices (here {most}): {', '.join(left)}", file=sys.stderr)
+    return names if chosen is None else [name for name in chosen if name in names]
 
 
-def main() -> None:
-    """Measure and print."""
+def machine(threads: int) -> str:
+    """Processor or device, in words."""
+    from mindspeed_llm import accelerator
+
+    if accelerator.current().name != "cpu":
+        return accelerator.current().model()
+    said = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    name = " ".join((said[1] if said else platform.machine()).split()[:2])
+    return f"CPU ({name}, {len(os.sched_getaffinity(0))} cores, {threads} threads)"
+
+
+def parsed_arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--sequence", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a step, which is one micro-batch")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of a step, one micro-batch of each rank")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--chart", help="write a picture here")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS))
+    parser.add_argument("--plot", help="write a picture here")
+    parser.add_argument("--markdown", type=Path, help="write the table into this page, in the place of the one there")
+    parser.add_argument("--cite", type=Path, help="write the figures of rows into this page, where it links to them")
     parser.add_argument("--quick", action="store_true", help="one round of a tiny model")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.batch % 2:
+        parser.error(f"--batch: {args.batch} is odd, because two data-parallel ranks share it; legal: even numbers")
+    return args
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parsed_arguments()
     standard_output, sys.stdout = sys.stdout, sys.stderr
     if args.row:
-        found = train(args.directory, ROWS[args.row][0], args)
+        found = train(args.row, args.directory, args)
         print(json.dumps(found), file=standard_output)
         return
-    from mindspeed_llm.checkpoint.toy import make_toy
+    import torch
 
     if args.quick:
         args.rounds, args.sequence, args.layers = 1, 256, 4
-    sizes = (TINY if args.quick else WIDE) | {"num_hidden_layers": args.layers}
-    sizes |= {"max_position_embeddings": args.sequence}
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
-    with tempfile.TemporaryDirectory() as scratch:
-        dense = str(make_toy("llama", Path(scratch) / "llama", dtype="bfloat16", **sizes))
-        # Fewer layers, each of which has eight MLPs.
-        few = sizes | EXPERTS | {"num_hidden_layers": max(args.layers // 2, 2)}
-        experts = str(make_toy("mixtral", Path(scratch) / "mixtral", dtype="bfloat16", **few))
-        for number in range(args.rounds):
-            for name in args.only[number % len(args.only) :] + args.only[: number % len(args.only)]:
-                measured[name].append(run_row(name, experts if name.startswith(MOE) else dense, args))
-    rows = summary(measured, args.batch * args.sequence)
-    show(rows)
-    if args.chart:
-        chart(rows, args.chart)
+    args.only = possible_rows(args.only)
+    begin = time.monotonic()
+    rows = measure(args)
+    memory_page.show(rows)
     result = {"benchmark": "memory", "dtype": "bf16", "threads": args.threads, "rounds": args.rounds}
     result |= {"layers": args.layers, "sequence": args.sequence, "batch": args.batch, "rows": rows}
-    print(json.dumps(result | {"load_average": round(os.getloadavg()[0], 2)}), file=standard_output)
+    result |= {"machine": machine(args.threads), "torch": torch.__version__, "minutes": (time.monotonic() - begin) / 60}
+    result |= {"load_average": round(os.getloadavg()[0], 2)}
+    if args.plot:
+        memory_page.chart(rows, args.plot)
+    if args.markdown:
+        command = f"python benchmarks/memory.py --rounds {args.rounds} --steps {args.steps}"
+        memory_page.write_table(args.markdown, result | {"command": command})
+    if args.cite:
+        memory_page.cite(args.cite, rows)
+    print(json.dumps(result), file=standard_output)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_preprocessing(script):
 @pytest.mark.slow
 def test_memory(script, tmp_path):
     rows = ("pre-training", "loss from all logits", "swap, recompute both")
-    found = script("memory", "--quick", "--threads", "1", "--chart", str(tmp_path / "memory.png"), "--only", *rows)[
+    found = script("memory", "--quick", "--threads", "1", "--plot", str(tmp_path / "memory.png"), "--only", *rows)[
         "rows"
     ]
     assert list(found) == list(rows) and (tmp_path / "memory.png").stat().st_size > 1000
