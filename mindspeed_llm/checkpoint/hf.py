@@ -19,8 +19,10 @@ from mindspeed_llm.checkpoint.source import (
     check_equal,
     check_names,
     check_one_dtype,
+    holds_parts,
     packed_range,
     part_sizes,
+    rows_of_part,
     unpack_groups,
 )
 from mindspeed_llm.errors import UserError
@@ -28,7 +30,6 @@ from mindspeed_llm.models.families.llama import HF_LAYER
 from mindspeed_llm.models.family import get_family
 from mindspeed_llm.models.hf_config import prediction_field, read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import absent_rules
-from mindspeed_llm.models.packing import unpack
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.ops.nf4_matrix import Nf4Matrix
 
@@ -217,12 +218,8 @@ class HfSource(TensorSource):
         matrix = self.files.nf4(pair.hf[part if pair.transform == "parts" else 0])
         if matrix is None:
             return super().read_nf4(name, part, start, stop, device)
-        if pair.transform == "concatenated":
-            offset = sum(part_sizes(pair, self.shape)[:part])
-            matrix = matrix.cut(0, offset, offset + part_sizes(pair, self.shape)[part])
-        elif pair.transform == "copy" and pair.layout.packing != "whole":
-            numbers = torch.arange(matrix.shape[0])
-            matrix = matrix.rows(unpack(numbers, pair.layout.packing, self.shape)[part])
+        if holds_parts(pair, self.shape):
+            matrix = matrix.rows(rows_of_part(pair, self.shape, part))
         return matrix.cut(pair.layout.tp_dim or 0, start, stop)
 
     def _check(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mindspeed_llm.checkpoint.megatron_args import ARGS_THAT_CHANGE_OUTPUTS, megatron_args
 from mindspeed_llm.checkpoint.names import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.checkpoint.nf4_shards import unshard
-from mindspeed_llm.checkpoint.rank_files import EMBEDDING_AGAIN, RankFiles
+from mindspeed_llm.checkpoint.rank_files import EMBEDDING_AGAIN, NF4, RankFiles
 from mindspeed_llm.checkpoint.source import TIED, TensorSource, check_dims, check_equal, check_names, check_one_dtype
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts, packing
@@ -132,6 +132,12 @@ class MegatronSource(TensorSource):
         check_names(list(self.pairs), found, self.origin)
         for name, pair in self.pairs.items():
             tensors = self._shards(name)
+            if any(isinstance(tensor, Nf4Matrix) != (name in self._in_nf4) for tensor in tensors):
+                raise UserError(
+                    f"checkpoint: {name} in {self.origin} is {'not ' * (name in self._in_nf4)}in NF4, and the files' "
+                    f"record of what was quantised ({NF4!r} beside the model) says otherwise; legal: files as "
+                    "convert_ckpt.py --qlora-nf4 writes them; try: convert them again"
+                )
             if name not in self._in_nf4:
                 check_one_dtype(name, [tensor.dtype for tensor in tensors], self.origin)
             size = len(tensors)

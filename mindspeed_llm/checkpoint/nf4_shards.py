@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mindspeed_llm.checkpoint.source import part_sizes
+from mindspeed_llm.checkpoint.source import holds_parts, part_sizes, rows_of_part
 from mindspeed_llm.models import layouts, packing
-from mindspeed_llm.models.mapping import TensorPair
+from mindspeed_llm.models.mapping import TensorPair, to_hf
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.ops.nf4 import BLOCK_SIZE, SCALE_BLOCK_SIZE
 from mindspeed_llm.ops.nf4_matrix import Nf4Matrix, check_blocks, join, quantize_matrix
@@ -47,9 +47,11 @@ def shard(
 
 
 def quantized_shards(tensor: Tensor, pair: TensorPair, shape: ModelShape) -> Callable[[int, int], Nf4Matrix]:
-    """(rank, size) -> that rank's part of an unsharded tensor, each logical part of which is quantised as a whole."""
+    """(rank, size) -> that rank's part of an unsharded tensor, quantised as Hugging Face's tensors of it are."""
     dim = pair.layout.tp_dim or 0
-    whole = [quantize_matrix(part) for part in packing.unpack(tensor, pair.layout.packing, shape)]
+    whole = [quantize_matrix(stored) for _, stored in to_hf(pair, tensor, shape)]
+    if holds_parts(pair, shape):
+        whole = [whole[0].rows(rows_of_part(pair, shape, part)) for part in range(len(part_sizes(pair, shape)))]
     return lambda rank, size: shard(lambda part, *bounds: whole[part].cut(dim, *bounds), pair, shape, rank, size)
 
 
@@ -78,10 +80,16 @@ def _rows_of_part(matrix: Nf4Matrix, pair: TensorPair, shape: ModelShape, size: 
 
 
 def group_counts(pair: TensorPair, shape: ModelShape) -> list[int]:
-    """Of each logical part, how many groups of 256 blocks share a scale and a mean."""
+    """Of each logical part, how many groups of 256 blocks share a scale and a mean.
+
+    Parts that are one tensor of Hugging Face have all of that one's, each its own copy.
+    """
     rows, columns = pair.dims
     sizes = part_sizes(pair, shape)
-    numbers = [rows * columns] if len(sizes) == 1 else [size * columns for size in sizes]
+    if holds_parts(pair, shape) or len(sizes) == 1:
+        numbers = [rows * columns] * len(sizes)
+    else:
+        numbers = [size * columns for size in sizes]
     return [-(-count // (BLOCK_SIZE * SCALE_BLOCK_SIZE)) for count in numbers]
 
 

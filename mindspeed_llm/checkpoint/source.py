@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models import layouts, packing
-from mindspeed_llm.models.mapping import TensorPair, tensor_pairs
+from mindspeed_llm.models.mapping import TensorPair, tensor_pairs, to_hf
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.ops.nf4_matrix import Nf4Matrix, quantize_matrix
 
@@ -58,7 +58,9 @@ class TensorSource(ABC):
         """
 
     def read_nf4(self, name: str, part: int, start: int, stop: int, device: torch.device | None = None) -> Nf4Matrix:
-        """As `read_part` of a matrix, in NF4: a part of what the whole logical part is quantised to.
+        """As `read_part` of a matrix, in NF4: a part of what the whole tensor of Hugging Face is quantised to.
+
+        That is the logical part itself, or holds all of them; whoever quantises, 256 of its blocks share a scale.
 
         Args:
             device: where it is quantised; the result is there, or on the CPU if it was stored in NF4.
@@ -66,9 +68,13 @@ class TensorSource(ABC):
         Raises:
             UserError: blocks of 64 numbers do not fit into its rows, or are cut.
         """
-        dim = self.pairs[name].layout.tp_dim or 0
-        whole = self.read_part(name, part, 0, part_sizes(self.pairs[name], self.shape)[part])
-        return quantize_matrix(whole.to(device or whole.device), dim, start, stop)
+        pair = self.pairs[name]
+        if holds_parts(pair, self.shape):
+            ((_, whole),) = to_hf(pair, self.read(name), self.shape)
+            rows = rows_of_part(pair, self.shape, part)[start:stop]
+            return quantize_matrix(whole.to(device or whole.device)).rows(rows.to(device or whole.device))
+        whole = self.read_part(name, part, 0, part_sizes(pair, self.shape)[part])
+        return quantize_matrix(whole.to(device or whole.device), pair.layout.tp_dim or 0, start, stop)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, unsharded and unpadded."""
@@ -100,6 +106,20 @@ class TensorSource(ABC):
 def part_sizes(pair: TensorPair, shape: ModelShape) -> tuple[int, ...]:
     """Length of each logical part along the cut dimension."""
     return packing.part_rows(pair.layout.packing, shape) or (pair.dims[pair.layout.tp_dim or 0],)
+
+
+def holds_parts(pair: TensorPair, shape: ModelShape) -> bool:
+    """Whether one tensor of Hugging Face holds several logical parts (q, k, v; gate, up)."""
+    return len(pair.hf) == 1 and len(part_sizes(pair, shape)) > 1
+
+
+def rows_of_part(pair: TensorPair, shape: ModelShape, part: int) -> Tensor:
+    """Of one tensor of Hugging Face that `holds_parts`, the rows of one of them."""
+    sizes = part_sizes(pair, shape)
+    numbers = torch.arange(sum(sizes))
+    if pair.transform == "concatenated":
+        return numbers.split(sizes)[part]
+    return packing.unpack(numbers, pair.layout.packing, shape)[part]
 
 
 def packed_range(pair: TensorPair, shape: ModelShape, part: int, start: int, stop: int) -> tuple[int, int, int]:

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from mindspeed_llm.checkpoint.convert import convert
+from mindspeed_llm.checkpoint.detect import open_source
+from mindspeed_llm.checkpoint.hf import HfSource
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.checkpoint.verify import verify
 from mindspeed_llm.errors import UserError
@@ -15,6 +17,7 @@ from mindspeed_llm.models import families
 from mindspeed_llm.models.family import TRANSFORMS, all_families, family_of_model_type
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 from mindspeed_llm.models.mapping import from_hf, tensor_pairs, to_hf
+from mindspeed_llm.ops.nf4_matrix import quantize_matrix
 
 # Unlike both shipped families: fused qkv_proj and gate_up_proj in HF, partial rotary embedding, a window everywhere.
 PHI3 = """
@@ -56,7 +59,9 @@ def phi3(tmp_path, monkeypatch):
         long_factor=[2.0, 3.0, 4.0, 5.0],
         original_max_position_embeddings=64,
     )
-    return make_toy("phi3", tmp_path / "model", rope_parameters=scaling, hidden_size=128, sliding_window=7)
+    return make_toy(
+        "phi3", tmp_path / "model", rope_parameters=scaling, hidden_size=128, intermediate_size=256, sliding_window=7
+    )
 
 
 def test_a_third_family_is_one_file(phi3, tmp_path):
@@ -66,6 +71,23 @@ def test_a_third_family_is_one_file(phi3, tmp_path):
     convert(tmp_path / "mg", tmp_path / "back", save_type="hf", quiet=True)
     before, after = load_file(phi3 / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_parts_of_one_tensor_share_their_scales_whoever_quantises(phi3, tmp_path):
+    """Hugging Face's tensor is quantised as one, as bitsandbytes does, also where megatron-core's is what is read."""
+    convert(phi3, tmp_path / "mg", tp=2, quiet=True)
+    convert(phi3, tmp_path / "mg-nf4", tp=2, quantize=True, quiet=True)
+    convert(phi3, tmp_path / "hf-nf4", save_type="hf", quantize=True, quiet=True)
+    expected = HfSource(phi3)
+    qkv, fc1 = "decoder.layers.1.self_attention.linear_qkv.weight", "decoder.layers.1.mlp.linear_fc1.weight"
+    for other in ("mg", "mg-nf4", "hf-nf4"):
+        found = open_source(tmp_path / other)
+        for name, part, stop in ((qkv, 0, 64), (qkv, 1, 64), (qkv, 2, 32), (fc1, 0, 128), (fc1, 1, 256)):
+            one, same = found.read_nf4(name, part, 0, stop), expected.read_nf4(name, part, 0, stop)
+            assert torch.equal(one.codes, same.codes) and torch.equal(one.scales, same.scales), (other, name, part)
+            assert torch.equal(one.dense(torch.float32), same.dense(torch.float32)), (other, name, part)
+    alone = quantize_matrix(expected.read_part(fc1, 1, 0, 256))
+    assert not torch.equal(alone.scales, expected.read_nf4(fc1, 1, 0, 256).scales), "each part by itself differs"
 
 
 def test_without_its_file_the_family_is_unknown():
