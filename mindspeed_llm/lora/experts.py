@@ -8,22 +8,29 @@ rounds the adapter away for that. So the narrow products stay beside the base's,
 stacked or quantised. Nothing here communicates forward: with expert tensor parallelism the outputs of linear_fc2 are
 shares of a sum, and so are the adapter's, by linearity. Backward, the factor that is not cut (A of linear_fc1, B of
 linear_fc2) has a share of its gradient on each of those ranks, which are summed.
+
+With DoRA output i of expert e is scaled by magnitude_ei / norm of row i of W_e + s_e B_e A_e, the norm being taken over
+the whole input, so that of linear_fc2 its square is summed over the ranks that share the expert. The scale belongs to
+the sum of the outputs, hence to each share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from mindspeed_llm.lora.function import dense
 from mindspeed_llm.lora.initial import initial_a
+from mindspeed_llm.lora.layers import squared_row_norms
 from mindspeed_llm.lora.tensors import AdapterTensors
 from mindspeed_llm.models.moe.experts import Experts, GroupedExperts, Operands, SequentialExperts
 from mindspeed_llm.models.moe.sharding import expert_sharded_state
@@ -38,8 +45,9 @@ WEIGHTS = {"linear_fc1": "weight1", "linear_fc2": "weight2"}
 class ExpertFactors(nn.Module):
     """The adapters of one kind of linear of all local experts: `lora_A` [e, k r, in], `lora_B.<part>` [e, out, r].
 
-    k is 1 when gate and up share A, else the number of adapted parts (with ranks of their own, k r is their sum).
-    Factors that expert tensor parallelism does not cut are marked `whole_in_expert`: its ranks hold copies.
+    With DoRA there is `lora_magnitude.<part>` [e, out] too, cut like the rows of B. k is 1 when gate and up share A,
+    else the number of adapted parts (with ranks of their own, k r is their sum). Factors that expert tensor parallelism
+    does not cut are marked `whole_in_expert`: its ranks hold copies.
 
     Args:
         linear: whose adapters these are.
@@ -68,12 +76,16 @@ class ExpertFactors(nn.Module):
 
         self.lora_A = new(total, width)
         self.lora_B = nn.ParameterDict({part: new(self.part_rows[part], rank) for part, rank in self.ranks.items()})
+        by_row = [*self.lora_B.values()]
+        if settings.use_dora:
+            self.lora_magnitude = nn.ParameterDict({part: new(self.part_rows[part]) for part in self.adapter_parts})
+            by_row += self.lora_magnitude.values()
         for parameter in self.parameters():
             # As the experts' own weights: reduced among the ranks that hold the same experts.
             parameter.allreduce = False
-        for parameter in self.lora_B.values() if self.column else [self.lora_A]:
+        for parameter in by_row if self.column else [self.lora_A]:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 1 if self.column else 2, 1)
-        for parameter in [self.lora_A] if self.column else self.lora_B.values():
+        for parameter in [self.lora_A] if self.column else by_row:
             parameter.whole_in_expert = True
             # megatron's gradient norm leaves out copies by the dense layers' tensor-parallel rank, which says nothing
             # about experts: the first copy counts as a tensor of its own, the others as shared.
@@ -81,6 +93,11 @@ class ExpertFactors(nn.Module):
                 tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             else:
                 parameter.shared = True
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether magnitudes are trained."""
+        return hasattr(self, "lora_magnitude")
 
     def stacked_b(self) -> Tensor:
         """s B over all output rows of each expert's linear: [e, out, k r], zero where nothing adapts."""
@@ -113,6 +130,37 @@ class ExpertFactors(nn.Module):
                 x = nn.functional.dropout(x, self.dropout)
         return grouped_matmul(grouped_matmul(x, a, sizes), b, sizes)
 
+    @torch.no_grad()
+    def row_norms(self, weight: Callable[[int], Tensor]) -> Tensor:
+        """Norms of the rows of every local expert's W + s B A over the whole input, fp32 [e, out].
+
+        Args:
+            weight: number of a local expert -> its W on this rank.
+        """
+        b = self.stacked_b().float()
+        squares = torch.stack([squared_row_norms(weight(e), self.lora_A[e], b[e]) for e in range(self.num_experts)])
+        if not self.column and self.groups.expt_tp.size() > 1:
+            dist.all_reduce(squares, group=self.groups.expt_tp)
+        # A row of zeros has magnitude zero, and what it is divided by does not matter.
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def gains(self, norms: Tensor) -> Tensor:
+        """What each expert's outputs are multiplied by: magnitude / norm [e, out], 1 where nothing adapts.
+
+        Args:
+            norms: `row_norms`; they get no gradient, as in section 4.3 of the paper.
+        """
+        blocks = []
+        for part, own in self._by_part(norms).items():
+            adapted = part in self.lora_magnitude
+            blocks.append(self.lora_magnitude[part] / own if adapted else torch.ones_like(own))
+        gains = torch.cat(blocks, dim=1).to(self.lora_A.dtype)
+        shared = not self.column and self.groups.expt_tp.size() > 1
+        return sum_of_gradients(gains, self.groups.expt_tp) if shared else gains
+
+    def _by_part(self, rows: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.part_rows, rows.split([*self.part_rows.values()], dim=1)))
+
     def delta(self, index: int) -> Tensor:
         """The matrix that the adapter adds to one local expert's weight on this rank, fp32 [out, in]."""
         return self.stacked_b()[index].float() @ self.lora_A[index].float()
@@ -134,6 +182,13 @@ class ExpertFactors(nn.Module):
             factor.zero_()
 
     @torch.no_grad()
+    def initialize_magnitudes(self, norms: Tensor) -> None:
+        """Those of the weights, B being zero: at first the experts compute what they did."""
+        rows = self._by_part(norms)
+        for part, magnitude in self.lora_magnitude.items():
+            magnitude.copy_(rows[part])
+
+    @torch.no_grad()
     def fill(self, path: str, tensors: AdapterTensors) -> int:
         """Copy the local experts' adapters, cut to this rank; returns the number of tensors."""
         for index, name in enumerate(self.paths(path)):
@@ -141,7 +196,9 @@ class ExpertFactors(nn.Module):
                 adapter, start = tensors[name, part], self.starts[part]
                 self.lora_A[index, start : start + self.ranks[part]].copy_(self._columns(adapter.a))
                 self.lora_B[part][index].copy_(self._rows(adapter.b))
-        return self.num_experts * (1 + len(self.adapter_parts))
+                if self.uses_dora:
+                    self.lora_magnitude[part][index].copy_(self._rows(adapter.magnitude))
+        return self.num_experts * (1 + len(self.adapter_parts) * (2 if self.uses_dora else 1))
 
     def _columns(self, a: Tensor) -> Tensor:
         tp = self.groups.expt_tp
@@ -163,8 +220,9 @@ class ExpertFactors(nn.Module):
         experts = (lead, groups.ep.rank(), groups.ep.size())
         state = {}
         for name, parameter in self.named_parameters():
-            axis = {True: lead + 1, False: lead + 2}[name.startswith("lora_B")]
-            is_cut = name.startswith("lora_B") == self.column
+            by_row = name != "lora_A"
+            axis = lead + 1 if by_row else lead + 2
+            is_cut = by_row == self.column
             cut = [(axis, groups.expt_tp.rank(), groups.expt_tp.size())] if is_cut else []
             copies = (0, 0 if is_cut else groups.expt_tp.rank(), groups.expt_dp.rank())
             state[prefix + name] = ShardedTensor.from_rank_offsets(
@@ -192,8 +250,16 @@ class LoraExpertsMixin:
         """Those of the experts without adapters, and both factors of each adapted linear."""
         found = dict(super().operands())
         for name in filter(partial(hasattr, self), WEIGHTS):
-            found[f"{name}.a"], found[f"{name}.b"] = getattr(self, name).operands()
+            factors = getattr(self, name)
+            found[f"{name}.a"], found[f"{name}.b"] = factors.operands()
+            if factors.uses_dora:
+                found[f"{name}.gains"] = self.gains(name)
         return found
+
+    def gains(self, name: str) -> Tensor:
+        """What the outputs of one kind of linear are multiplied by (DoRA): [local experts, out]."""
+        factors = getattr(self, name)
+        return factors.gains(factors.row_norms(partial(self.dense_weight, name)))
 
     def outputs(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor, operands: Operands) -> Tensor:
         """As of the experts without adapters."""
@@ -205,7 +271,12 @@ class LoraExpertsMixin:
 
     def _with_adapter(self, name: str, x: Tensor, sizes: Tensor, operands: Operands) -> Tensor:
         out, factors = self.base_product(name, x, sizes, operands), getattr(self, name, None)
-        return out if factors is None else out + factors(x, sizes, operands[f"{name}.a"], operands[f"{name}.b"])
+        if factors is None:
+            return out
+        out = out + factors(x, sizes, operands[f"{name}.a"], operands[f"{name}.b"])
+        if not factors.uses_dora:
+            return out
+        return out * operands[f"{name}.gains"].repeat_interleave(sizes.to(out.device), 0, output_size=out.shape[0])
 
     @torch.no_grad()
     def merge_adapters(self) -> int:
@@ -214,9 +285,10 @@ class LoraExpertsMixin:
         for name in WEIGHTS:
             if (factors := getattr(self, name, None)) is None:
                 continue
-            for index in range(self.num_local_experts):
+            gains = self.gains(name).float()[..., None] if factors.uses_dora else [1.0] * self.num_local_experts
+            for index, gain in enumerate(gains):
                 weight = self.base_weight(name, index)
-                weight.copy_((weight.float() + factors.delta(index)).to(weight.dtype))
+                weight.copy_(((weight.float() + factors.delta(index)) * gain).to(weight.dtype))
                 count += 1
             delattr(self, name)
         # LoraGroupedExperts(LoraExpertsMixin, GroupedExperts): the last base is what it was.
@@ -241,6 +313,11 @@ class LoraGroupedExperts(LoraExpertsMixin, GroupedExperts):
         weights = getattr(self, WEIGHTS[name])
         return weights if index is None else weights[index]
 
+    def dense_weight(self, name: str, index: int) -> Tensor:
+        """The matrix of one local expert's linear [out, in]."""
+        weights = getattr(self, WEIGHTS[name])
+        return weights[index] if isinstance(weights, Tensor) else weights.expert(index)
+
     def base_product(self, name: str, x: Tensor, sizes: Tensor, operands: Operands) -> Tensor:
         """Tokens through the frozen linears."""
         return grouped_matmul(x, operands[WEIGHTS[name]], sizes)
@@ -252,6 +329,10 @@ class LoraSequentialExperts(LoraExpertsMixin, SequentialExperts):
     def base_weight(self, name: str, index: int | None = None) -> Any:
         """One local expert's weight."""
         return getattr(self.local_experts[index or 0], name).weight
+
+    def dense_weight(self, name: str, index: int) -> Tensor:
+        """The matrix of one local expert's linear [out, in]."""
+        return dense(self.base_weight(name, index))
 
     def base_product(self, name: str, x: Tensor, sizes: Tensor, operands: Operands) -> Tensor:
         """Tokens through the frozen linears."""

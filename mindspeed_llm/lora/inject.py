@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.experts import ADAPTED as ADAPTED_EXPERTS
 from mindspeed_llm.lora.experts import WEIGHTS, ExpertFactors
+from mindspeed_llm.lora.function import FrozenWeight
 from mindspeed_llm.lora.initial import initial_a
 from mindspeed_llm.lora.layers import LoraColumnParallelLinear, LoraMixin, LoraRowParallelLinear
 from mindspeed_llm.lora.replicated import LoraReplicatedLinear, LoraRouter
@@ -20,7 +23,7 @@ from mindspeed_llm.models.moe.router import Router
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.models.tensor_names import is_mtp, layer_index
 from mindspeed_llm.plan.adaptable import adaptable_modules, module_of
-from mindspeed_llm.plan.adapters import AdapterSettings, check_magnitudes
+from mindspeed_llm.plan.adapters import AdapterSettings
 
 # A linear -> what it becomes.
 ADAPTED: dict[type[nn.Module], type[LoraMixin]] = {
@@ -46,7 +49,6 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
     Raises:
         UserError: a targeted linear cannot be adapted.
     """
-    check_magnitudes(settings)
     linears = adaptable_modules(model.config.shape)
     names: list[str] = []
     for path, module in [*model.named_modules()]:
@@ -66,11 +68,8 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
             names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
             continue
         module.__class__ = adapted_class(module, path)
-        if settings.use_dora and module.weight.requires_grad:
-            raise UserError(
-                f"--use-dora: {path} is trained itself (--trainable), so its direction is not the adapter's alone; "
-                "legal: --trainable for other parameters; try: leave --use-dora out"
-            )
+        if settings.use_dora:
+            check_frozen(module.weight, path)
         module.add_adapter(linears[kind], settings)
         initialize_adapter(module, name, seed)
         names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
@@ -91,10 +90,27 @@ def inject_into_experts(
             continue
         if type(experts) in ADAPTED_EXPERTS:
             experts.__class__ = ADAPTED_EXPERTS[type(experts)]
+        if settings.use_dora:
+            check_frozen(experts.base_weight(name), f"{path}.{name}")
         factors = experts.add_adapter(linears[kind], settings)
         factors.initialize_adapter(whole + name, seed)
+        if factors.uses_dora:
+            factors.initialize_magnitudes(factors.row_norms(partial(experts.dense_weight, name)))
         names += [f"{path}.{name}.{n}" for n, _ in factors.named_parameters()]
     return names
+
+
+def check_frozen(weight: torch.Tensor | FrozenWeight, path: str) -> None:
+    """Refuse magnitudes (DoRA) beside a weight that is trained too.
+
+    Raises:
+        UserError: it is.
+    """
+    if isinstance(weight, torch.Tensor) and weight.requires_grad:
+        raise UserError(
+            f"--use-dora: {path} is trained itself (--trainable), so its direction is not the adapter's alone; "
+            "legal: --trainable for other parameters; try: leave --use-dora out"
+        )
 
 
 def layer_of(path: str, shape: ModelShape) -> int:

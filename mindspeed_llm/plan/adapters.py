@@ -154,20 +154,6 @@ def check_copied_embedding(shape: ModelShape, settings: AdapterSettings, layout:
         )
 
 
-def check_magnitudes(settings: AdapterSettings) -> None:
-    """Refuse magnitudes (DoRA) of experts: PEFT has none for them, nor transformers 5 linears that could have some.
-
-    Raises:
-        UserError: there are some.
-    """
-    if settings.use_dora and (experts := [module for module in settings.targets if module.startswith("experts.")]):
-        raise UserError(
-            f"lora: --use-dora with {experts[0]} is wrong, because experts have no magnitudes (nor in PEFT); legal: "
-            "targets without experts; try: --lora-exclude-modules experts.linear_fc1 experts.linear_fc2, or leave "
-            "--use-dora out"
-        )
-
-
 def check_combined(settings: AdapterSettings) -> None:
     """Refuse --lora-fusion-combine where no adapter is computed by it.
 

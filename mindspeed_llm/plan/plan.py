@@ -21,7 +21,6 @@ from mindspeed_llm.plan.adapters import (
     adapters_asked_for,
     check_combined,
     check_copied_embedding,
-    check_magnitudes,
     check_tied_embedding,
 )
 from mindspeed_llm.plan.base import check_base
@@ -164,7 +163,6 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
     if plan.holds_nf4:
         plan.rules += quantization_rules(shape, layout)
     if adapters is not None:
-        _try(problems, lambda: check_magnitudes(adapters), None)
         _try(problems, lambda: check_tied_embedding(shape, adapters), None)
         _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
         if config.lora.lora_fusion_combine:

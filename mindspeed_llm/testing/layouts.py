@@ -256,7 +256,10 @@ def _by_whole_names(name: str, value: Tensor, plan: Plan, chunk: int) -> Tensors
     experts = held_experts(name, (plan.shape.num_moe_experts or 0) // here.ep, here.ep_rank)
     if experts is None:
         return {name: value}
-    slices = [part.flatten(0, -2) if part.dim() > 2 else part for part in value.chunk(len(experts))]
+    slices = value.chunk(len(experts))
+    if ".lora_magnitude." in name:
+        slices = [part.flatten() for part in slices]
+    slices = [part.flatten(0, -2) if part.dim() > 2 else part for part in slices]
     return dict(zip(experts, slices, strict=True))
 
 

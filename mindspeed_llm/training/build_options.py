@@ -56,7 +56,8 @@ def is_built_on_host(plan: Plan) -> bool:
 
     Magnitudes of DoRA come from norms that tensor-parallel ranks add up, on their devices.
     """
-    summed = plan.adapters is not None and plan.adapters.use_dora and plan.tensor_parallel_size > 1
+    cut = plan.tensor_parallel_size > 1 or plan.layout.expert_tp > 1
+    summed = plan.adapters is not None and plan.adapters.use_dora and cut
     return plan.config.parallel.use_torch_fsdp2 and not summed
 
 

@@ -17,7 +17,8 @@ from mindspeed_llm.ops.adamw import FusedAdamW
 FULL_TUNING_LR = 1e-5
 DEFAULT_LR = 1e-4
 # What LoRA+ trains faster. PEFT's create_loraplus_optimizer puts vectors, which DoRA's magnitudes are, beside B too.
-FASTER = ("*.lora_B.*", "*.lora_magnitude.*")
+MAGNITUDES = "*.lora_magnitude.*"
+FASTER = ("*.lora_B.*", MAGNITUDES)
 
 
 def build_optimizer(
@@ -33,7 +34,8 @@ def build_optimizer(
 ) -> Any:
     """megatron-core's mixed-precision (or fp32, or distributed) AdamW over the trainable parameters of `chunks`.
 
-    Matrices get `weight_decay`, biases and norms none (megatron-core's own rule).
+    Matrices get `weight_decay`, biases and norms none (megatron-core's own rule), nor do DoRA's magnitudes, which are
+    matrices where they are those of several experts.
 
     Args:
         memory: where the state is kept, and in which form.
@@ -65,6 +67,7 @@ def build_optimizer(
     rule = {}
     if hasattr(megatron_optimizer, "get_standard_config_overrides"):  # since 0.16; 0.15 has the rule built in
         rule = {"config_overrides": megatron_optimizer.get_standard_config_overrides(settings)}
+        rule["config_overrides"][megatron_optimizer.ParamKey(name=MAGNITUDES)] = {"wd_mult": 0.0}
         if loraplus_lr_ratio != 1.0:
             rates = {"max_lr": learning_rate * loraplus_lr_ratio, "min_lr": config.min_lr * loraplus_lr_ratio}
             rule["config_overrides"][megatron_optimizer.ParamKey(name=FASTER)] = rates
@@ -72,6 +75,11 @@ def build_optimizer(
         raise UserError(
             f"--loraplus-lr-ratio: {loraplus_lr_ratio} is wrong, because this megatron-core knows one learning rate; "
             "legal: 1; try: megatron-core 0.16"
+        )
+    elif any(".lora_magnitude." in name and p.dim() > 1 for chunk in chunks for name, p in chunk.named_parameters()):
+        raise UserError(
+            "--use-dora: experts' magnitudes would decay like weights, because this megatron-core takes no exceptions; "
+            "legal: targets without experts; try: megatron-core 0.16"
         )
 
     def make() -> Any:

@@ -8,6 +8,7 @@ import pytest
 from mindspeed_llm.checkpoint.toy import make_toy
 from mindspeed_llm.testing.layouts import _Recorder as Recorder
 from mindspeed_llm.testing.layouts import assert_same, make_rows, train
+from mindspeed_llm.testing.mutations import MUTATIONS
 from mindspeed_llm.testing.pool import pool
 
 SEQUENCE = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -55,6 +56,42 @@ def test_adapters_of_experts_train_as_in_one_process(layout, experts, rows, alon
     world, flags = EXPERT_LAYOUTS[layout]
     found = pool(world).run(train, experts, LORA + flags, rows)[0]
     assert_same(found, alone)
+
+
+MAGNITUDES = LORA + "--use-dora --weight-decay 0.1 "
+MAGNITUDE_LAYOUTS = {
+    "tensor, experts, cut, grouped": f"{SEQUENCE} --expert-model-parallel-size 2 --moe-grouped-gemm",
+    "tensor, cut experts, recomputed": f"{SEQUENCE} --recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
+}
+
+
+@pytest.fixture(scope="module")
+def magnitudes_alone(experts, rows):
+    return pool(1).run(train, experts, MAGNITUDES, rows)[0]
+
+
+@pytest.mark.parametrize("layout", MAGNITUDE_LAYOUTS)
+def test_magnitudes_of_experts_train_as_in_one_process(layout, experts, rows, magnitudes_alone):
+    trained = [n for n, g in magnitudes_alone.gradients[0].items() if "local_experts" in n and "magnitude" in n]
+    assert len(trained) == 3 * 4 * 3  # of gate, up and down of four experts in three of the layers
+    world = 4 if "expert-model" in MAGNITUDE_LAYOUTS[layout] else 2
+    assert_same(pool(world).run(train, experts, MAGNITUDES + MAGNITUDE_LAYOUTS[layout], rows)[0], magnitudes_alone)
+
+
+@pytest.mark.parametrize("mistake", ["adapters of cut experts not summed", "norms of a rank's own columns"])
+def test_wrong_magnitudes_of_experts_are_noticed(mistake, experts, rows, magnitudes_alone):
+    flags = MAGNITUDES + SEQUENCE
+    with pytest.raises(AssertionError):
+        assert_same(pool(2).run(train_magnitudes_wrongly, mistake, experts, flags, rows)[0], magnitudes_alone)
+
+
+def train_magnitudes_wrongly(mistake, model, flags, rows):
+    """With a sum over the ranks of an expert left out."""
+    if mistake in MUTATIONS:
+        return train(model, flags, rows, mutation=mistake)
+    with mock.patch("mindspeed_llm.lora.experts.dist", SimpleNamespace(all_reduce=lambda tensor, group: None)):
+        return train(model, flags, rows)
 
 
 @pytest.fixture(scope="module")

@@ -69,3 +69,20 @@ def test_what_a_layout_saves_is_what_one_process_saves(
     assert float((found - expected).abs().max()) < 1e-3 * moved
     for logits in (hf_logits(experts, tmp_path / "peft"), hf_logits(tmp_path / "merged")):
         assert float((logits - found).abs().max()) < 1e-5 * float(found.abs().max())
+
+
+def test_magnitudes_of_cut_experts_are_saved_and_read_by_every_layout(
+    experts, rows, our_logits, hf_logits, convert_door, tmp_path
+):
+    """Two steps by one process, the third by two that share experts: the function of three steps by one."""
+    words, one, two = f"{TUNE} --load {experts} --data-path {rows}", tmp_path / "one", tmp_path / "two"
+    cache = str(tmp_path / "cache")
+    for more in (f"--use-dora --save {one}", f"--use-dora --save {two} --exit-interval 2"):
+        assert pool(1).run(tune_here, f"{words} {more}".split(), cache) == [0]
+    expected, before = our_logits(experts, one), our_logits(experts, two)
+    assert pool(2).run(tune_here, f"{words} --save {two} --lora-load {two} {SEQUENCE}".split(), cache) == [0, 0]
+    found, moved = our_logits(experts, two), float((expected - our_logits(experts)).abs().max())
+    assert float((expected - before).abs().max()) > 1e-2 * moved
+    assert float((found - expected).abs().max()) < 1e-3 * moved
+    convert_door(f"--load-dir {experts} --lora-load {two} --save-model-type hf --save-dir {tmp_path / 'merged'}")
+    assert float((hf_logits(tmp_path / "merged") - found).abs().max()) < 1e-5 * float(found.abs().max())

@@ -1,5 +1,7 @@
 """Adapters of experts: the formula expert by expert, what is trained and saved, and every way to apply them."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -75,9 +77,11 @@ def test_every_expert_has_factors_of_its_own(base, tuned_experts):
     assert ("decoder.layers.2.mlp.router", "gate") in adapters
 
 
-def test_stacked_experts_go_on_with_adapters_of_experts_one_by_one(base, tuned_experts, rows, post_train, tmp_path):
+@pytest.mark.parametrize("tuned", ["tuned_experts", "tuned_magnitudes"])
+def test_stacked_experts_go_on_with_adapters_of_experts_one_by_one(tuned, base, request, rows, post_train, tmp_path):
     import shutil
 
+    tuned_experts = request.getfixturevalue(tuned)
     run = f"{TUNE} {TARGETS} --load {base} --data-path {rows} --train-iters 4"
     found = []
     for name, more in (("one by one", ""), ("stacked", "--moe-grouped-gemm")):
@@ -89,19 +93,45 @@ def test_stacked_experts_go_on_with_adapters_of_experts_one_by_one(base, tuned_e
     assert one.keys() == other.keys() == before.keys()
     for place in one:
         assert torch.allclose(one[place].b, other[place].b, rtol=0, atol=1e-6)
+        if tuned == "tuned_magnitudes" and "router" not in place[0]:
+            assert torch.allclose(one[place].magnitude, other[place].magnitude, rtol=0, atol=1e-6)
     assert any(not torch.equal(one[place].b, before[place].b) for place in one)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_experts_with_adapters_are_the_formula(grouped):
+def test_experts_with_adapters_are_the_formula(grouped, dora):
     """Two local experts, gate and up with an A each, tokens of one and of both."""
     from mindspeed_llm.testing.pool import pool
 
-    assert pool(1).run(largest_difference, grouped)[0] < 1e-6
+    assert pool(1).run(largest_difference, grouped, dora)[0] < 1e-6
 
 
-def largest_difference(grouped):
-    """Of outputs and gradients of a layer of experts, from autograd of the written-out formula."""
+@pytest.mark.parametrize("mistake", ["gains", "row_norms"])
+def test_the_formula_notices_wrong_magnitudes(mistake):
+    """Gains of the other expert; norms of the weight without its adapter."""
+    from mindspeed_llm.testing.pool import pool
+
+    assert pool(1).run(largest_difference, True, True, mistake)[0] > 1e-2
+
+
+def largest_difference(grouped, dora, mistake=None):
+    """`difference_from_formula`, with a mistake in a method of ExpertFactors."""
+    from mindspeed_llm.lora.experts import ExpertFactors
+
+    gains = ExpertFactors.gains
+    mistakes = {
+        "gains": lambda factors, of: gains(factors, of).flip(0),
+        "row_norms": lambda factors, weight: torch.stack([weight(0).norm(dim=1), weight(1).norm(dim=1)]),
+    }
+    if mistake is None:
+        return difference_from_formula(grouped, dora)
+    with mock.patch.object(ExpertFactors, mistake, mistakes[mistake]):
+        return difference_from_formula(grouped, dora)
+
+
+def difference_from_formula(grouped, dora):
+    """Of outputs and gradients of a layer of experts, from autograd of the written-out formula in fp64."""
     from mindspeed_llm.lora.inject import inject_adapters
     from mindspeed_llm.models.build import BuildOptions, build_model
     from mindspeed_llm.models.moe.experts import Experts
@@ -116,7 +146,8 @@ def largest_difference(grouped):
     model = build_model(shape, BuildOptions(experts=ExpertOptions(grouped_gemm=grouped), vocab_divisible_by=1))
     model.requires_grad_(False)
     targets = {"experts.linear_fc1": ("gate_proj", "up_proj"), "experts.linear_fc2": ()}
-    inject_adapters(model, AdapterSettings(3, 6.0, 0.0, targets, ranks={"experts.linear_fc1/up_proj": 2}))
+    ranks = {"experts.linear_fc1/up_proj": 2}
+    inject_adapters(model, AdapterSettings(3, 6.0, 0.0, targets, ranks=ranks, use_dora=dora))
     experts = next(module for module in model.modules() if isinstance(module, Experts))
     generator = torch.Generator().manual_seed(3)
     for parameter in experts.parameters():
@@ -134,24 +165,28 @@ def largest_difference(grouped):
         ]
     )
     expected_grads = torch.autograd.grad(expected.square().sum(), [x, *trained])
+    assert expected.dtype == torch.float64
     pairs = [(out, expected), *zip(grads, expected_grads)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def written_out(experts, e, x, weights):
-    """One expert with W + s B A in the place of W."""
+    """One expert with W + s B A in the place of W, its rows of the trained length with DoRA; in fp64."""
     one, two = experts.linear_fc1, experts.linear_fc2
-    a_gate, a_up = one.lora_A[e].split([3, 2])
-    gate = one.lora_B["gate_proj"][e] @ a_gate * (6.0 / 3)
-    up = one.lora_B["up_proj"][e] @ a_up * (6.0 / 2)
-    index = () if experts.base_weight("linear_fc1").dim() == 2 else (e,)
-    if index:
-        first, second = experts.base_weight("linear_fc1", e), experts.base_weight("linear_fc2", e)
-    else:
-        first, second = experts.local_experts[e].linear_fc1.weight, experts.local_experts[e].linear_fc2.weight
-    hidden = x @ (first + torch.cat([gate, up])).t()
-    gated = torch.nn.functional.silu(hidden[:, :24]) * hidden[:, 24:] * weights[:, None]
-    return gated @ (second + two.lora_B["down_proj"][e] @ two.lora_A[e] * 2.0).t()
+    a_gate, a_up = one.lora_A[e].double().split([3, 2])
+    gate = one.lora_B["gate_proj"][e].double() @ a_gate * (6.0 / 3)
+    up = one.lora_B["up_proj"][e].double() @ a_up * (6.0 / 2)
+    down = two.lora_B["down_proj"][e].double() @ two.lora_A[e].double() * 2.0
+    first = experts.dense_weight("linear_fc1", e).double() + torch.cat([gate, up])
+    second = experts.dense_weight("linear_fc2", e).double() + down
+    if one.uses_dora:
+        lengths = torch.cat([one.lora_magnitude[part][e] for part in ("gate_proj", "up_proj")]).double()
+        first = first / first.detach().norm(dim=1, keepdim=True) * lengths[:, None]
+        lengths = two.lora_magnitude["down_proj"][e].double()
+        second = second / second.detach().norm(dim=1, keepdim=True) * lengths[:, None]
+    hidden = x.double() @ first.t()
+    gated = torch.nn.functional.silu(hidden[:, :24]) * hidden[:, 24:] * weights[:, None].double()
+    return gated @ second.t()
 
 
 def test_nothing_of_a_frozen_model_with_experts_has_a_gradient_buffer(base, rows, tmp_path):
@@ -179,9 +214,71 @@ def counts(base):
     )
 
 
-def test_magnitudes_of_experts_are_refused(base, rows, post_train):
-    with pytest.raises(UserError, match="--use-dora with experts.linear_fc1 is wrong"):
-        post_train(TUNE, f"--load {base} --data-path {rows} --train-iters 1 --use-dora --dry-run")
+def test_magnitudes_of_experts_do_not_decay(base):
+    from mindspeed_llm.testing.pool import pool
+
+    (found,) = pool(1).run(decays, str(base))
+    assert found == {("lora_A", True), ("lora_B", True), ("lora_magnitude", False)}
+
+
+def decays(base):
+    """(kind of parameter, whether it decays) of all adapters of experts."""
+    from mindspeed_llm.testing.layouts import _plan
+    from mindspeed_llm.training.run import make_optimizer
+    from mindspeed_llm.training.setup import build, start_processes
+
+    words = "--micro-batch-size 1 --lora-r 4 --lora-target-modules gate_proj experts.linear_fc2 --use-dora"
+    plan = _plan(base, f"{words} --weight-decay 0.1", 4, 1, "posttrain")
+    start_processes(plan)
+    built = build(plan)
+    optimizer, _ = make_optimizer(plan, built, 1)
+    names = {p: name for chunk in built.chunks for name, p in chunk.named_parameters()}
+    return {
+        ("lora_" + names[p].split(".lora_")[1].split(".")[0], group["wd_mult"] > 0)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if ".experts." in names[p]
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned_magnitudes(base, rows, post_train, tmp_path_factory):
+    """Adapters with magnitudes, which three steps moved, of experts in one grouped product."""
+    out = tmp_path_factory.mktemp("tuned_magnitudes") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINDSPEED_LLM_CACHE", str(out.parent / "cache"))
+        words = f"--load {base} --data-path {rows} --train-iters 3 --save {out} --use-dora --moe-grouped-gemm"
+        post_train(TUNE, TARGETS, words)
+    return out
+
+
+def test_magnitudes_of_experts_are_one_function(base, tuned_magnitudes, our_logits, hf_logits, convert_door, tmp_path):
+    words = f"--load-dir {base} --lora-load {tuned_magnitudes} --save-dir"
+    convert_door(f"{words} {tmp_path / 'merged'} --save-model-type hf")
+    beside = our_logits(base, tuned_magnitudes)
+    assert distance(our_logits(base, tuned_magnitudes, merge=True), beside) < TOLERANCE
+    assert distance(hf_logits(tmp_path / "merged"), beside) < TOLERANCE
+    moved = [a.magnitude for (path, _), a in adapters_in(tuned_magnitudes, base).items() if "local_experts" in path]
+    assert len(moved) == 2 * 4 * 3 and all(magnitude.dim() == 1 for magnitude in moved)
+    with pytest.raises(
+        UserError, match="--use-dora with mlp.experts.* cannot be exported, because PEFT has no magnitudes"
+    ):
+        convert_door(f"{words} {tmp_path / 'peft'} --save-lora-to-hf")
+
+
+def test_a_magnitude_of_one_expert_that_is_lost_is_noticed(base, tuned_magnitudes, our_logits, monkeypatch):
+    """The comparison above sees an expert whose magnitudes are another's."""
+    from mindspeed_llm.lora.experts import ExpertFactors
+
+    beside, gains = our_logits(base, tuned_magnitudes), ExpertFactors.gains
+    monkeypatch.setattr(ExpertFactors, "gains", lambda factors, norms: gains(factors, norms).roll(1, 0))
+    assert distance(our_logits(base, tuned_magnitudes), beside) > 10 * TOLERANCE
+
+
+def test_magnitudes_beside_trained_experts_are_refused(base, rows, post_train):
+    words = f"{TARGETS} --load {base} --data-path {rows} --train-iters 1 --use-dora --trainable local_experts"
+    with pytest.raises(UserError, match="--use-dora: .*experts.* is trained itself"):
+        post_train(TUNE, words)
 
 
 def test_combining_with_weights_is_for_dense_linears(base, rows, post_train):

@@ -57,7 +57,7 @@ def tuned_on_nf4(base, post_train, rows, tmp_path_factory):
     return out
 
 
-def adapted(directory, quantized, targets=("all-linear",), grouped=False, dropout=0.0, recompute=None):
+def adapted(directory, quantized, targets=("all-linear",), grouped=False, dropout=0.0, recompute=None, dora=False):
     """A model with adapters on NF4, or on the numbers that it stands for."""
     from mindspeed_llm.checkpoint.hf import HfSource
     from mindspeed_llm.checkpoint.load import load_into
@@ -82,7 +82,8 @@ def adapted(directory, quantized, targets=("all-linear",), grouped=False, dropou
     load_into(model, source if quantized else DequantizedSource(source), quiet=True)
     model.requires_grad_(False)
     found = resolve_targets(list(targets), source.shape)
-    inject_adapters(model, AdapterSettings(rank=4, alpha=8.0, dropout=dropout, targets=found.targets))
+    settings = AdapterSettings(rank=4, alpha=8.0, dropout=dropout, targets=found.targets, use_dora=dora)
+    inject_adapters(model, settings)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(5)
         for name, parameter in model.named_parameters():
@@ -122,10 +123,11 @@ def test_linears_without_an_adapter_are_in_nf4_too(base, targets):
     assert all(torch.allclose(gradients[n], wanted[n], rtol=1e-4, atol=1e-6) for n in wanted)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_experts_in_nf4_compute_what_the_dequantised_do(experts, grouped):
-    loss, gradients = loss_and_gradients(adapted(experts, True, grouped=grouped))
-    expected, wanted = loss_and_gradients(adapted(experts, False, grouped=grouped))
+@pytest.mark.parametrize("grouped, dora", [(False, False), (True, False), (False, True), (True, True)])
+def test_experts_in_nf4_compute_what_the_dequantised_do(experts, grouped, dora):
+    loss, gradients = loss_and_gradients(adapted(experts, True, grouped=grouped, dora=dora))
+    expected, wanted = loss_and_gradients(adapted(experts, False, grouped=grouped, dora=dora))
+    assert dora == any("experts.linear_fc1.lora_magnitude" in name for name in wanted)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     assert all(torch.allclose(gradients[n], wanted[n], rtol=1e-4, atol=1e-6) for n in wanted)
 
