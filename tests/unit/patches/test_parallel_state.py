@@ -54,6 +54,62 @@ def test_without_the_patch_they_pile_up():
     assert last[0] >= 2 * first[0] > 0 and last[1] == TIMES * first[1] > 0
 
 
+@pytest.mark.parametrize("search", [True, False])
+def test_a_model_that_nobody_uses_keeps_no_threads(search):
+    """Such a model is a cycle; with nobody looking for cycles its group, and the threads of it, stay."""
+    ((threads, searches),) = pool(1).run(threads_of_a_lost_model, search)
+    assert searches == 1 and (threads == 0) == search
+
+
+def test_cycles_are_looked_for_only_where_a_group_is_left():
+    assert pool(1).run(searches_without_a_model) == [0]
+
+
+def threads_of_a_lost_model(search):
+    """Threads left by a parallel state one group of which a cycle refers to, and how often cycles were looked for."""
+    from megatron.core import parallel_state
+
+    def lose_a_model():
+        cycle = {"group": parallel_state.get_tensor_model_parallel_group()}
+        cycle["self"] = cycle
+
+    return _with_searches_counted(lose_a_model, search)
+
+
+def searches_without_a_model():
+    return _with_searches_counted(lambda: None, True)[1]
+
+
+def _with_searches_counted(between, search):
+    import gc
+
+    from megatron.core import parallel_state
+
+    from mindspeed_llm import patches
+    from mindspeed_llm.parallel.setup import release_groups
+
+    def count(*args):
+        searched.append(1)
+        return plain(*args) if search else 0
+
+    patches.apply()
+    release_groups()
+    parallel_state.initialize_model_parallel()
+    parallel_state.destroy_model_parallel()
+    threads, searched, plain = len(os.listdir("/proc/self/task")), [], gc.collect
+    parallel_state.initialize_model_parallel()
+    between()
+    gc.disable()
+    gc.collect = count
+    try:
+        parallel_state.destroy_model_parallel()
+        return len(os.listdir("/proc/self/task")) - threads, len(searched)
+    finally:
+        gc.collect = plain
+        gc.enable()
+        plain()
+
+
 def test_groups_of_the_program_stay():
     assert pool(1).run(own_group_after_the_end) == [2.0]
 
