@@ -36,7 +36,8 @@ STAGES = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
     "tensor, whole linears": (2, "fused", SEQUENCE),
     "tensor, parts": (2, "parts", SEQUENCE),
-    "pipeline": (2, "parts", STAGES),
+    "uneven pipeline": (2, "parts", f"{STAGES} --num-layer-list 3,1"),
+    "pipeline with empty places": (2, "parts", f"{STAGES} --noop-layers 0,5"),
     "tensor, interleaved pipeline": (4, "fused", f"{SEQUENCE} {STAGES} --num-layers-per-virtual-pipeline-stage 1"),
 }
 

@@ -358,3 +358,14 @@ def test_magnitudes_start_as_the_norms_of_the_rows(built):
         torch.testing.assert_close(module.gains(), torch.ones(module.weight.shape[0]), rtol=1e-6, atol=1e-6)
         stacked = module.stacked_rows(dict(module.lora_magnitude), torch.ones)
         torch.testing.assert_close(stacked, module.weight.norm(dim=1), rtol=1e-6, atol=1e-6)
+
+
+def test_the_seed_draws_the_factors(built):
+    """--seed reaches the initial factors, and nothing else does: the same seed gives the same."""
+    drawn = []
+    for seed in (1, 2, 1):
+        _, model = built(f"--lora-r 4 --lora-target-modules q_proj --seed {seed}")
+        drawn.append([p.detach().clone() for n, p in model.chunks[0].named_parameters() if n.endswith("lora_A")])
+    assert len(drawn[0]) == 4
+    assert all(torch.equal(one, again) and not torch.equal(one, other) for one, other, again in zip(*drawn))
+    assert len({one.sum().item() for one in drawn[0]}) == 4, "every layer draws for itself"
