@@ -51,7 +51,7 @@ def answers(path, tensor_parallel, adapters):
     return [loaded.answer(ids, GenerationSettings(max_new_tokens=12, **way), 3) for way in WAYS]
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("adapters", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_ranks_answer_as_one(tmp_path, adapters):
     path = str(make_toy("qwen3", tmp_path))
     [alone] = pool(1).run(answers, path, 1, adapters)
@@ -60,6 +60,7 @@ def test_two_ranks_answer_as_one(tmp_path, adapters):
     assert alone[0] == alone[-1] != alone[1]
 
 
+@pytest.mark.slow
 def test_adapters_change_the_answers(tmp_path):
     path = str(make_toy("qwen3", tmp_path))
     [plain], [adapted] = pool(1).run(answers, path, 1, False), pool(1).run(answers, path, 1, True)

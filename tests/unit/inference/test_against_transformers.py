@@ -69,15 +69,15 @@ def test_greedy_tokens_are_those_of_transformers(load, reference, family, penalt
     "options",
     [
         dict(num_beams=2),
-        dict(num_beams=4),
+        pytest.param(dict(num_beams=4), marks=pytest.mark.slow),
         dict(num_beams=3, length_penalty=2.0),
-        dict(num_beams=3, length_penalty=-1.0),
-        dict(num_beams=3, length_penalty=0.0),
+        pytest.param(dict(num_beams=3, length_penalty=-1.0), marks=pytest.mark.slow),
+        pytest.param(dict(num_beams=3, length_penalty=0.0), marks=pytest.mark.slow),
         dict(num_beams=3, repetition_penalty=1.2),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_beam_search_is_that_of_transformers(load, reference, family, options):
     loaded, model = load(family), reference(family)
     assert ours(loaded, PROMPTS[:2], **options) == theirs(model, loaded, PROMPTS[:2], (), **options)

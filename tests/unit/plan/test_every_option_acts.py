@@ -203,6 +203,7 @@ CASES: dict[str, Case] = {
     "use_fused_rmsnorm": case(False),
     "use_fused_swiglu": case(False),
     "use_fused_rotary_pos_emb": case(False),
+    "compile_operators": case(True),
     "gradient_accumulation_fusion": case(True),
     "use_ascend_coc": case(True, **CUT),
     "coc_parallel_num": case(4, before=2, **CUT, use_ascend_coc=True),
@@ -385,6 +386,12 @@ ELSEWHERE = {
 }
 DOORS = ("pretrain", "posttrain")
 OPTIONS = [(door, o.name) for door in DOORS for o in door_options(door)]
+# What several doors have is tried at each of them, and at the first one in the short suite.
+PERTURBED = [
+    pytest.param(door, name, marks=() if name not in {n for _, n in OPTIONS[:i]} else pytest.mark.slow)
+    for i, (door, name) in enumerate(OPTIONS)
+    if name in CASES
+]
 
 
 def test_no_option_is_forgotten_or_listed_twice():
@@ -585,7 +592,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
     return False, seen | {"calls": list(recorder.calls)}
 
 
-@pytest.mark.parametrize("door, name", [pair for pair in OPTIONS if pair[1] in CASES])
+@pytest.mark.parametrize("door, name", PERTURBED)
 def test_option_acts(door, name, places, prepared, toy_llama, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     recorder = Recorder(monkeypatch, toy_llama)
