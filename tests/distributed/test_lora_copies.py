@@ -26,6 +26,7 @@ COPIES = {
     "experts, of replicas": (4, "experts", "--expert-model-parallel-size 2", "experts.linear_fc2.lora_B.down_proj", 2),
     "tensor in experts, first": (2, "experts", SEQUENCE, "experts.linear_fc1.lora_A", 1),
     "tensor in experts, second": (2, "experts", SEQUENCE, "experts.linear_fc2.lora_B.down_proj", 0),
+    "tensor in experts, magnitudes": (2, "experts", f"{SEQUENCE} --use-dora", "fc2.lora_magnitude.down_proj", 1),
     "tensor in experts, experts": (4, "experts", f"{SEQUENCE} --expert-model-parallel-size 2", "fc1.lora_A", 3),
 }
 

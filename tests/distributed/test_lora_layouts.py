@@ -196,7 +196,7 @@ def gradient_norms(*arguments):
 
 @pytest.mark.parametrize("layout", ["tensor, experts, cut, grouped", "tensor, experts, whole", "experts, replicas"])
 def test_every_factor_counts_once_in_the_gradient_norm(layout, experts, rows):
-    words = LORA + "--lr 1e-6 "
+    words = MAGNITUDES + "--lr 1e-6 "
     expected = pool(1).run(gradient_norms, experts, words, rows, 2, "adamw")[0]
     world, flags = EXPERT_LAYOUTS[layout]
     for found in pool(world).run(gradient_norms, experts, words + flags, rows, 2, "adamw"):

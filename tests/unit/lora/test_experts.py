@@ -189,19 +189,20 @@ def written_out(experts, e, x, weights):
     return gated @ second.t()
 
 
-def test_nothing_of_a_frozen_model_with_experts_has_a_gradient_buffer(base, rows, tmp_path):
+@pytest.mark.parametrize("variant", ["", "--use-dora"])
+def test_nothing_of_a_frozen_model_with_experts_has_a_gradient_buffer(variant, base):
     from mindspeed_llm.testing.pool import pool
 
-    trained, buffered, adapters = pool(1).run(counts, str(base))[0]
+    trained, buffered, adapters = pool(1).run(counts, str(base), variant)[0]
     assert trained == buffered == adapters > 0
 
 
-def counts(base):
+def counts(base, variant):
     """Parameters that require gradients, that have a place in a gradient buffer, and of adapters."""
     from mindspeed_llm.testing.layouts import _plan
     from mindspeed_llm.training.setup import build, start_processes
 
-    words = "--micro-batch-size 1 --lora-r 4 --lora-target-modules all-linear all-router"
+    words = f"--micro-batch-size 1 --lora-r 4 --lora-target-modules all-linear all-router {variant}"
     plan = _plan(base, words, 4, 1, "posttrain")
     start_processes(plan)
     built = build(plan)
