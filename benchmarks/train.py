@@ -16,6 +16,9 @@ one JSON line.
     peer_packed_mask            packed rows, SDPA with the mask transformers makes from positions
     peer_packed_documents       packed rows, SDPA document by document
     ..._keep                    the same with freed memory kept, as --cpu-allocator keep does
+    ours_packed_compiled        the same with --compile-operators
+
+On a machine that others use, too, `tokens_per_cpu_second` with `--threads 1` tells more than what passes on the clock.
 """
 
 from __future__ import annotations
@@ -56,11 +59,14 @@ LORA_RANK, LEARNING_RATE = 16, 1e-4
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODES = ("pretrain", "full", "lora", "start")
 AIMS = {"packed": 1.5, "padded": 2.5, "pretrain_share_of_matmul_rate": 0.6, "seconds_to_first_iteration": 15}
-# Side -> (program, what becomes of freed memory in its process).
+# What is set for a process -> our flags for it; the peer knows "keep", too.
+SETTINGS = {"system": "--cpu-allocator system", "keep": "--cpu-allocator keep", "compiled": "--compile-operators"}
+# Side -> (program, setting of its process).
 SIDES = {
     "ours_joined": ("ours", "system"),
     "ours_packed": ("ours", "system"),
     "ours_packed_keep": ("ours", "keep"),
+    "ours_packed_compiled": ("ours", "compiled"),
     "peer_padded": ("peer", "system"),
     "peer_grouped": ("peer", "system"),
     "peer_packed_mask": ("peer", "system"),
@@ -71,7 +77,7 @@ SIDES = {
 
 
 # What pre-training has of them: its rows are full.
-FULL_ROWS = ("ours_packed", "peer_packed_mask", "peer_packed_documents")
+FULL_ROWS = ("ours_packed", "ours_packed_compiled", "peer_packed_mask", "peer_packed_documents")
 
 
 def full_rows(vocab_size: int, seed: int) -> list[dict[str, np.ndarray]]:
@@ -105,10 +111,10 @@ class Ours:
 
     Args:
         mode: "lora", "full" or "pretrain".
-        allocator: --cpu-allocator.
+        setting: one of `SETTINGS`.
     """
 
-    def __init__(self, directory: str, mode: str, threads: int, allocator: str = "system") -> None:
+    def __init__(self, directory: str, mode: str, threads: int, setting: str = "system") -> None:
         from mindspeed_llm.config.parser import parse
         from mindspeed_llm.plan.plan import resolve
         from mindspeed_llm.training.run import make_optimizer
@@ -118,7 +124,7 @@ class Ours:
         words = f"--load {directory} --data-path none --bf16 --lr {LEARNING_RATE} --lr-decay-style constant "
         words += f"--weight-decay 0.01 --seq-length {PACKED_ROW} --global-batch-size {self.batch} --eval-iters 0 "
         words += f"--micro-batch-size {micro_batch} --num-threads {threads} --train-iters 1000000 "
-        words += f"--cpu-allocator {allocator}"
+        words += SETTINGS[setting]
         if mode == "lora":
             words += (
                 f" --lora-r {LORA_RANK} --lora-alpha {2 * LORA_RANK} --lora-target-modules {' '.join(LORA_TARGETS)}"
@@ -182,19 +188,20 @@ def model_flops(shape: Any, samples: list, mode: str) -> float:
     )
 
 
-def runs_of(program: str, allocator: str, directory: str, mode: str, samples: list, threads: int) -> dict[str, Any]:
+def runs_of(program: str, setting: str, directory: str, mode: str, samples: list, threads: int) -> dict[str, Any]:
     """Side -> what runs its round and returns the first step's loss, for the sides of one process."""
     steps = groups(samples, GLOBAL_BATCH)
     micro, rows = [groups(s, MICRO_BATCH) for s in steps], [packed_rows(s) for s in steps]
     if program == "ours":
-        ours = Ours(directory, mode, threads, allocator)
-        loops = {"ours_joined": ours.loop(micro), "ours_packed": ours.loop(rows), "ours_packed_keep": ours.loop(rows)}
+        ours = Ours(directory, mode, threads, setting)
+        names = ("ours_packed", "ours_packed_keep", "ours_packed_compiled")
+        loops = {"ours_joined": ours.loop(micro), **{name: ours.loop(rows) for name in names}}
         return {name: lambda loop=loop: [loop.step()[0].loss for _ in steps][0] for name, loop in loops.items()}
     from peer import MASKED, PER_DOCUMENT, Peer, document_batch, packed_batch, padded_batch
 
     from mindspeed_llm.accelerator import host_allocator
 
-    if allocator == "keep":
+    if setting == "keep":
         host_allocator.keep_freed_memory()
     peer = Peer(directory, LORA_TARGETS if mode == "lora" else (), LORA_RANK, LEARNING_RATE)
     kinds = {
@@ -210,21 +217,23 @@ def runs_of(program: str, allocator: str, directory: str, mode: str, samples: li
 
 def serve(args: argparse.Namespace, samples: list, answers: Any) -> None:
     """Run the sides whose names arrive, a line each, and answer with loss and peak memory of each."""
-    program, allocator = args.serve
-    runs = runs_of(program, allocator, args.directory, args.mode[0], samples, args.threads)
+    program, setting = args.serve
+    runs = runs_of(program, setting, args.directory, args.mode[0], samples, args.threads)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted from here
+        begin = time.process_time()
         loss = runs[line.strip()]()
+        spent = time.process_time() - begin
         [peak] = [w.split()[1] for w in Path("/proc/self/status").read_text().splitlines() if w.startswith("VmHWM")]
-        print(json.dumps({"loss": loss, "peak_mib": int(peak) / 1024}), file=answers, flush=True)
+        print(json.dumps({"loss": loss, "cpu_seconds": spent, "peak_mib": int(peak) / 1024}), file=answers, flush=True)
 
 
 class Process:
     """A process that serves sides."""
 
-    def __init__(self, program: str, allocator: str, directory: str, mode: str, args: argparse.Namespace) -> None:
-        words = [sys.executable, __file__, "--serve", program, allocator, "--directory", directory, "--mode", mode]
+    def __init__(self, program: str, setting: str, directory: str, mode: str, args: argparse.Namespace) -> None:
+        words = [sys.executable, __file__, "--serve", program, setting, "--directory", directory, "--mode", mode]
         words += ["--threads", str(args.threads), "--samples", str(args.samples), "--seed", str(args.seed)]
         words += ["--quick"] * args.quick
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -283,12 +292,17 @@ def summary(
     pairs = {
         "packed_over_fastest_packed_peer": (packed, "ours_packed"),
         "packed_over_fastest_packed_peer_both_keep": (kept, "ours_packed_keep"),
+        "packed_compiled_over_packed": ("ours_packed", "ours_packed_compiled"),
         "joined_over_padded_peer": ("peer_padded", "ours_joined"),
         "joined_over_grouped_peer": ("peer_grouped", "ours_joined"),
         "packed_over_padded_peer": ("peer_padded", "ours_packed"),
     }
     return {
         "tokens_per_second": {n: round(tokens / statistics.median(s), 1) for n, s in seconds.items()},
+        "tokens_per_cpu_second": {
+            name: round(tokens / statistics.median(a["cpu_seconds"] for a in given[1:]), 1)
+            for name, given in answers.items()
+        },
         **{k: round(median_ratio(seconds[a], seconds[b]), 2) for k, (a, b) in pairs.items() if {a, b} <= set(seconds)},
         "share_of_matmul_rate": {
             n: round(statistics.median(flops / t / r for t, r in zip(s, rates)), 3) for n, s in seconds.items()

@@ -85,7 +85,7 @@ def _devices():
     from rich.table import Table
 
     from mindspeed_llm import accelerator
-    from mindspeed_llm.accelerator import host_allocator
+    from mindspeed_llm.accelerator import host_allocator, host_compiler
 
     current = accelerator.current()
     table = Table(title="devices", title_justify="left", show_header=False)
@@ -99,6 +99,7 @@ def _devices():
     peak = current.peak_flops(torch.bfloat16)
     table.add_row("bf16 peak", f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown: no MFU in the log")
     table.add_row("CPU memory", host_allocator.describe())
+    table.add_row("C++ compiler", host_compiler.describe())
     table.add_row("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     return table
 

@@ -24,6 +24,12 @@ class OperatorConfig:
     )
     use_fused_swiglu: bool = option(True, help="gate of an MLP as one operator", level="advanced")
     use_fused_rotary_pos_emb: bool = option(True, help="rotary embedding as one operator", level="advanced")
+    compile_operators: bool = option(
+        help="norms, gates, rotary embedding and NF4 as kernels compiled for this CPU, which takes some seconds when a "
+        "run begins; needs a C++ compiler",
+        level="advanced",
+        doors=TRAINING_DOORS,
+    )
     gradient_accumulation_fusion: bool = option(
         help="add weight gradients to their fp32 sums inside the matrix product",
         level="expert",

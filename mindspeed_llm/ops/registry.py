@@ -20,6 +20,7 @@ class Implementation:
         function: the callable, with the operator's signature.
         devices: device types it runs on; () means all.
         requires: Python packages it needs.
+        unless: says why it cannot run here beyond that, None when it can.
         priority: the highest available one is chosen when the user names none.
     """
 
@@ -29,13 +30,16 @@ class Implementation:
     devices: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     priority: int = 0
+    unless: Callable[[], str | None] | None = None
 
     def missing(self, device_type: str) -> str | None:
         """Why it cannot run on this device, None when it can."""
         if self.devices and device_type not in self.devices:
             return f"it runs on {', '.join(self.devices)} and the device is {device_type}"
         absent = [package for package in self.requires if importlib.util.find_spec(package) is None]
-        return f"it needs the package {', '.join(absent)}" if absent else None
+        if absent:
+            return f"it needs the package {', '.join(absent)}"
+        return None if self.unless is None else self.unless()
 
 
 # The plain formula of an operator is registered under this name; it is used only when selected.
@@ -52,6 +56,7 @@ def register(
     devices: tuple[str, ...] = (),
     requires: tuple[str, ...] = (),
     priority: int = 0,
+    unless: Callable[[], str | None] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorator: enter a function as an implementation of `operator`."""
 
@@ -59,7 +64,7 @@ def register(
         entries = _implementations.setdefault(operator, [])
         if any(entry.name == name for entry in entries):
             raise ValueError(f"operator {operator} has an implementation called {name} already")
-        entries.append(Implementation(operator, name, function, devices, requires, priority))
+        entries.append(Implementation(operator, name, function, devices, requires, priority, unless))
         return function
 
     return enter

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import host_allocator, host_compiler
 from mindspeed_llm.config.lora import LoraConfig
-from mindspeed_llm.config.operators import OperatorConfig
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.plan.fully_sharded import fully_sharded_problems
 from mindspeed_llm.plan.guarding import guarding_problems
@@ -258,7 +257,7 @@ def _device_problems(config: RunConfig) -> list[str]:
     device = accelerator.current().name if config.runtime.device == "auto" else config.runtime.device
     given = [n for n in ("npu_deterministic", "hccl_group_buffer", "use_ascend_mc2") if config.get(n)]
     problems = _allocator_problems(config.runtime.cpu_allocator, device)
-    problems += _compiler_problems(config.operators, device)
+    problems += _compiler_problems(config, device)
     if device == "npu":
         return problems + _chip_problems(config)
     return problems + [
@@ -275,12 +274,13 @@ def _allocator_problems(wanted: str, device: str) -> list[str]:
     return [f"--cpu-allocator: {wanted} is wrong, because {reason}; legal: system"] if reason else []
 
 
-def _compiler_problems(options: OperatorConfig, device: str) -> list[str]:
-    if not options.compile_operators:
+def _compiler_problems(config: RunConfig, device: str) -> list[str]:
+    o = config.operators
+    if not o.compile_operators:
         return []
     if device != "cpu":
         return [f"--compile-operators has a meaning on a CPU only, and the device is {device}; leave the flag out"]
-    if not (options.use_fused_rmsnorm or options.use_fused_swiglu or options.use_fused_rotary_pos_emb):
+    if not (o.use_fused_rmsnorm or o.use_fused_swiglu or o.use_fused_rotary_pos_emb or config.lora.qlora):
         return ["--compile-operators has no meaning when norms, gates and rotary embedding are the plain references"]
     reason = host_compiler.why_not()
     return [f"--compile-operators cannot be had, because {reason}; leave the flag out"] if reason else []

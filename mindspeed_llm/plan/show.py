@@ -151,6 +151,8 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
         ("positions", f"{s.max_position_embeddings:,}, rope {(s.rope_scaling or {}).get('rope_type', 'default')}"),
         ("precision", plan.dtype_name + (", linears of the layers in NF4 (--qlora)" if plan.holds_nf4 else "")),
     ]
+    if plan.config.operators.compile_operators:
+        rows.append(("operators", "norms, gates, rotary embedding and NF4 compiled for this CPU where they are fused"))
     if plan.adapters is not None:
         rows.append(("LoRA", adapter_line(plan)))
     return rows

@@ -128,10 +128,13 @@ ADAMW_STEPS = {"fused_adamw": None, "fused_torch_adamw": "torch-fused", "adamw":
 def choose_operators(plan: Plan) -> None:
     """Use the plain reference of every operator that is switched off, and the best form of the others."""
     from mindspeed_llm import ops
-    from mindspeed_llm.ops import registry
+    from mindspeed_llm.ops import compiled, registry
 
     ops.load_all()
     registry.reset()
+    if plan.config.operators.compile_operators:
+        for operator in compiled.operators():
+            registry.select(operator, compiled.NAME)
     for option, operators in FUSED_OPERATORS.items():
         if not plan.config.get(option):
             for operator in operators:

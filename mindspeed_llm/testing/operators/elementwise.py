@@ -14,20 +14,20 @@ from mindspeed_llm.testing.operators import Case, Draw
 
 # Operator -> every implementation that may be registered for it.
 IMPLEMENTATIONS = {
-    "rms_norm": ("reference", "two-pass", "torch", "liger", "npu_rms_norm"),
-    "add_rms_norm": ("reference", "two-pass", "composed", "liger", "npu_add_rms_norm"),
+    "rms_norm": ("reference", "compiled", "two-pass", "torch", "liger", "npu_rms_norm"),
+    "add_rms_norm": ("reference", "compiled", "two-pass", "composed", "liger", "npu_add_rms_norm"),
     "layer_norm": ("reference", "torch"),
-    "swiglu": ("reference", "torch", "liger", "npu_swiglu"),
-    "gated_activation": ("reference", "torch", "liger"),
-    "rotary": ("reference", "fused", "npu_rotary_mul"),
+    "swiglu": ("reference", "compiled", "torch", "liger", "npu_swiglu"),
+    "gated_activation": ("reference", "compiled", "torch", "liger"),
+    "rotary": ("reference", "compiled", "fused", "npu_rotary_mul"),
     "neighbour_rotary": ("reference", "fused", "complex"),
-    "split_qkv_rotary": ("reference", "fused", "liger", "npu_rotary_mul"),
+    "split_qkv_rotary": ("reference", "compiled", "fused", "liger", "npu_rotary_mul"),
     "scaled_masked_softmax": ("reference", "torch"),
     "linear_cross_entropy_sum": ("reference", "chunked", "liger"),
     "vocab_parallel_cross_entropy": ("reference", "torch"),
     "adamw": ("reference", "torch-fused"),
-    "quantize_nf4": ("reference", "torch"),
-    "dequantize_nf4": ("reference", "torch"),
+    "quantize_nf4": ("reference", "compiled", "torch"),
+    "dequantize_nf4": ("reference", "compiled", "torch"),
 }
 
 SHAPES = {

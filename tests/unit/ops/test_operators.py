@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mindspeed_llm.ops import registry, row_blocks
+from mindspeed_llm.ops.compiled.kernel import Kernel
 from mindspeed_llm.testing import operators
 
 torch.set_num_threads(1)
@@ -14,7 +15,13 @@ torch.set_num_threads(1)
 TABLES = [importlib.import_module(f"{operators.__name__}.{m.name}") for m in pkgutil.iter_modules(operators.__path__)]
 CASES = [case for table in TABLES for case in table.CASES]
 IMPLEMENTATIONS = {name: entries for table in TABLES for name, entries in table.IMPLEMENTATIONS.items()}
+# Kernels that are compiled are tried as they are written; test_compiled.py compiles some.
 RUNS = [(case, entry) for case in CASES for entry in operators.runnable(case.operator)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(Kernel, "__call__", lambda self, *tensors, **constants: self.function(*tensors, **constants))
 
 
 @pytest.mark.parametrize("case, entry", RUNS, ids=[f"{case} ({entry.name})" for case, entry in RUNS])
