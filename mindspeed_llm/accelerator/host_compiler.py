@@ -16,7 +16,7 @@ def compiler() -> str:
 
 def why_not() -> str | None:
     """Why nothing can be compiled here; None when it can."""
-    return None if shutil.which(compiler()) else f"there is no C++ compiler: no {compiler()} on PATH"
+    return None if shutil.which(compiler()) else f"it needs a C++ compiler, and there is no {compiler()} on PATH"
 
 
 def describe() -> str:

@@ -95,8 +95,8 @@ def problems_of(words):
 def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (line,) = [p for p in problems_of("--compile-operators") if "compile" in p]
-    assert "there is no C++ compiler: no no-such-compiler on PATH; leave the flag out" in line
-    with pytest.raises(UserError, match="no C\\+\\+ compiler: .* on PATH; legal: "):
+    assert "it needs a C++ compiler, and there is no no-such-compiler on PATH; leave the flag out" in line
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler.* on PATH; legal: "):
         registry.select("rms_norm", compiled.NAME)
 
 
