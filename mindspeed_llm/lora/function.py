@@ -23,6 +23,16 @@ from torch import Tensor
 from mindspeed_llm.accelerator.ranges import named
 from mindspeed_llm.lora.fusion import products
 from mindspeed_llm.lora.fusion.cost import Pass, Rates, Schedule, choose
+from mindspeed_llm.ops.adapter import (
+    CounterMask,
+    adapted_product,
+    adapter_down,
+    adapter_down_gradient,
+    adapter_up,
+    outer_sum,
+    plain_adapters,
+    product,
+)
 
 
 class FrozenWeight(Protocol):
@@ -82,27 +92,6 @@ def all_reduce(x: Tensor, kind: LinearKind) -> Tensor:
     return x
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """out += scale * a b over the last dimension, in place: [..., n] += [..., k] [k, n]."""
-    out.view(-1, out.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b, alpha=scale)
-    return out
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias: [..., k] and [n, k] -> [..., n].
-
-    As one product of matrices: torch.matmul makes a batch of one product per row, each with a copy of W, where x needs
-    no gradient and has unusual strides.
-    """
-    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
-
-
-def outer_sum(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * a^T b summed over all rows: [..., m], [..., n] -> [m, n]."""
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    return torch.addmm(a.new_empty(()).expand(a.shape[1], b.shape[1]), a.t(), b, beta=0, alpha=scale)
-
-
 def base_matrix(weight: Tensor | FrozenWeight, lora_a: Tensor, lora_b: Tensor, kind: LinearKind) -> Tensor:
     """W, or W + s B A in the type of W where they are combined."""
     matrix = dense(weight)
@@ -138,22 +127,27 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     """y = linear(x) + s adapter(dropped), with gradients for x, `dropped`, A and B only.
 
     Shapes: x [s, b, in], W [out, in], bias [out] or None, A [R, in], B [out, R]; all local to this rank. `dropped` is
-    x after dropout, or None when there is none. W may be a `FrozenWeight`: then that object waits for the backward
-    pass, and the matrix lives no longer than the product that needs it.
+    x after dropout, or the mask by which the products that read x drop it, or None when there is no dropout. W may be a
+    `FrozenWeight`: then that object waits for the backward pass, and the matrix lives no longer than the product that
+    needs it.
     """
 
     @staticmethod
     def forward(ctx, x, dropped, weight, bias, lora_a, lora_b, kind: LinearKind):
         """The output [s', b, out], s' being this rank's rows of a row linear under SP and all rows otherwise."""
-        source = x if dropped is None else dropped
+        mask = dropped if isinstance(dropped, CounterMask) else None
+        source = dropped if isinstance(dropped, Tensor) else x
         with named("lora: adapter down"):
-            narrow = product(source, lora_a)
+            narrow = adapter_down(source, lora_a, mask)
         matrix = base_matrix(weight, lora_a, lora_b, kind)
-        y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, backward=False)
-        if not kind.combine:
-            with named("lora: adapter up"):
-                add_product(y, narrow, lora_b.t(), kind.scaling)
-        ctx.kind, ctx.has_dropout = kind, dropped is not None
+        if kind.form(False) is None and not kind.combine:
+            y = adapted_product(x, matrix, bias, narrow, lora_b, kind.scaling)
+        else:
+            y, narrow = multiply_and_send(x, narrow, matrix, bias, kind, backward=False)
+            if not kind.combine:
+                with named("lora: adapter up"):
+                    adapter_up(y, narrow, lora_b, kind.scaling)
+        ctx.kind, ctx.mask, ctx.has_dropped = kind, mask, source is dropped
         # A tensor goes the way of saved tensors, so that hooks on them see it; an object is held as it is.
         ctx.frozen = None if isinstance(weight, Tensor) else weight
         ctx.save_for_backward(source, narrow, weight if ctx.frozen is None else None, lora_a, lora_b)
@@ -169,12 +163,17 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         with named("lora: adapter backward"):
             grad_b = outer_sum(dy, narrow, kind.scaling)
             grad_narrow = product(dy, lora_b.t()).mul_(kind.scaling)
-        grad_x, grad_narrow = multiply_and_send(dy, grad_narrow, matrix, None, kind, backward=True)
+        adds_here = wants_x and not ctx.has_dropped and not kind.combine
+        if adds_here and kind.form(True) is None:
+            grad_x = adapted_product(dy, matrix, None, grad_narrow, lora_a.t(), 1.0, ctx.mask)
+            adds_here = False
+        else:
+            grad_x, grad_narrow = multiply_and_send(dy, grad_narrow, matrix, None, kind, backward=True)
         grad_dropped = None
         with named("lora: adapter backward"):
-            grad_a = outer_sum(grad_narrow, source)
-            if wants_x and not ctx.has_dropout and not kind.combine:
-                add_product(grad_x, grad_narrow, lora_a)
+            grad_a = adapter_down_gradient(grad_narrow, source, ctx.mask)
+            if adds_here:
+                adapter_up(grad_x, grad_narrow, lora_a.t(), 1.0, ctx.mask)
             if wants_dropped:
                 grad_dropped = product(grad_narrow, lora_a.t())
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None
@@ -182,18 +181,18 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
 
 def adapted_linear(
     x: Tensor,
-    dropped: Tensor | None,
+    dropped: Tensor | CounterMask | None,
     weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
     kind: LinearKind,
 ) -> Tensor:
-    """`FrozenLinearWithAdapter`; where nothing is sent and a tensor is multiplied, the same from torch's own functions.
+    """`FrozenLinearWithAdapter`; where nothing is sent and torch multiplies a tensor, the same by torch's functions.
 
     Those have less to do per call, which small layers feel; the scaling is folded into the product that adds.
     """
-    if kind.world > 1 or kind.combine or not isinstance(weight, Tensor):
+    if kind.world > 1 or kind.combine or not isinstance(weight, Tensor) or not plain_adapters():
         return FrozenLinearWithAdapter.apply(x, dropped, weight, bias, lora_a, lora_b, kind)
     rows = x.reshape(-1, x.shape[-1])
     source = rows if dropped is None else dropped.reshape(rows.shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mindspeed_llm.lora.function import LinearKind, adapted_linear, dense
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
+from mindspeed_llm.ops.adapter import CounterMask, masks_by_counter
 from mindspeed_llm.plan.adaptable import Adaptable
 from mindspeed_llm.plan.adapters import AdapterSettings
 
@@ -148,16 +149,24 @@ class LoraMixin:
         return (magnitudes / norms).to(magnitudes.dtype)
 
     def dropped_input(self, x: Tensor) -> Tensor | None:
-        """x after dropout, None when there is none.
+        """x after dropout, None when there is none."""
+        return self.drawn(nn.functional.dropout, x)
+
+    def adapter_dropout(self, x: Tensor) -> Tensor | CounterMask | None:
+        """`dropped_input`, or its mask alone where the operators drop what they read (ops/adapter.py)."""
+        return self.drawn(CounterMask.draw, x) if masks_by_counter() else self.dropped_input(x)
+
+    def drawn(self, draw: Callable[[Tensor, float], Any], x: Tensor) -> Any:
+        """draw(x, dropout), None when there is none.
 
         Ranks that hold the same x (column without SP) draw from the stream they share, the others from their own.
         """
         if self.dropout == 0.0 or not self.training:
             return None
         if self.kind.column and not self.kind.sequence_parallel:
-            return nn.functional.dropout(x, self.dropout)
+            return draw(x, self.dropout)
         with tensor_parallel.get_cuda_rng_tracker().fork():
-            return nn.functional.dropout(x, self.dropout)
+            return draw(x, self.dropout)
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
         """As the base linear: (output, bias that the caller adds)."""
@@ -165,7 +174,7 @@ class LoraMixin:
             return self.forward_one_after_the_other(x)
         own_bias = None if self.skip_bias_add or not self.kind.column else self.bias
         bias = None if self.uses_dora else own_bias
-        out = adapted_linear(x, self.dropped_input(x), self.weight, bias, self.lora_A, self.stacked_b(), self.kind)
+        out = adapted_linear(x, self.adapter_dropout(x), self.weight, bias, self.lora_A, self.stacked_b(), self.kind)
         if self.uses_dora:
             out = out * self.gains()
             out = out if own_bias is None else out + own_bias

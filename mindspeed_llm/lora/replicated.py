@@ -41,7 +41,7 @@ class LoraReplicatedLinear(LoraReplicatedMixin, ReplicatedLinear):
         if self.weight.requires_grad:
             return ReplicatedLinear.forward(self, x)[0] + self.adapter_output(x), None
         factors = (self.lora_A, self.stacked_b())
-        out = adapted_linear(x, self.dropped_input(x), self.weight, None, *factors, self.kind)
+        out = adapted_linear(x, self.adapter_dropout(x), self.weight, None, *factors, self.kind)
         return out * self.gains() if self.uses_dora else out, None
 
 

@@ -7,6 +7,7 @@ import importlib
 OPERATORS = (
     "activation",
     "adamw",
+    "adapter",
     "attention",
     "attention_blocks",
     "attention_masked",
@@ -28,6 +29,7 @@ OPERATORS = (
     "compiled.nf4",
     "compiled.norm",
     "compiled.rotary",
+    "cuda.adapter",
     "cuda.attention",
     "cuda.liger",
     "npu.attention",
