@@ -7,6 +7,7 @@ from typing import Any
 from mindspeed_llm import patching
 from mindspeed_llm.patches.core import parallel_state, utils
 from mindspeed_llm.patches.core.datasets import utils as dataset_utils
+from mindspeed_llm.patches.core.dist_checkpointing.strategies import torch as dist_strategies
 from mindspeed_llm.patches.core.fusions import (
     fused_indices_converter,
     fused_mla_yarn_rope_apply,
@@ -26,6 +27,7 @@ def catalogue() -> tuple[Patch, ...]:
         utils,
         parallel_state,
         dataset_utils,
+        dist_strategies,
         fused_indices_converter,
         fused_mla_yarn_rope_apply,
         fused_pad_routing_map,

@@ -1,0 +1,1 @@
+"""Patches of megatron.core.dist_checkpointing.strategies."""
