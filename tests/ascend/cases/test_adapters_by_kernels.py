@@ -36,6 +36,8 @@ VARIANTS = {
     "--lora-dropout 0.25": "--lora-dropout 0.25",
     "--qlora": "--qlora",
     "--use-dora": "--use-dora",
+    "--no-lora-fusion": "",
+    "--lora-fusion-combine": "--lora-fusion-combine",
     RECOMPUTED: "",
 }
 # Between devices gradients of q and k differ by 0.014 to 0.02; a sum that is left out makes 0.8.
