@@ -16,6 +16,7 @@ from mindspeed_llm.patches.core.fusions import (
 from mindspeed_llm.patches.core.optimizer import distrib_optimizer, hybrid_optimizer
 from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
+from mindspeed_llm.patches.core.transformer.custom_layers import batch_invariant_kernels
 from mindspeed_llm.patches.core.transformer.moe import moe_utils
 from mindspeed_llm.patches.legacy import fused_kernels
 from mindspeed_llm.patching import Patch
@@ -37,6 +38,7 @@ def catalogue() -> tuple[Patch, ...]:
         hybrid_optimizer,
         torch_norm,
         dot_product_attention,
+        batch_invariant_kernels,
         moe_utils,
         fused_kernels,
     )

@@ -91,9 +91,17 @@ class StandIns:
         again = True
         while again:
             again = False
-            for name, (module, tree) in trees.items():
+            for name, (module, tree) in list(trees.items()):
                 statements = _statements(tree, packages, changed, name in _WHOLE and name not in changed)
-                if self._run(module, statements, replaced):
+                try:
+                    renamed = self._run(module, statements, replaced)
+                except ModuleNotFoundError as error:
+                    if error.name not in packages:
+                        raise
+                    _forget(module)  # it was loaded thanks to what stood in, and is not without it
+                    del trees[name]
+                    continue
+                if renamed:
                     again = again or name not in changed
                     changed.add(name)
         self._rebind(loaded, replaced)
@@ -145,6 +153,14 @@ class StandIns:
             later = [module for module in self._members() if module.__name__ not in self._asked]
             self._run_anew(later, packages)
         self._changed.clear()
+
+
+def _forget(module: types.ModuleType) -> None:
+    """Make an import of the module find it anew."""
+    sys.modules.pop(module.__name__, None)
+    parent, _, name = module.__name__.rpartition(".")
+    if vars(sys.modules.get(parent, sys)).get(name) is module:
+        delattr(sys.modules[parent], name)
 
 
 def _is_redefined(old: Any, new: Any) -> bool:

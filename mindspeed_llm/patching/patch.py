@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,8 @@ class Patch:
         fingerprints: package version -> `fingerprint` of the target's source the patch was written against. A version
             that is not listed is accepted when its source equals a listed one.
         versions: of the package that have the target, as a specifier (">=0.16"); in others there is nothing to change.
-        optional: the module is not part of every installation, and there is nothing to change where it is missing.
+        optional: the module is not part of every installation, or imports a package that is not; there is nothing to
+            change where it cannot be imported for that reason.
     """
 
     name: str
@@ -57,13 +57,14 @@ class Patch:
         return not self.versions or SpecifierSet(self.versions, prereleases=True).contains(version)
 
     def is_installed(self) -> bool:
-        """Whether the module is there, or has to be."""
+        """Whether the module is there with all that it imports, or has to be."""
         if not self.optional:
             return True
         try:
-            return importlib.util.find_spec(self.module_name) is not None
+            importlib.import_module(self.module_name)
         except ModuleNotFoundError:
             return False
+        return True
 
     @property
     def module_name(self) -> str:

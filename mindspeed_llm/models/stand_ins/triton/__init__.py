@@ -23,7 +23,7 @@ class _Kernel:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise UserError(
             f"triton: the kernel {self.__name__} cannot run, because triton is not installed; legal: options that need "
-            "no such kernel (without --batch-invariant-mode); try: install triton on a machine with a GPU"
+            "no such kernel; try: install triton on a machine with a GPU"
         )
 
 
