@@ -91,15 +91,17 @@ class DistributedNamespace(types.ModuleType):
 
 def _of_any_shape(function: Callable) -> Callable:
     """A collective between a tensor and its share, for which nccl asks numbers of elements and gloo shapes."""
+    signature = inspect.signature(function)
+    tensors = list(signature.parameters)[:2]  # their names differ between the collectives
 
     @functools.wraps(function)
-    def collective(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        group = kwargs.get("group") or next(
-            (arg for arg in args if isinstance(arg, torch.distributed.ProcessGroup)), None
-        )
-        if torch.distributed.get_backend(group) == "gloo" and output.is_contiguous() and input.is_contiguous():
-            output, input = output.view(-1), input.view(-1)
-        return function(output, input, *args, **kwargs)
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        flat = all(given[name].is_contiguous() for name in tensors)
+        if flat and torch.distributed.get_backend(given.get("group")) == "gloo":
+            given.update({name: given[name].view(-1) for name in tensors})
+        return function(*bound.args, **bound.kwargs)
 
     return collective
 

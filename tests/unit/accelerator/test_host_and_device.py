@@ -90,6 +90,9 @@ def _shapes():
     facade = torch_facade.TorchFacade(CPU()).distributed
     gathered = torch.empty(8)
     facade.all_gather_into_tensor(gathered, torch.full((2, 2), float(rank)))
+    named = torch.empty(8)
+    facade.all_gather_into_tensor(output_tensor=named, input_tensor=torch.full((2, 2), float(rank)), group=None)
+    assert torch.equal(named, gathered.view(-1))
     share = torch.empty(2, 2)
     facade.reduce_scatter_tensor(share, torch.arange(8.0) + rank, group=torch.distributed.group.WORLD)
     try:
