@@ -21,6 +21,7 @@ that does not; --gloo-scatter leaves gloo's to the unfused sides.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -37,13 +38,6 @@ RANKS, LAYERS, ADAPTER_RANK, COC_CHUNKS = 2, 2, 16, 4
 SHAPES = {128: (352, 4, 2), 256: (704, 8, 4), 1024: (2816, 16, 8)}
 PORT = 29517
 AIM, AIM_OF_PATH = 1.4, 0.9
-
-
-class Done:
-    """A collective that has happened."""
-
-    def wait(self) -> None:
-        """At once."""
 
 
 def exchange_scatter(out, given, op=None, group=None, async_op=False):
@@ -154,26 +148,34 @@ def timed(run: Callable[[], None]) -> float:
     return float(taken)
 
 
-NAMES = ("all_gather_into_tensor", "all_to_all_single")
-
-
 def without_sending(run: Callable[[], None]) -> list[Callable[[], None]]:
-    """Run with collectives that do nothing; returns calls that send what each would have sent."""
-    import torch.distributed as dist
+    """Run with exchanges in which nothing is sent; returns calls that send what each would have sent."""
+    from mindspeed_llm.lora.fusion.exchange import Exchange
 
     calls: list[Callable[[], None]] = []
-    with mock.patch.multiple(dist, **{name: _recording(getattr(dist, name), calls) for name in NAMES}):
+
+    class Still(Exchange):
+        def __init__(self, numbers, like, group):
+            self.received = like.new_zeros(group.size() - 1, numbers)
+            self.call = (numbers, like, group)
+
+        def start(self, sent):
+            calls.append(functools.partial(_send, self.call, sent))
+
+        def wait(self):
+            pass
+
+    with mock.patch("mindspeed_llm.lora.fusion.products.Exchange", Still):
         run()
     return calls
 
 
-def _recording(original, calls):
-    def call(out, given, *sizes, group=None, async_op=False):
-        calls.append(lambda: original(out, given, *sizes, group=group))
-        out.zero_()
-        return Done()
+def _send(call, sent):
+    from mindspeed_llm.lora.fusion.exchange import Exchange
 
-    return call
+    exchange = Exchange(*call)
+    exchange.start(sent)
+    exchange.wait()
 
 
 def measure(side: Side, tokens: int, rounds: int) -> dict:
