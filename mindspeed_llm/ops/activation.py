@@ -45,7 +45,7 @@ class Gate:
 
 
 _aten = torch.ops.aten
-_SQRT_HALF, _TANH_SCALE, _TANH_CUBIC = 0.5**0.5, (2 / torch.pi) ** 0.5, 0.044715
+_SQRT_HALF, TANH_SCALE, TANH_CUBIC = 0.5**0.5, (2 / torch.pi) ** 0.5, 0.044715
 
 
 def _sigmoid_slope(argument: Tensor, value: Tensor, slope: Tensor, inner: Tensor | float) -> None:
@@ -70,13 +70,13 @@ def _quick_gelu(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
 
 def _gelu_tanh(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
     # (1 + tanh u) / 2 = sigmoid(2 u), which is the cheaper one, with 2 u = x (c + 0.044715 c x^2).
-    scale = 2 * _TANH_SCALE
+    scale = 2 * TANH_SCALE
     square = x.square()
-    exponent = torch.mul(square, _TANH_CUBIC * scale, out=value if slope is None else slope).add_(scale).mul_(x)
+    exponent = torch.mul(square, TANH_CUBIC * scale, out=value if slope is None else slope).add_(scale).mul_(x)
     if slope is None:
         exponent.sigmoid_().mul_(x)
     else:
-        _sigmoid_slope(x, value, exponent.sigmoid_(), square.mul_(3 * _TANH_CUBIC * scale).add_(scale))
+        _sigmoid_slope(x, value, exponent.sigmoid_(), square.mul_(3 * TANH_CUBIC * scale).add_(scale))
 
 
 def _gelu(x: Tensor, value: Tensor, slope: Tensor | None) -> None:
@@ -130,9 +130,9 @@ class _Gated(torch.autograd.Function):
         out = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=rows.dtype, device=rows.device)
         wide = torch.promote_types(out.dtype, torch.float32)
         blocks = list(row_blocks(*out.shape, out, wide))
-        values = scratch(blocks, out.shape[1], out, wide)
+        values, widened = scratch(blocks, out.shape[1], out, wide), _widened(blocks, rows, wide)
         for block in blocks:
-            argument, factor = _cut(rows[block].to(wide), gate)
+            argument, factor = _cut(_wide(rows[block], widened), gate)
             value = values[: argument.shape[0]]
             FUNCTIONS[gate.function](argument, value, None)
             torch.mul(value, factor, out=value)
@@ -148,8 +148,9 @@ class _Gated(torch.autograd.Function):
         wide = torch.promote_types(grads.dtype, torch.float32)
         blocks = list(row_blocks(*grads.shape, grads, wide))
         values, slopes = (scratch(blocks, grads.shape[1], grads, wide) for _ in range(2))
+        widened, widened_grads = (_widened(blocks, narrow, wide) for narrow in (rows, grads))
         for block in blocks:
-            own, given = rows[block].to(wide), grads[block].to(wide)
+            own, given = _wide(rows[block], widened), _wide(grads[block], widened_grads)
             argument, factor = _cut(own, gate)
             value, slope = values[: len(given)], slopes[: len(given)]
             FUNCTIONS[gate.function](argument, value, slope)
@@ -165,6 +166,15 @@ class _Gated(torch.autograd.Function):
         return result.view(gate_up.shape), None
 
 
+def _widened(blocks: list[slice], rows: Tensor, wide: torch.dtype) -> Tensor | None:
+    """Memory for the largest block in the wide type; None where that is the rows' own."""
+    return None if rows.dtype == wide else scratch(blocks, rows.shape[1], rows, wide)
+
+
+def _wide(block: Tensor, widened: Tensor | None) -> Tensor:
+    return block if widened is None else widened[: block.shape[0]].copy_(block)
+
+
 def _cut(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     """What the function is taken of, and what multiplies it."""
     argument, factor = _parts(gate_up, gate.interleaved)
@@ -177,7 +187,7 @@ def _cut(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
 _FORMULAS = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x * _SQRT_HALF)),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(_TANH_SCALE * (x + _TANH_CUBIC * x**3))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(TANH_SCALE * (x + TANH_CUBIC * x**3))),
     "quick_gelu": lambda x: x / (1 + torch.exp(-QUICK_GELU_SLOPE * x)),
     "relu": lambda x: x.clamp(min=0),
 }

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_llm.ops.activation import QUICK_GELU_SLOPE, Gate, torch_gated_activation
+from mindspeed_llm.ops.activation import QUICK_GELU_SLOPE, TANH_CUBIC, TANH_SCALE, Gate, torch_gated_activation
 from mindspeed_llm.ops.compiled import enter
 from mindspeed_llm.ops.compiled.kernel import kernel
 from mindspeed_llm.ops.swiglu import torch_swiglu
 
-# In forms whose derivatives are finite everywhere.
+# In forms whose derivatives are finite everywhere; (1 + tanh u) / 2 is sigmoid(2 u), which takes less time.
 FORMULAS = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * TANH_SCALE * x * (1 + TANH_CUBIC * x * x)),
     "quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU_SLOPE * x),
     "relu": F.relu,
 }

@@ -17,11 +17,14 @@ from torch import Tensor
 from mindspeed_llm.accelerator import host_compiler
 from mindspeed_llm.errors import UserError
 
-# Sizes of an example: none equals or divides another, or is 0 or 1, which torch would take for fixed.
-EXAMPLE_SIZES = {"r": 37, "w": 100}
+# Sizes of an example: none equals or divides another, or is 0 or 1, which torch would take for fixed; large enough to
+# be divided among threads.
+EXAMPLE_SIZES = {"r": 521, "w": 1000}
 OPTIONS = {
     # A value that is rounded to bf16 in between is rounded, as in every other implementation.
     "emulate_precision_casts": True,
+    # Rows are divided among the threads there are when it runs, not among those of the moment it was compiled.
+    "cpp.dynamic_threads": True,
     # Kernels are few and small: processes that compile beside this one take longer to start than they save.
     "compile_threads": 1,
 }

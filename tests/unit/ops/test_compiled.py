@@ -81,11 +81,30 @@ def test_the_sum_is_rounded_before_it_is_normalised(monkeypatch):
         monkeypatch.setattr(compiled_norm.add_normalize, "_compiled", {})
         normed, total = normalized(64, 256)
         exact = norm.rms_norm_reference(total.double(), torch.ones(256).double(), 1e-5)
-        return float(((normed.double() - exact) / exact).abs().max()) * 2**9
+        there = total != 0
+        return float((normed.double() - exact)[there].div(exact[there]).abs().max()) * 2**9
 
     rounded = error()
     monkeypatch.setattr(kernels, "OPTIONS", kernels.OPTIONS | {"emulate_precision_casts": False})
     assert rounded <= 1.01 < error()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_rows_are_divided_among_the_threads_of_the_moment(monkeypatch):
+    from torch._inductor.utils import run_and_get_code  # takes seconds to import
+
+    monkeypatch.setattr(compiled_norm.add_normalize, "_compiled", {})
+    torch.set_num_threads(16)
+    try:
+        shared, (code,) = run_and_get_code(normalized, 70, 256)
+        torch.set_num_threads(2)
+        fewer = normalized(70, 256)
+    finally:
+        torch.set_num_threads(1)
+    assert "#pragma omp parallel\n" in code and "num_threads(" not in code
+    for alone, *others in zip(normalized(70, 256), shared, fewer, strict=True):
+        assert all(torch.equal(alone, other) for other in others)
 
 
 def problems_of(words):
