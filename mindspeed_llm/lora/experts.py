@@ -236,6 +236,25 @@ def sum_of_gradients(factor: Tensor, group: ProcessGroup) -> Tensor:
     return tensor_parallel.copy_to_tensor_model_parallel_region(factor, group=group)
 
 
+class _Scaled(torch.autograd.Function):
+    """Rows [t, n], sorted by expert, times their expert's gains [e, n]; the gains of every row are not kept."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, gains: Tensor, sizes: Tensor) -> Tensor:
+        """As above; `sizes` of each expert [e]."""
+        ctx.save_for_backward(rows, gains)
+        ctx.sizes = sizes.tolist()
+        return torch.cat([part * gain for part, gain in zip(rows.split(ctx.sizes), gains)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of rows and gains."""
+        rows, gains = ctx.saved_tensors
+        pieces = list(zip(grad.split(ctx.sizes), rows.split(ctx.sizes), gains))
+        of_gains = torch.stack([(dy * part).sum(0) for dy, part, _ in pieces])
+        return torch.cat([dy * gain for dy, _, gain in pieces]), of_gains, None
+
+
 class LoraExpertsMixin:
     """Routed experts with adapters on one or both of their linears: `linear_fc1`, `linear_fc2` are ExpertFactors."""
 
@@ -274,9 +293,7 @@ class LoraExpertsMixin:
         if factors is None:
             return out
         out = out + factors(x, sizes, operands[f"{name}.a"], operands[f"{name}.b"])
-        if not factors.uses_dora:
-            return out
-        return out * operands[f"{name}.gains"].repeat_interleave(sizes.to(out.device), 0, output_size=out.shape[0])
+        return _Scaled.apply(out, operands[f"{name}.gains"], sizes) if factors.uses_dora else out
 
     @torch.no_grad()
     def merge_adapters(self) -> int:

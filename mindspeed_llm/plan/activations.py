@@ -11,6 +11,8 @@ from mindspeed_llm.config.memory import SMALL_BYTES
 from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layout import ParallelLayout
+from mindspeed_llm.plan.adaptable import adaptable_linears
+from mindspeed_llm.plan.adapters import AdapterSettings
 
 # What layers that are recomputed as a whole keep.
 LAYER_INPUTS = "layer inputs"
@@ -66,7 +68,7 @@ class LayerActivations:
         dropping: parts of the others that are computed once more.
         swapping: what goes to the host.
         score_bytes: that attention keeps of a token's probabilities, for each head.
-        adapted: linears with adapters in a frozen model, the others of which save no input; None where all is trained.
+        adapted: adapters of a frozen model, whose other linears save no input; None where all is trained.
     """
 
     shape: ModelShape
@@ -77,7 +79,7 @@ class LayerActivations:
     dropping: RecomputeOptions
     swapping: Swapping
     score_bytes: float = 0.0
-    adapted: frozenset[str] | None = None
+    adapted: AdapterSettings | None = None
 
     @property
     def shares(self) -> int:
@@ -130,6 +132,8 @@ class LayerActivations:
             self.shape, self.layout, layer, sequence_parallel=self.sequence_parallel, dtype_bytes=self.dtype_bytes
         )
         saved["self_attention"] += self.shape.num_attention_heads / self.layout.tp * self.score_bytes
+        for part, size in self._scaled_outputs(layer).items():
+            saved[part] += size
         if place < self.whole.count:
             first = place % self.whole.at_once == 0
             kept = {LAYER_INPUTS: self.shape.hidden_size * self.dtype_bytes / self.shares} if first else {}
@@ -154,11 +158,28 @@ class LayerActivations:
             return {}
         hidden = self.shape.hidden_size / self.shares * self.dtype_bytes
         fc2 = 0 if self.shape.is_moe_layer(layer) else self.shape.ffn_hidden_size / self.layout.tp * self.dtype_bytes
-        latent = self.shape.multi_latent_attention
+        latent, targets = self.shape.multi_latent_attention, self.adapted.targets
         return {
-            "self_attention": 0 if latent or "linear_qkv" in self.adapted else hidden,
-            "mlp": ("linear_fc1" not in self.adapted) * hidden + ("linear_fc2" not in self.adapted) * fc2,
+            "self_attention": 0 if latent or "linear_qkv" in targets else hidden,
+            "mlp": ("linear_fc1" not in targets) * hidden + ("linear_fc2" not in targets) * fc2,
         }
+
+    def _scaled_outputs(self, layer: int) -> dict[str, float]:
+        """What DoRA's magnitudes save of a layer, the outputs that they multiply, for each token."""
+        saved: Counter[str] = Counter()
+        if self.adapted is None or not self.adapted.use_dora:
+            return saved
+        for linear in adaptable_linears(self.shape):
+            if linear.layers is None or layer not in linear.layers or not self.adapted.adapts(linear.module, layer):
+                continue
+            values = sum(out for _, out in linear.parts.values())
+            if linear.experts:
+                rows = self.shape.moe_router_topk * self.layout.expert_tp / self.layout.tp
+                values *= rows / (self.layout.expert_tp if linear.cut == "column" else 1)
+            else:
+                values /= self.layout.tp if linear.cut == "column" else self.shares
+            saved["mlp" if ".mlp." in linear.mcore else "self_attention"] += values * self.dtype_bytes
+        return saved
 
     def _places(self, stage: int) -> Iterator[tuple[int, int]]:
         """The stage's layers, and their places in what the options count: a chunk or a rank."""

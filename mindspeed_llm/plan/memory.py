@@ -26,6 +26,7 @@ from mindspeed_llm.plan.activations import (
     WholeLayers,
     micro_batches_in_flight,
 )
+from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.optimizer_memory import PLAIN, OptimizerForm
 
 # Adam's two moments in fp32; with 16-bit weights also their fp32 masters.
@@ -174,7 +175,7 @@ def estimate_stages(
     dropping: RecomputeOptions = NOTHING_DROPPED,
     quantized: bool = False,
     score_bytes: float = 0.0,
-    adapted: frozenset[str] | None = None,
+    adapted: AdapterSettings | None = None,
     optimizer: OptimizerForm = PLAIN,
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
@@ -190,7 +191,7 @@ def estimate_stages(
         dropping: parts of layers that are computed once more.
         quantized: the linears of the layers are in NF4, and one of them is made dense at a time.
         score_bytes: that attention keeps of a token's probabilities, for each head.
-        adapted: with adapters, the linears that have one; None for all of them.
+        adapted: the adapters of a frozen model; None where all is trained.
         optimizer: how its state is kept.
     """
     # The distributed optimizer shares the state of a parameter among all ranks that hold a copy of it.

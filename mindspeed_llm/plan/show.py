@@ -49,7 +49,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         whole_layers=whole_layers(plan.config.recompute),
         quantized=plan.holds_nf4,
         score_bytes=_score_bytes(plan),
-        adapted=None if plan.adapters is None else frozenset(plan.adapters.targets),
+        adapted=plan.adapters,
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
         optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),

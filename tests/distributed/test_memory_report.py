@@ -37,6 +37,8 @@ CASES = {
     "tied": ("qwen", 1, "--bf16"),
     "LoRA": ("llama", 1, "--lora-r 4"),
     "LoRA on attention": ("llama", 1, "--lora-r 4 --lora-target-modules q_proj v_proj --bf16"),
+    "LoRA with magnitudes": ("llama", 1, "--lora-r 4 --use-dora --lora-target-modules q_proj down_proj --bf16"),
+    "LoRA with magnitudes of experts": ("mixtral", 1, "--lora-r 4 --use-dora --moe-grouped-gemm"),
     "experts": ("mixtral", 1, ""),
     "experts in bf16": ("mixtral", 1, "--bf16"),
     "experts recomputed": ("mixtral", 1, "--moe-zero-memory level0"),
