@@ -28,12 +28,19 @@ from functools import partial
 from unittest import mock
 
 import veth
-from lora_fusion import Done, timed
+from lora_fusion import timed
 
 RANKS, EXPERTS, TOPK = 2, 8, 2
 PORT = 29518
 # hidden size -> width of an expert
 SHAPES = {64: 128, 512: 1024}
+
+
+class Done:
+    """A collective that has happened."""
+
+    def wait(self) -> None:
+        """At once."""
 
 
 class Side:

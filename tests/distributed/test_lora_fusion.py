@@ -66,7 +66,7 @@ def watched(late=False, forget=False):
 
 
 def late_receive(original, waits):
-    """irecv into memory of its own, which is copied when it is waited for, or never (gloo needs the wait all the same)."""
+    """irecv into memory of its own, which is copied when it is waited for, or never (gloo needs the wait still)."""
 
     def receive(tensor, **keywords):
         arriving = torch.empty_like(tensor)

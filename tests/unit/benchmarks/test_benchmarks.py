@@ -1,7 +1,10 @@
 """The benchmark scripts run, train the same thing on all sides, and print one JSON line."""
 
 import json
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,6 +147,35 @@ def test_a_base_in_nf4_takes_a_quarter_and_errs_as_the_table_does(script):
 def test_runs_with_faults_are_compared_with_undisturbed_ones(script):
     result = script("faults", "--quick")
     assert result["faults"] == 2 and result["wrong"] == {} and result["most_iterations_lost"] <= 1
+
+
+@pytest.fixture
+def over_a_cable():
+    """Runs a benchmark of two ranks at toy size; returns what it prints."""
+    if os.geteuid() or not all(map(shutil.which, ("ip", "tc"))):
+        pytest.skip("two network namespaces and a cable between them need root, `ip` and `tc`")
+
+    def run(name):
+        words = [sys.executable, "-W", "ignore", f"{name}.py", "--quick"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.slow
+def test_fused_adapters_over_a_cable(over_a_cable):
+    results = over_a_cable("lora_fusion")["results"]
+    assert [r["megabits"] for r in results] == [100, 0]
+    for sides in results:
+        assert all(sides[name] > 0 for name in ("unfused", "coc", "fused", "path", "computation", "communication"))
+
+
+@pytest.mark.slow
+def test_experts_over_a_cable(over_a_cable):
+    assert over_a_cable("moe_overlap")["results"]
 
 
 @pytest.fixture
