@@ -25,6 +25,9 @@ IGNORE_INDEX = -100
 # Bytes of logits held at once, in the activations' dtype: 2048 tokens of a vocabulary of 32000 in bf16. A head of one
 # chunk adds up no weight gradients, and larger products are faster.
 CHUNK_BYTES = 128 * 2**20
+# On a CPU, with a frozen head: logits that the last cache still holds when they are read again, but no products of
+# fewer rows, which are slower. Figures stand in docs/benchmarks.md.
+CACHED_BYTES, ENOUGH_ROWS = 32 * 2**20, 512
 
 # Below it a probability in fp32 has too few digits for its logarithm.
 SMALLEST_PROBABILITY = 1e-35
@@ -47,7 +50,7 @@ def linear_cross_entropy_sum(
         labels: integer [n], the target of each row; IGNORE_INDEX leaves the row out.
         vocab_size: true size of the vocabulary; padded rows take no part.
         group: ranks that share the vocabulary, None for one.
-        chunk_rows: labelled rows whose logits are held at once; None for as many as CHUNK_BYTES hold.
+        chunk_rows: labelled rows whose logits are held at once; None for `rows_of_chunk`.
 
     Returns:
         fp32 (fp64 for fp64 input) scalar. The gradient of `hidden` is this rank's part: the caller sums it over `group`
@@ -80,6 +83,17 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: dist.Pr
     return function(logits.reshape(-1, logits.shape[-1]), flat, group).view(targets.shape)
 
 
+def rows_of_chunk(row_bytes: int, frozen: bool, device_type: str) -> int:
+    """Rows of a chunk where nothing else is asked for.
+
+    Args:
+        row_bytes: of a row of this rank's logits.
+        frozen: the head has no gradient, so more chunks are no more sums.
+    """
+    rows = max(1, CHUNK_BYTES // row_bytes)
+    return min(rows, max(ENOUGH_ROWS, CACHED_BYTES // row_bytes)) if frozen and device_type == "cpu" else rows
+
+
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
         raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORE_INDEX}")
@@ -95,13 +109,16 @@ def chunked_linear_cross_entropy_sum(
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Logits of one chunk at a time, turned into gradients in place."""
+    if not torch.is_grad_enabled():
+        # torch tells a function that its inputs need gradients even where none are being recorded.
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropySum.apply(hidden, weight, labels, vocab_size, group, chunk_rows)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, vocab_size, group, chunk_rows):
-        ctx.problem = _Problem(labels, weight, vocab_size, group, chunk_rows)
+        ctx.problem = _Problem(labels, weight, vocab_size, group, chunk_rows, frozen=not ctx.needs_input_grad[1])
         # fp16 gradients below 6e-8 would vanish before the loss scale reaches them: there they are computed in
         # backward, from a second product with the head, with the scale applied before rounding.
         ctx.later = hidden.dtype == torch.float16
@@ -134,7 +151,13 @@ class _Problem:
     """Which rows are labelled with what, and this rank's slice of the vocabulary."""
 
     def __init__(
-        self, labels: Tensor, weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None, chunk_rows: int | None
+        self,
+        labels: Tensor,
+        weight: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        chunk_rows: int | None,
+        frozen: bool,
     ):
         self.group = group if group is not None and group.size() > 1 else None
         start = self.group.rank() * weight.shape[0] if self.group else 0
@@ -144,7 +167,8 @@ class _Problem:
         _check_labels(targets, vocab_size)
         self.targets = targets - start
         # By the rows of a full slice: chunks must be cut alike on every rank, whatever padding it holds.
-        self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+        row_bytes = weight.element_size() * weight.shape[0]
+        self.chunk_rows = chunk_rows or rows_of_chunk(row_bytes, frozen, weight.device.type)
 
     def solve(
         self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, factor: Tensor | None = None

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.ops.registry import REFERENCE, implementation, register
+from mindspeed_llm.ops.row_blocks import row_blocks
+
+# A smaller sum is added at once: the copy of 8 MB that torch makes lies in the cache, and the calls count.
+LEAST_BLOCKED = 2**21
 
 
 def matmul_accumulate(total: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -23,13 +27,30 @@ def matmul_accumulate(total: Tensor, grad: Tensor, x: Tensor) -> None:
     implementation("matmul_accumulate")(total, grad.flatten(0, -2), x.flatten(0, -2))
 
 
+def add_widened(total: Tensor, part: Tensor) -> None:
+    """total += part in place, for a part of a narrower type.
+
+    torch makes a copy of the whole part in the type of the sum first. On a CPU a large one is added a few rows at a
+    time, so that this copy stays in the cache.
+
+    Args:
+        total: [...], contiguous; part: of the same shape.
+    """
+    if total.dim() < 2 or total.numel() < LEAST_BLOCKED:
+        total.add_(part)
+        return
+    rows, addends = total.view(total.shape[0], -1), part.flatten(1)
+    for block in row_blocks(*rows.shape, rows):
+        rows[block].add_(addends[block])
+
+
 @register("matmul_accumulate", "torch")
 def by_addmm(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """One product where the types are equal; other devices than CUDA round a half-precision product once."""
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
     else:
-        total.add_(grad.t() @ x)
+        add_widened(total, grad.t() @ x)
 
 
 @register("matmul_accumulate", "addmm_out_dtype", devices=("cuda",), priority=1)

@@ -29,10 +29,6 @@ def plan_memory(plan: Plan) -> MemoryEstimate:
 
 def stages_memory(plan: Plan) -> list[MemoryEstimate]:
     """The memory estimate of every pipeline stage of a training plan."""
-    from mindspeed_llm.ops.cross_entropy import CHUNK_BYTES
-
-    local_vocabulary = plan.padded_vocab_size // plan.tensor_parallel_size
-    loss_chunk = max(1, CHUNK_BYTES // (DTYPE_BYTES[plan.dtype_name] * local_vocabulary))
     t, o = plan.config.training, plan.config.operators
     stages = estimate_stages(
         plan.shape,
@@ -45,7 +41,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         sequence_parallel=plan.sequence_parallel,
         distributed_optimizer=plan.config.parallel.use_distributed_optimizer,
         recompute=plan.config.recompute.recompute_granularity,
-        loss_chunk=(loss_chunk_rows(o) or loss_chunk) if o.cross_entropy_loss_fusion else None,
+        loss_chunk=(loss_chunk_rows(o) or _loss_chunk(plan)) if o.cross_entropy_loss_fusion else None,
         whole_layers=whole_layers(plan.config.recompute),
         quantized=plan.holds_nf4,
         score_bytes=_score_bytes(plan),
@@ -75,21 +71,36 @@ def _adapters_of_all_ranks(plan: Plan) -> int:
     return local_adapter_parameters(plan.shape, plan.adapters, plan.layout) * plan.layout.tp * plan.layout.pp
 
 
+def _on_cpu(plan: Plan) -> bool:
+    """Whether the plan is for a CPU."""
+    from mindspeed_llm import accelerator
+
+    device = plan.config.runtime.device
+    return device == "cpu" or (device == "auto" and accelerator.current().name == "cpu")
+
+
+def _loss_chunk(plan: Plan) -> int:
+    """Rows of logits that the loss takes at once where nothing else is asked for."""
+    from mindspeed_llm.ops.cross_entropy import rows_of_chunk
+
+    row_bytes = DTYPE_BYTES[plan.dtype_name] * plan.padded_vocab_size // plan.tensor_parallel_size
+    frozen = plan.adapters is not None and not {"output_layer", "word_embeddings"} & set(plan.adapters.targets)
+    return rows_of_chunk(row_bytes, frozen, "cpu" if _on_cpu(plan) else "")
+
+
 def _score_bytes(plan: Plan) -> float:
     """Bytes that attention keeps of a token's probabilities, for each head; kernels compute them again.
 
     Documents are taken for as long as a row: where they are shorter, less is kept.
     """
-    from mindspeed_llm import accelerator
     from mindspeed_llm.ops.attention_blocks import BLOCK_ROWS, LONGEST_KEPT
 
-    length, device = plan.seq_length, plan.config.runtime.device
+    length = plan.seq_length
     if plan.layout.cp > 1 or "core_attn" in recompute_modules(plan.config.recompute):
         return 0.0
     if not plan.config.operators.use_flash_attn:  # the softmax in fp32, and what is multiplied by the values
         return length * {"fp32": 4.0, "bf16": 6.0, "fp16": 6.0}[plan.dtype_name]
-    on_cpu = device == "cpu" or (device == "auto" and accelerator.current().name == "cpu")
-    if not on_cpu or length > LONGEST_KEPT or plan.dtype_name == "fp16":
+    if not _on_cpu(plan) or length > LONGEST_KEPT or plan.dtype_name == "fp16":
         return 0.0
     return DTYPE_BYTES[plan.dtype_name] * (length + min(length, BLOCK_ROWS)) / 2
 

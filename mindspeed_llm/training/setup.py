@@ -19,6 +19,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.build_options import build_options, communication_chunks
 from mindspeed_llm.training.freeze import freeze_parameters
+from mindspeed_llm.training.gradient_sums import add_gradients_by_rows
 from mindspeed_llm.training.swapping import swap_activations
 
 if TYPE_CHECKING:
@@ -284,6 +285,8 @@ def wrap(plan: Plan, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    if not config.accumulate_weight_gradients:  # else linears have marked and added theirs already
+        add_gradients_by_rows(parameter for chunk in chunks for parameter in chunk.parameters())
     config.finalize_model_grads_func = finalize_model_grads
     if p.overlap_grad_reduce:
         functions = [chunk.no_sync for chunk in wrapped]

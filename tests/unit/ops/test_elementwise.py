@@ -121,6 +121,55 @@ def test_all_logits_never_exist_at_once():
     assert largest["reference"] >= int((labels >= 0).sum()) * vocab
 
 
+class Products(TorchDispatchMode):
+    """Rows of the first factor of every product of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            self.rows.append(arguments[-2].shape[0])
+        return function(*arguments, **(keywords or {}))
+
+
+def products_of_loss(hidden, weight, labels):
+    with Products() as seen:
+        cross_entropy.linear_cross_entropy_sum(hidden, weight, labels, vocab_size=weight.shape[0])
+    return seen.rows
+
+
+def test_evaluation_computes_no_gradients():
+    hidden, weight, labels = random(6, 8), random(19, 8), torch.arange(6)
+    with torch.no_grad():
+        assert products_of_loss(hidden, weight, labels) == [6]
+    assert products_of_loss(hidden, weight, labels) == [6, 6, 19]  # the control: of the hidden states and of the head
+
+
+def test_rows_of_a_chunk():
+    wide, narrow = 2 * 128256, 2 * 8192
+    assert cross_entropy.rows_of_chunk(wide, True, "cpu") == 512
+    assert cross_entropy.rows_of_chunk(narrow, True, "cpu") == 2048
+    assert cross_entropy.rows_of_chunk(wide, True, "cuda") == cross_entropy.rows_of_chunk(wide, False, "cpu") == 523
+
+
+def test_a_frozen_head_on_a_cpu_takes_rows_that_its_logits_stay_in_the_cache_for(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "ENOUGH_ROWS", 4)
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", 5 * 19 * 8)
+    hidden, weight, labels = random(12, 8), random(19, 8), torch.arange(12)
+    assert products_of_loss(hidden, weight.detach(), labels) == [5, 5, 5, 5, 2, 2]
+    assert products_of_loss(hidden, weight, labels) == [12, 12, 19]  # the control: sums of gradients are not cut
+    whole, parts = (
+        torch.autograd.grad(
+            cross_entropy.linear_cross_entropy_sum(hidden, weight.detach(), labels, vocab_size=19, chunk_rows=rows),
+            hidden,
+        )[0]
+        for rows in (12, None)
+    )
+    torch.testing.assert_close(parts, whole)
+
+
 def test_frozen_head_and_evaluation():
     hidden, weight, labels = random(6, 8), random(19, 8), labels_with_gaps(6, 19)
     expected = torch.autograd.grad(cross_entropy.reference(hidden, weight, labels, 19), hidden)[0]
