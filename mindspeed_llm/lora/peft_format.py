@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mindspeed_llm.errors import UserError
@@ -23,7 +22,7 @@ from mindspeed_llm.lora.tensors import AdapterTensors, PartAdapter, adapted_plac
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adaptable import adaptable_linears, module_of, renamed
 from mindspeed_llm.plan.adapters import AdapterSettings
-from mindspeed_llm.plan.peft_settings import BASE, CONFIG, WEIGHTS, peft_record, read_peft_settings
+from mindspeed_llm.plan.peft_settings import BASE, CONFIG, WEIGHTS, adapter_file, peft_record, read_peft_settings
 
 PREFIX = "base_model.model."
 # PEFT saves the matrices of embeddings beside their adapters; `plan.base` compares them with the base.
@@ -105,12 +104,8 @@ def read_peft(directory: Path, shape: ModelShape) -> tuple[AdapterTensors, Adapt
         UserError: they are not for this model, or the files are incomplete.
     """
     settings = read_peft_settings(directory, shape)
-    if (directory / WEIGHTS).is_file():
-        tensors = load_file(directory / WEIGHTS)
-    elif (directory / "adapter_model.bin").is_file():
-        tensors = torch.load(directory / "adapter_model.bin", weights_only=True)
-    else:
-        raise UserError(f"lora: {directory} has no {WEIGHTS}; legal: a directory that PEFT saved; try: copy it again")
+    with adapter_file(directory) as (names, read_tensor):
+        tensors = {name: read_tensor(name) for name in names}
     linears = {spelled: place for place, path in hf_linears(shape).items() for spelled in (path, renamed(path))}
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     adapters, read = read_stacked(tensors, settings, shape, str(directory))

@@ -15,7 +15,7 @@ from mindspeed_llm.checkpoint.quantized import NF4_RECORD, DequantizedSource
 from mindspeed_llm.checkpoint.source import TensorSource
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.peft_settings import BASE, WEIGHTS
+from mindspeed_llm.plan.peft_settings import BASE, WEIGHTS, adapter_file
 
 
 def base_record(
@@ -96,17 +96,12 @@ def check_base(adapter: Found, weights: Found, stored_shape: ModelShape) -> None
 
 
 def _check_saved_embeddings(adapter: Found, weights: Found, stored_shape: ModelShape) -> None:
-    from safetensors import safe_open
-
-    path = adapter.directory / WEIGHTS
-    if not path.is_file():
-        return
     source = open_source(weights, stored_shape)
-    with safe_open(path, "pt") as file:
+    with adapter_file(adapter.directory) as (names, read):
         for name in (EMBEDDING, OUTPUT_LAYER):
             ends = tuple(f"{hf.removesuffix('.weight')}.base_layer.weight" for hf in _hf_names(source, name))
-            for key in [key for key in file.keys() if ends and key.endswith(ends)]:
-                if not _same_but_for_rounding(file.get_tensor(key), source.read(name)):
+            for key in [key for key in names if ends and key.endswith(ends)]:
+                if not _same_but_for_rounding(read(key), source.read(name)):
                     raise UserError(
                         f"lora: {weights.path} is not the base of {adapter.path}, because {key} there is another "
                         "matrix; legal: that base; try: merge the adapters with the program that made them"

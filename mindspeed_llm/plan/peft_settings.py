@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
@@ -16,7 +17,12 @@ from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears, names_in_
 from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.targets import ALL_LINEAR, resolve_pattern, resolve_targets
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What PEFT wrote before it wrote safetensors.
+PICKLED_WEIGHTS = "adapter_model.bin"
 # Under this name the file of the tensors may hold what our own checkpoints record about the base.
 BASE = "mindspeed_llm.base"
 LAYERS = "layers"  # what Hugging Face calls the list of layers in all families here
@@ -35,6 +41,32 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 # Other ways of initialising (pissa, olora, corda, loftq, lora_ga) change the base too, which the adapters then need.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", None)
+
+
+@contextmanager
+def adapter_file(directory: Path) -> Iterator[tuple[Collection[str], Callable[[str], Tensor]]]:
+    """The tensors of a PEFT directory, in either form: their names, and what reads one.
+
+    Raises:
+        UserError: there is no file of tensors, or it is damaged.
+    """
+    import pickle
+
+    import torch
+    from safetensors import safe_open
+
+    if (directory / WEIGHTS).is_file():
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            yield file.keys(), file.get_tensor
+    elif (directory / PICKLED_WEIGHTS).is_file():
+        try:
+            tensors = torch.load(directory / PICKLED_WEIGHTS, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as wrong:
+            why = str(wrong).strip().splitlines()[0]
+            raise UserError(f"lora: {directory / PICKLED_WEIGHTS} is damaged ({why}); try: copy it again") from None
+        yield tensors.keys(), tensors.__getitem__
+    else:
+        raise UserError(f"lora: {directory} has no {WEIGHTS}; legal: a directory that PEFT saved; try: copy it again")
 
 
 def read_peft_settings(directory: Path, shape: ModelShape) -> AdapterSettings:

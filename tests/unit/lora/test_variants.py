@@ -123,8 +123,24 @@ def test_magnitudes_of_embedding_and_output_layer_are_those_of_peft(
         our_logits(toy_llama, tmp_path / "peft", merge=True),
     ):
         assert float((other - expected).abs().max()) < 1e-4
+    other, saved = make_toy("llama", tmp_path / "other", seed=3), tmp_path / "peft" / "adapter_model.safetensors"
     with pytest.raises(UserError, match="embed_tokens.base_layer.weight there is another matrix"):
-        our_logits(make_toy("llama", tmp_path / "other", seed=3), tmp_path / "peft")
+        our_logits(other, tmp_path / "peft")
+    # PEFT's older form, a damaged one, and none.
+    torch.save(load_file(saved), saved.with_suffix(".bin"))
+    saved.unlink()
+    assert float((our_logits(toy_llama, tmp_path / "peft") - expected).abs().max()) < 1e-4
+    with pytest.raises(UserError, match="embed_tokens.base_layer.weight there is another matrix"):
+        our_logits(other, tmp_path / "peft")
+    for content, said in (
+        (saved.with_suffix(".bin").read_bytes()[:-500], "is damaged"),
+        (None, f"has no {saved.name}"),
+    ):
+        saved.with_suffix(".bin").unlink()
+        if content is not None:
+            saved.with_suffix(".bin").write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            our_logits(other, tmp_path / "peft")
 
 
 @pytest.fixture(scope="module")
