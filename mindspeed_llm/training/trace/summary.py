@@ -134,7 +134,7 @@ def sum_up(trace: Trace) -> Summary:
     first, last = _window(trace, marked)
     inside = [(first, last)]
     computing = intersection(work.computing, inside)
-    computation, collectives = _within(work.computation, first, last), _within(work.collectives, first, last)
+    computation, collectives = _within(work.computation, first, last), _touching(work.collectives, first, last)
     sending = _cut(collectives, inside)
     summary = Summary(
         trace.path,
@@ -172,6 +172,11 @@ def _window(trace: Trace, marked: list[Range]) -> tuple[int, int]:
 def _within(work: list[Work], first: int, last: int) -> list[Work]:
     """What begins in the window; the device may end it later."""
     return [piece for piece in work if first <= piece.start < last]
+
+
+def _touching(work: list[Work], first: int, last: int) -> list[Work]:
+    """What is under way in the window, also what began before it: `_cut` leaves the part that lies inside."""
+    return [piece for piece in work if piece.start < last and max(piece.end, piece.start + 1) > first]
 
 
 def _cut(work: Iterable[Work], inside: Intervals) -> Intervals:

@@ -137,6 +137,22 @@ def test_kinds_of_nccl_and_copies(written):
     assert found.operators == {"gemm": (2, 11 * US)}
 
 
+def test_a_collective_that_began_before_the_window_is_cut_at_it(written, monkeypatch):
+    """The optimizer of the iteration before is still gathering when the first traced iteration begins."""
+    events = [
+        event(names.ITERATION + "4", 100, 50),
+        kernel("gemm", 90, 25),
+        kernel(REDUCE, 60, 60, 20),
+        kernel(REDUCE, 20, 80, 21),  # ends with the moment in which the window begins
+        kernel(REDUCE, 140, 30, 22),
+        kernel(REDUCE, 150, 9, 23),
+    ]
+    found = written(events).communication
+    assert (found.count, found.total, found.hidden) == (2, 30 * US, 15 * US)
+    monkeypatch.setattr(summary, "_touching", summary._within)
+    assert written(events).communication.total == 10 * US
+
+
 def marked():
     """Two iterations of the host of a GPU: launches in phases and modules, kernels later on streams."""
     mlp, attention = names.MODULE + "decoder.layers.0.mlp", names.MODULE + "decoder.layers.0.self_attention"
