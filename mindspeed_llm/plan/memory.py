@@ -194,37 +194,30 @@ def estimate_stages(
         adapted: the adapters of a frozen model; None where all is trained.
         optimizer: how its state is kept.
     """
-    # The distributed optimizer shares the state of a parameter among all ranks that hold a copy of it.
-    copies, expert_copies = (layout.dp * layout.cp, layout.edp) if distributed_optimizer else (1, 1)
-    tokens = -(-tokens_per_microbatch // layout.cp)
     whole = whole_layers if recompute == "full" else NONE_WHOLE
     layers = LayerActivations(
         shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes, adapted
     )
-    in_nf4 = parameters_by_stage(shape, layout, padded_vocab, is_quantized if quantized else lambda name: False)
+    numbers = _numbers_by_stage(shape, layout, padded_vocab, adapter_parameters, quantized)
     dense_copy = largest_quantized(shape, layout) * dtype_bytes if quantized else 0
+    tokens = -(-tokens_per_microbatch // layout.cp)
+    rows = padded_vocab // layout.tp
+    head = rows * shape.hidden_size if adapter_parameters is None else 0
     estimates = []
-    for stage, local in enumerate(parameters_by_stage(shape, layout, padded_vocab)):
-        trained = local
-        if adapter_parameters is not None:
-            trained = LocalParameters(dense=adapter_parameters // (layout.tp * layout.pp))
+    for stage, of_stage in enumerate(numbers):
         outside = logits = 0
         if stage == layout.pp - 1:
-            rows = padded_vocab // layout.tp
-            head = rows * shape.hidden_size if adapter_parameters is None else 0
             outside, logits = _loss_bytes(layers, tokens, rows, head, loss_chunk)
         in_flight = micro_batches_in_flight(layout, stage, micro_batches)
         parts, swapped = layers.of_stage(stage, tokens, in_flight, outside)
-        own, activations = trained.dense / copies + trained.expert / expert_copies, sum(parts.values())
-        temporary = max(logits + dense_copy, optimizer.in_step(own, dtype_bytes) - activations)
+        own, activations = of_stage.stepped(layout, distributed_optimizer), sum(parts.values())
         estimates.append(
             MemoryEstimate(
-                weights=int((local.total - in_nf4[stage].total) * dtype_bytes + in_nf4[stage].total * NF4_BYTES)
-                + (trained.total * dtype_bytes if adapter_parameters is not None else 0),
-                gradients=trained.total * GRADIENT_BYTES,
+                weights=of_stage.weight_bytes(dtype_bytes),
+                gradients=of_stage.trained.total * GRADIENT_BYTES,
                 optimizer=optimizer.resident(own, dtype_bytes),
                 activations=activations,
-                temporary=temporary,
+                temporary=max(logits + dense_copy, optimizer.in_step(own, dtype_bytes) - activations),
                 stage=stage,
                 optimizer_on_host=optimizer.on_host(own, dtype_bytes),
                 swapped=swapped,
@@ -232,6 +225,44 @@ def estimate_stages(
             )
         )
     return estimates
+
+
+@dataclass(frozen=True)
+class _StageNumbers:
+    """Parameters of one device of a stage.
+
+    Attributes:
+        model: the model's own, of which `in_nf4` are quantised.
+        adapters: beside them.
+        trained: of both.
+    """
+
+    model: LocalParameters
+    in_nf4: LocalParameters
+    adapters: LocalParameters
+    trained: LocalParameters
+
+    def weight_bytes(self, dtype_bytes: int) -> int:
+        """Of everything that the device multiplies by."""
+        dense = int((self.model.total - self.in_nf4.total) * dtype_bytes + self.in_nf4.total * NF4_BYTES)
+        return dense + self.adapters.total * dtype_bytes
+
+    def stepped(self, layout: ParallelLayout, distributed_optimizer: bool) -> float:
+        """Numbers whose state is here: the distributed optimizer shares it among all ranks that hold a copy."""
+        copies, expert_copies = (layout.dp * layout.cp, layout.edp) if distributed_optimizer else (1, 1)
+        return self.trained.dense / copies + self.trained.expert / expert_copies
+
+
+def _numbers_by_stage(
+    shape: ModelShape, layout: ParallelLayout, padded_vocab: int, adapter_parameters: int | None, quantized: bool
+) -> list[_StageNumbers]:
+    model = parameters_by_stage(shape, layout, padded_vocab)
+    in_nf4 = parameters_by_stage(shape, layout, padded_vocab, is_quantized if quantized else lambda name: False)
+    if adapter_parameters is None:
+        nothing = LocalParameters()
+        return [_StageNumbers(own, coded, nothing, own) for own, coded in zip(model, in_nf4)]
+    adapters = LocalParameters(dense=adapter_parameters // (layout.tp * layout.pp))
+    return [_StageNumbers(own, coded, adapters, adapters) for own, coded in zip(model, in_nf4)]
 
 
 def _loss_bytes(layers: LayerActivations, tokens: int, rows: int, head: int, loss_chunk: int | None) -> tuple[int, int]:
