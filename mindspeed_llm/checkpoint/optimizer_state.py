@@ -75,6 +75,16 @@ class OwnState:
             held[MASTER] = self.main.detach() if self.elsewhere is None else self.elsewhere.master(self.main)
         return held
 
+    def outlines(self) -> dict[str, Tensor]:
+        """Tensors like those of `values`, without values and memory: what is elsewhere is not put together for it."""
+        if self.main is None:
+            return {}
+        state = self.part.optimizer.state[self.main]
+        held = {name: torch.empty_like(state[name], device="meta") for name in MOMENTS}
+        if is_mixed(self.parameter):
+            held[MASTER] = torch.empty(self.main.shape, dtype=torch.float32, device="meta")
+        return held
+
     def accept(self, values: dict[str, Tensor]) -> None:
         """Take what has been written to the tensors that `values` gave."""
         if self.elsewhere is not None and MASTER in values:
@@ -141,13 +151,14 @@ def _distributed_states(part: Any) -> Iterator[OwnState]:
 
 
 def optimizer_boxes(
-    optimizer: Any, model_state: Mapping[str, Any], replicas: Callable[[Tensor], int]
+    optimizer: Any, model_state: Mapping[str, Any], replicas: Callable[[Tensor], int], outlines: bool = False
 ) -> tuple[list[Box], list[Callable[[], None]]]:
     """What this rank's optimizer holds, as boxes on its memory: the same to save from and to load into.
 
     Args:
         model_state: megatron-core's sharded state of the model (any nesting), holding every trained parameter.
         replicas: how many data-parallel ranks hold the same of a parameter.
+        outlines: the boxes are only asked for their sizes, so they need no memory behind them.
 
     Returns:
         The boxes, and what is to be called when they have been filled.
@@ -157,7 +168,7 @@ def optimizer_boxes(
     boxes: list[Box] = []
     accepting: list[Callable[[], None]] = []
     for own in own_states(optimizer):
-        sharded, values = shards[id(own.parameter)], own.values()
+        sharded, values = shards[id(own.parameter)], own.outlines() if outlines else own.values()
         accepting.append(partial(own.accept, values))
         for name, held in values.items():
             key = f"optimizer.state.{name}.{sharded.key}"

@@ -62,6 +62,7 @@ def training_state(
     only: list[list[str]] | None,
     *,
     rng: Mapping[str, Any] | None = None,
+    outlines: bool = False,
 ) -> TrainingState:
     """Describe what this rank holds; copies nothing and needs no other rank.
 
@@ -70,6 +71,7 @@ def training_state(
         optimizer, scheduler: None leaves them out.
         only: names of the parameters to keep in each chunk (a LoRA run keeps what it trains); None keeps everything.
         rng: random states to save (`rng_states`); None leaves them out.
+        outlines: the optimizer's boxes have sizes and no values.
     """
     model = sharded_model_state(chunks, only)
     state = TrainingState([])
@@ -77,7 +79,7 @@ def training_state(
         state.boxes += _weight_boxes(sharded, state.rounded)
     state.placeholders = placeholder_keys(model)
     if optimizer is not None:
-        boxes, state.filled = optimizer_boxes(optimizer, model, data_replicas)
+        boxes, state.filled = optimizer_boxes(optimizer, model, data_replicas, outlines)
         state.boxes += boxes
         state.facts = {"optimizer_step": optimizer_step(optimizer), "grad_scaler": grad_scaler_state(optimizer)}
     if scheduler is not None:

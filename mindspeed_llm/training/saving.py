@@ -107,9 +107,10 @@ class Saver(LoopHook):
         self.health: Callable[[], dict[str, Any]] | None = None
         self.base = base_record_of(plan) if is_leader() else None
         self.started_from = started_from(plan)
-        self.num_bytes = bytes_of_all_ranks(bytes_to_write(self.state(None)))
+        outline = self.state(None, outlines=True)
+        self.num_bytes = bytes_of_all_ranks(bytes_to_write(outline))
         refuse_together(self._room_problem)
-        self.background = self._background() if plan.config.checkpoint.async_save else None
+        self.background = self._background(outline) if plan.config.checkpoint.async_save else None
         self.export = HfExport(plan) if plan.config.checkpoint.save_hf_each_checkpoint and is_leader() else None
 
     def __call__(self, progress: Progress) -> None:
@@ -169,11 +170,11 @@ class Saver(LoopHook):
             dist.broadcast_object_list(told, src=0)
             busy = told[0]
 
-    def _background(self) -> AsyncSave:
+    def _background(self, outline: TrainingState) -> AsyncSave:
         from mindspeed_llm.checkpoint.async_save import AsyncSave
 
         background = AsyncSave(self._completed)
-        background.reserve(self.state(None))
+        background.reserve(outline)
         return background
 
     def _completed(self, order: SaveOrder) -> None:
@@ -184,8 +185,8 @@ class Saver(LoopHook):
         if self.export is not None:
             self.export.start()
 
-    def state(self, rng: Mapping[str, Any] | None) -> TrainingState:
-        """What this rank holds; needs no other rank."""
+    def state(self, rng: Mapping[str, Any] | None, outlines: bool = False) -> TrainingState:
+        """What this rank holds; needs no other rank. `outlines`: of the optimizer's state only how large it is."""
         from mindspeed_llm.checkpoint.training_state import training_state
 
         c = self.plan.config.checkpoint
@@ -195,6 +196,7 @@ class Saver(LoopHook):
             None if c.no_save_optim else self.scheduler,
             self.model.trained if self.plan.adapters is not None else None,
             rng=rng,
+            outlines=outlines,
         )
 
     def order(self, progress: Progress) -> SaveOrder:
