@@ -131,12 +131,18 @@ class CPU:
     def reset_peak_memory(self) -> None:
         """No peak of tensor memory is kept on a CPU; see `peak_resident_memory`."""
 
+    def highest_memory_allocated(self) -> int:
+        return 0
+
     def memory_total(self) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def memory_room(self) -> int:
         room, addresses = host_memory.host_room(), host_memory.address_room()
         return room if addresses is None else min(room, addresses)
+
+    def memory_in_pieces(self) -> int:
+        return 0
 
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mindspeed_llm.accelerator import npu_environment, profiling
+from mindspeed_llm.accelerator.out_of_memory import SEGMENT_BYTES
 from mindspeed_llm.config.hccl_groups import OTHER_GROUPS, short_name
 from mindspeed_llm.config.profiling import ProfilingConfig
 
@@ -54,6 +55,7 @@ class NPU:
 
     def __init__(self) -> None:
         self._buffer_megabytes: dict[str, int] = {}
+        self._highest_before = 0
 
     def is_available(self) -> bool:
         return _problem() is None
@@ -96,14 +98,21 @@ class NPU:
         return torch.npu.max_memory_allocated()
 
     def reset_peak_memory(self) -> None:
+        self._highest_before = self.highest_memory_allocated()
         torch.npu.reset_peak_memory_stats()
+
+    def highest_memory_allocated(self) -> int:
+        return max(self._highest_before, self.peak_memory_allocated())
 
     def memory_total(self) -> int:
         return torch.npu.mem_get_info()[1]
 
     def memory_room(self) -> int:
-        unused = torch.npu.memory_reserved() - torch.npu.memory_allocated()
-        return torch.npu.mem_get_info()[0] + unused
+        return torch.npu.mem_get_info()[0] + torch.npu.memory_reserved() - torch.npu.memory_allocated()
+
+    def memory_in_pieces(self) -> int:
+        gaps = torch.npu.memory_reserved() - torch.npu.memory_allocated()
+        return gaps + min(torch.npu.mem_get_info()[0], SEGMENT_BYTES)
 
     def resident_memory(self) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -69,11 +69,20 @@ class Accelerator(Protocol):
     def reset_peak_memory(self) -> None:
         """Start a new peak measurement."""
 
+    def highest_memory_allocated(self) -> int:
+        """Highest `memory_allocated` of this process, whatever was reset through here; 0 where it is not measured."""
+
     def memory_total(self) -> int:
         """Bytes of memory the device has."""
 
     def memory_room(self) -> int:
         """Bytes that this process can still take for tensors; on a host that several share, its part of them."""
+
+    def memory_in_pieces(self) -> int:
+        """Bytes of `memory_room` that are no help where an allocation was refused.
+
+        Those are gaps between tensors, and a rest that is smaller than what the allocator asks the device for.
+        """
 
     def resident_memory(self) -> int:
         """Bytes of host memory resident for this process."""

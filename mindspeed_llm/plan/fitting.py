@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+import math
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,35 +171,75 @@ def planned(plan: Plan, change: Change) -> Plan | None:
         return None
 
 
-def cheapest(plan: Plan, room: int, most: int = 3, without: Collection[str] = ()) -> list[Fitting]:
+@dataclass(frozen=True)
+class Search:
+    """What was found.
+
+    Attributes:
+        fitting: the cheapest first.
+        tried: changes that were planned.
+        complete: whether all were, or enough fitted; otherwise time was up.
+    """
+
+    fitting: list[Fitting]
+    tried: int
+    complete: bool
+
+
+def cheapest(plan: Plan, room: int, most: int = 3, without: Collection[str] = (), seconds: float = math.inf) -> Search:
     """The cheapest changes, alone or up to three together, that fit; none that has another one in it.
 
     Args:
         room: bytes of a device that the estimate may come to.
         most: so many at most.
         without: options that are no help here.
+        seconds: no further one is planned after so long.
     """
-    now = plan_memory(plan).total
+    now, planning = plan_memory(plan).total, _Planning(plan, time.monotonic() + seconds)
     single = [change for change in changes(plan) if not change.options.keys() & set(without)]
-    useful = [change for change, total in _totals(plan, single) if total < now]
+    useful = [change for change in single if planning.total(change) < now]
     found: list[Fitting] = []
     for change in _together(useful):
         if len(found) == most:
             break
         if any(known.change.options.items() <= change.options.items() for known in found):
             continue
-        for _, total in _totals(plan, [change]):
-            if total <= room:
-                found.append(Fitting(change, total, now - total))
-    return found
+        total = planning.total(change)
+        if total <= room:
+            found.append(Fitting(change, int(total), int(now - total)))
+    return Search(found, len(planning.totals), planning.complete or len(found) == most)
 
 
-def _totals(plan: Plan, several: Sequence[Change]) -> Iterator[tuple[Change, int]]:
-    """Changes that are possible, and what their fullest device is predicted to hold."""
-    for change in several:
-        changed = planned(plan, change)
-        if changed is not None:
-            yield change, plan_memory(changed).total
+class _Planning:
+    """Estimates of a plan with changes, each made once, as long as there is time.
+
+    Attributes:
+        totals: (options, processes) -> predicted bytes of the fullest device; infinite where it is impossible.
+        complete: time was never up.
+    """
+
+    def __init__(self, plan: Plan, deadline: float) -> None:
+        self._plan, self._deadline = plan, deadline
+        self._impossible: list[Change] = []
+        self.totals: dict[tuple[frozenset, int], float] = {}
+        self.complete = True
+
+    def total(self, change: Change) -> float:
+        """Bytes with the change; infinite where it is impossible, or time is up."""
+        key = frozenset(change.options.items()), change.processes
+        if key in self.totals:
+            return self.totals[key]
+        # What contradicts each other in pairs does so in threes, on as many devices.
+        if any(it.options.items() <= key[0] and it.processes == change.processes for it in self._impossible):
+            return math.inf
+        if time.monotonic() > self._deadline:
+            self.complete = False
+            return math.inf
+        changed = planned(self._plan, change)
+        if changed is None:
+            self._impossible.append(change)
+        self.totals[key] = math.inf if changed is None else plan_memory(changed).total
+        return self.totals[key]
 
 
 def _together(single: Sequence[Change]) -> list[Change]:

@@ -267,7 +267,7 @@ class TrainingLoop:
                 log_memory=self.plan.config.logging.log_memory,
                 trained_tokens=interval.trained_tokens / n,
                 epoch=self.progress.consumed_samples / self.data.samples_per_epoch,
-                device_memory=accelerator.current().peak_memory_allocated() or None,
+                device_memory=accelerator.current().highest_memory_allocated() or None,
                 host_memory=accelerator.current().resident_memory(),
                 monitored=monitored,
             )

@@ -58,6 +58,17 @@ def test_memory_is_counted_by_the_real_allocator(device):
     assert device.memory_total() == 1024 * MEGABYTE
 
 
+def test_the_highest_memory_is_known_after_a_reset(device):
+    before = device.highest_memory_allocated()
+    torch.empty(before + 5 * MEGABYTE, dtype=torch.uint8, device="npu")
+    highest = device.highest_memory_allocated()
+    assert highest >= before + 5 * MEGABYTE
+    device.reset_peak_memory()
+    assert device.peak_memory_allocated() < highest == device.highest_memory_allocated()
+    torch.npu.reset_peak_memory_stats()  # not through us
+    assert device.highest_memory_allocated() == highest
+
+
 def test_a_device_that_is_full_says_so_and_goes_on(device):
     held = torch.empty(600 * MEGABYTE, dtype=torch.uint8, device="npu")
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 60[0-9].00 MiB.*1024.00 MiB total"):

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 
 from mindspeed_llm.config.parser import parse
-from mindspeed_llm.plan import memory
+from mindspeed_llm.plan import fitting, memory
 from mindspeed_llm.plan.fitting import Change, changes, cheapest, planned
 from mindspeed_llm.plan.plan import resolve
 from mindspeed_llm.plan.show import plan_memory
@@ -37,35 +37,57 @@ def again(words, world=1):
 def test_what_is_advised_fits_when_it_is_given(share):
     plan = plan_of()
     room = int(plan_memory(plan).total * share)
-    found = cheapest(plan, room)
+    found = cheapest(plan, room).fitting
     assert 1 <= len(found) <= 3
-    for fitting in found:
-        words, _, times = fitting.change.words().partition(" on ")
-        total = again(words, fitting.change.processes)
-        assert total == fitting.total <= room
-        assert fitting.saved == plan_memory(plan).total - total > 0
-        assert bool(times) == (fitting.change.processes > 1)
+    for one in found:
+        words, _, times = one.change.words().partition(" on ")
+        total = again(words, one.change.processes)
+        assert total == one.total <= room
+        assert one.saved == plan_memory(plan).total - total > 0
+        assert bool(times) == (one.change.processes > 1)
 
 
 def test_the_cheapest_that_fit_stand_first_and_each_is_needed_as_a_whole():
     plan = plan_of()
     total = plan_memory(plan).total
-    found = cheapest(plan, int(total * 0.95))
-    assert [fitting.change.cost for fitting in found] == sorted(fitting.change.cost for fitting in found)
+    found = cheapest(plan, int(total * 0.95)).fitting
+    assert [one.change.cost for one in found] == sorted(one.change.cost for one in found)
     assert found[0].change.options == {"recompute_activation_function": True}
     for one in found:
         for other in found:
             assert one is other or not one.change.options.items() <= other.change.options.items()
     # A part of what is advised together would not be enough, or it would be advised alone.
-    several = [fitting for fitting in found if len(fitting.change.options) > 1]
-    for fitting in several:
-        for name, value in fitting.change.options.items():
+    several = [one for one in found if len(one.change.options) > 1]
+    for one in several:
+        for name, value in one.change.options.items():
             alone = planned(plan, Change({name: value}))
             assert alone is None or plan_memory(alone).total > int(total * 0.95) or name == "swap_attention"
 
 
 def test_nothing_is_advised_where_nothing_fits():
-    assert cheapest(plan_of(), 10**6) == []
+    search = cheapest(plan_of(), 10**6)
+    assert (search.fitting, search.complete) == ([], True) and search.tried > 100
+
+
+def test_the_search_ends_when_time_is_up_and_says_so():
+    search = cheapest(plan_of(), 10**6, seconds=0.0)
+    assert (search.fitting, search.tried, search.complete) == ([], 0, False)
+    enough = cheapest(plan_of(), 10**12, most=1)
+    assert enough.complete and len(enough.fitting) == 1
+
+
+def test_what_contradicts_in_pairs_is_not_planned_in_threes():
+    asked = []
+
+    def remember(plan, change):
+        asked.append(change)
+        return planned(plan, change)
+
+    with mock.patch.object(fitting, "planned", remember):
+        search = cheapest(plan_of(), 10**6)
+    assert len(asked) == search.tried  # each once
+    whole = [c for c in asked if {"recompute_granularity", "swap_attention"} <= c.options.keys()]
+    assert [len(c.options) for c in whole if c.processes == 1] == [5]
 
 
 def test_a_models_tensors_are_listed_once_for_each_way_to_cut_them():
@@ -95,8 +117,8 @@ def test_what_makes_no_difference_is_not_advised():
     """One process has nobody to share the optimizer with; two have."""
 
     def advised(plan):
-        found = cheapest(plan, plan_memory(plan).total - 1, most=20)
-        return {name for fitting in found for name in fitting.change.options}
+        found = cheapest(plan, plan_memory(plan).total - 1, most=20).fitting
+        return {name for one in found for name in one.change.options}
 
     assert "use_distributed_optimizer" not in advised(plan_of())
     assert "use_distributed_optimizer" in advised(plan_of(world=2))

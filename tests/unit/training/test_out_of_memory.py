@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator.out_of_memory import refused_bytes
 from mindspeed_llm.errors import OutOfMemory
-from mindspeed_llm.training.out_of_memory import OutOfMemoryAdvice
+from mindspeed_llm.plan.memory import MemoryEstimate
+from mindspeed_llm.training import out_of_memory
+from mindspeed_llm.training.out_of_memory import OutOfMemoryAdvice, Shortage
 
 # 8 layers that save about 270 MB in a room of 200 MiB.
 RUN = "--seq-length 256 --micro-batch-size 32 --global-batch-size 32 --train-iters 2 --eval-iters 0 --split 100"
@@ -23,11 +26,11 @@ from mindspeed_llm.training import run
 from mindspeed_llm.accelerator.cpu import CPU
 
 class Limited(run.OutOfMemoryAdvice):
-    def __init__(self, plan):
+    def __init__(self, *arguments):
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        super().__init__(plan)
+        super().__init__(*arguments)
 
 run.OutOfMemoryAdvice = Limited
 sys.exit(pretrain.main(sys.argv[2:]))
@@ -99,6 +102,28 @@ def test_the_device_s_refusal_counts_where_it_cannot_be_explained(monkeypatch):
     with pytest.raises(OutOfMemory, match=r"out of memory: .*tried to allocate 9 bytes.*not known \(KeyError"):
         with advice.explaining():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+def test_the_others_hear_of_it_before_changes_are_searched_for(monkeypatch):
+    happened = []
+    monkeypatch.setattr(out_of_memory.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(out_of_memory, "stages_memory", lambda plan: [MemoryEstimate(1, 1, 1, 1)])
+    monkeypatch.setattr(out_of_memory, "advice", lambda plan, shortage: happened.append("search") or "nothing")
+    places = SimpleNamespace(vpp=1, layers=lambda stage, chunk: {0: 0})
+    layout = SimpleNamespace(coordinates=lambda rank: SimpleNamespace(pp=0), layers=places)
+    advice = OutOfMemoryAdvice(SimpleNamespace(layout=layout), lambda error: happened.append(str(error)))
+    with pytest.raises(OutOfMemory, match="; try: nothing$"):
+        with advice.explaining():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    told, search = happened
+    assert told.startswith("out of memory: rank 0 asked for 9 bytes more") and "try:" not in told and search == "search"
+
+
+def test_what_another_plan_may_come_to():
+    """Of 200: 5 in pieces, 30 more than predicted, a tenth of the activations, and one of ten layers' gradients."""
+    predicted = MemoryEstimate(10, 10, 10, 100)
+    assert Shortage(predicted, 10, 0, room=200, taken=120, lost=5, asked=40).usable == 200 - 5 - 30 - 10 - 10
+    assert Shortage(predicted, 10, 0, room=200, taken=60, lost=0, asked=40).usable == 200 - 10 - 10
 
 
 def test_torch_refuses_on_a_cpu_as_is_expected():
