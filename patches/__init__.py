@@ -13,10 +13,12 @@ from mindspeed_llm.patches.core.fusions import (
     fused_mla_yarn_rope_apply,
     fused_pad_routing_map,
 )
+from mindspeed_llm.patches.core.inference.contexts.attention_context.triton import tensor_ops
 from mindspeed_llm.patches.core.optimizer import distrib_optimizer, hybrid_optimizer
 from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
 from mindspeed_llm.patches.core.transformer.custom_layers import batch_invariant_kernels
+from mindspeed_llm.patches.core.transformer.experimental_attention_variant import dsa
 from mindspeed_llm.patches.core.transformer.moe import moe_utils
 from mindspeed_llm.patches.legacy import fused_kernels
 from mindspeed_llm.patching import Patch
@@ -39,6 +41,8 @@ def catalogue() -> tuple[Patch, ...]:
         torch_norm,
         dot_product_attention,
         batch_invariant_kernels,
+        dsa,
+        tensor_ops,
         moe_utils,
         fused_kernels,
     )

@@ -83,14 +83,19 @@ def _moving(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> lis
         cuda, to = owner.cuda, owner.to
 
         def cuda_of(subject, *args: Any, _cuda=cuda, **kwargs: Any) -> Any:
-            return subject.to(accelerator.current_device()) if called_by_ours() else _cuda(subject, *args, **kwargs)
+            if not called_by_ours():
+                return _cuda(subject, *args, **kwargs)
+            return _spread(subject, subject.to(accelerator.current_device()))
 
         def to_of(subject, *args: Any, _to=to, **kwargs: Any) -> Any:
             if not called_by_ours():
                 return _to(subject, *args, **kwargs)
+            if _names_host(args, kwargs):
+                return _apart(subject, _to(subject, *args, **kwargs))
+            moves = is_cuda(kwargs.get("device")) or bool(args) and is_cuda(args[0])
             args, kwargs = on_accelerator(accelerator, args, kwargs)
             moved = _to(subject, *args, **kwargs)
-            return _apart(subject, moved) if _names_host(args, kwargs) else moved
+            return _spread(subject, moved) if moves else moved
 
         found += [(owner, "cuda", functools.wraps(cuda)(cuda_of)), (owner, "to", functools.wraps(to)(to_of))]
     return found
@@ -116,6 +121,34 @@ def _apart(tensor: Any, moved: Any) -> Any:
     return moved.clone() if moved is tensor and isinstance(tensor, torch.Tensor) else moved
 
 
+def _spread(tensor: Any, moved: Any) -> Any:
+    """What was moved to the device: a copy where several of its elements are one in memory, or it was marked as host's.
+
+    A program that moved an expanded tensor writes into its rows one by one. Any other tensor stays where it is: whether
+    it was the device's before, so that no copy is due, cannot be told.
+    """
+    if moved is not tensor or not isinstance(tensor, torch.Tensor):
+        return moved
+    overlaps = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+    if overlaps and tensor.layout == torch.strided:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.clone() if is_of_host(tensor) else tensor
+
+
+# An attribute of tensors that a program has put on the host, where host and device are one.
+_HOST = "_mindspeed_llm_of_host"
+
+
+def mark_of_host(tensor: torch.Tensor) -> None:
+    """Let a program that asks `tensor.is_cuda` hear that this tensor is the host's."""
+    setattr(tensor, _HOST, True)
+
+
+def is_of_host(tensor: torch.Tensor) -> bool:
+    """Whether `mark_of_host` has marked it."""
+    return getattr(tensor, _HOST, False)
+
+
 def _names_host(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether `to` is told the host, by that word: as an object, the host is `torch.cuda.current_device()` as well."""
     named = args[0] if args else kwargs.get("device")
@@ -137,7 +170,7 @@ def _asking(accelerator: Accelerator, called_by_ours: Callable[[], bool]) -> lis
 
     def is_cuda_of_tensor(tensor) -> bool:
         if called_by_ours():
-            return tensor.device.type == accelerator.device_type
+            return tensor.device.type == accelerator.device_type and not is_of_host(tensor)
         return is_cuda_of.__get__(tensor)
 
     return [(torch.Tensor, "type", type_of_tensor), (torch.Tensor, "is_cuda", property(is_cuda_of_tensor))]

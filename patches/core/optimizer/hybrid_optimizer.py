@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.accelerator import tensor_methods
 from mindspeed_llm.patching import Patch
 
 
@@ -53,6 +56,19 @@ def _groups_by_copies(self: Any, offload_fraction: float) -> tuple[Any, ...]:
     return groups[True], groups[False], offloaded, {copy: param for param, copy in offloaded.items()}, in_fp32
 
 
+def _with_the_hosts_states_marked(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(original)
+    def sync_sub_optimizers_state_to_hdo(self: Any) -> None:
+        original(self)
+        on_host = [optimizer for optimizer in self.sub_optimizers if optimizer is not self.gpu_optimizer]
+        for state in (state for optimizer in on_host for state in optimizer.state.values()):
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    tensor_methods.mark_of_host(value)
+
+    return sync_sub_optimizers_state_to_hdo
+
+
 PATCHES = (
     Patch(
         name="offloaded-by-copy",
@@ -62,5 +78,13 @@ PATCHES = (
         "the copies get no gradients and offloaded parameters are never updated",
         replace=_groups_by_copies,
         fingerprints={"0.15.3": "91e8f3f25d98", "0.16.1": "91e8f3f25d98"},
+    ),
+    Patch(
+        name="offloaded-states-are-the-hosts",
+        target="megatron.core.optimizer.cpu_offloading.hybrid_optimizer:HybridDeviceOptimizer"
+        "._sync_sub_optimizers_state_to_hdo",
+        why="where host and device are one, a program that asks `is_cuda` cannot tell which states were offloaded",
+        wrap=_with_the_hosts_states_marked,
+        fingerprints={"0.15.3": "d86294975438", "0.16.1": "d86294975438"},
     ),
 )

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from mindspeed_llm.accelerator import gloo_device, host_random, torch_facade
+from mindspeed_llm.accelerator import gloo_device, host_random, tensor_methods, torch_facade
 from mindspeed_llm.accelerator.cpu import CPU
 from mindspeed_llm.testing.pool import pool
 
@@ -23,6 +23,7 @@ def stage(data):
     data.zero_()
     return kept
 def stay(data): return data.to(torch.cuda.current_device()), data.cuda(), data.to(torch.float32)
+def asks(data): return data.is_cuda
 def draws(): return torch.randn(2)
 def seeds(host, device):
     torch.manual_seed(host)
@@ -53,6 +54,23 @@ def test_the_copy_passes_gradients(program):
     exec("def double(x): return (x.cpu() * 2).sum()", namespace)
     program.double(x).backward()
     assert x.grad.tolist() == [2.0, 2.0]
+
+
+def test_an_expanded_tensor_is_moved_row_by_row(program):
+    rows = torch.zeros(3).expand(2, 3)
+    _, moved, of_other_type = program.stay(rows)
+    moved[0, 0] = 1.0
+    assert moved.tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert of_other_type is rows and not rows.any()
+
+
+def test_a_tensor_that_was_put_on_the_host_says_so_until_it_is_moved(program):
+    x = torch.ones(2)
+    assert program.asks(x)
+    tensor_methods.mark_of_host(x)
+    assert not program.asks(x) and not x.is_cuda
+    moved = program.stay(x)[1]
+    assert program.asks(moved) and moved.equal(x)
 
 
 def test_nothing_is_copied_on_the_device_or_for_anybody_else(program):

@@ -68,6 +68,17 @@ def test_half_precision_is_updated_in_fp32(program):
             assert not param.equal(value.to(torch.bfloat16))
 
 
+def test_a_program_hears_which_states_are_on_the_host(program):
+    namespace = {"__name__": "megatron.somewhere"}
+    exec("def asks(tensor): return tensor.is_cuda", namespace)
+    for undone in ([], ["offloaded-states-are-the-hosts"]):
+        patching.undo(undone)
+        for fraction, on_host in ((0.0, 0), (0.6, 2), (1.0, 3)):
+            hybrid = trained(fraction)[3]
+            heard = [namespace["asks"](state["exp_avg"]) for state in hybrid.state.values()]
+            assert heard.count(False) == (0 if undone else on_host) and len(heard) == 3
+
+
 def test_without_the_patch_offloaded_parameters_stand_still(program):
     patching.undo([NAME])
     start, ours, theirs, _ = trained(1.0)
