@@ -77,6 +77,14 @@ class LoraConfig:
         doors=("pretrain", "posttrain", "inference"),
         level="expert",
     )
+    lora_kernels: str = option(
+        "torch",
+        help="what computes dense linears with adapters on CUDA: torch; kernels of our own for the adapter, dropout "
+        "inside them (triton); those, and base and adapter in one kernel where nothing is sent (triton-base)",
+        choices=("torch", "triton", "triton-base"),
+        doors=("pretrain", "posttrain"),
+        level="expert",
+    )
     lora_load: list[str] | None = option(
         help="adapter checkpoint (ours or PEFT's) to go on with or to answer with; several are combined (inference, "
         "conversion)"

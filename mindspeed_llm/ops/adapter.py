@@ -25,6 +25,8 @@ from mindspeed_llm.ops.registry import REFERENCE, implementation, register
 LEVELS = 1 << 16
 NUMBERS_PER_CALL = 8
 
+WORD = 0xFFFFFFFF
+
 
 @dataclass(frozen=True)
 class CounterMask:
@@ -64,7 +66,8 @@ class CounterMask:
         device = self.seed.device
         row = torch.arange(rows, device=device)[:, None].expand(rows, groups)
         group = torch.arange(groups, device=device).expand(rows, groups)
-        words = torch.stack(philox(self.seed, row, group), dim=-1)
+        zero = torch.zeros_like(row)
+        words = torch.stack(philox((self.seed & WORD, self.seed >> 32 & WORD), (row, group, zero, zero)), dim=-1)
         halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
         return (halves.view(rows, -1) >= self.threshold)[:, :columns]
 
@@ -74,22 +77,19 @@ class CounterMask:
         return torch.where(kept, x, 0) * self.gain
 
 
-def philox(seed: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of 32 bits for each counter (first, second, 0, 0), in int64: Philox-4x32-10."""
-    word = 0xFFFFFFFF
-    keys = [seed & word, seed >> 32 & word]
-    c = [first, second, torch.zeros_like(first), torch.zeros_like(first)]
+def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10: four words for a counter of four under a key of two, all 32 bits in int64."""
     for _ in range(10):
-        even, odd = _times(c[0], 0xD2511F53), _times(c[2], 0xCD9E8D57)
-        c = [odd[0] ^ c[1] ^ keys[0], odd[1], even[0] ^ c[3] ^ keys[1], even[1]]
-        keys = [(key + step) & word for key, step in zip(keys, (0x9E3779B9, 0xBB67AE85))]
-    return tuple(c)
+        even, odd = _times(counter[0], 0xD2511F53), _times(counter[2], 0xCD9E8D57)
+        counter = odd[0] ^ counter[1] ^ key[0], odd[1], even[0] ^ counter[3] ^ key[1], even[1]
+        key = (key[0] + 0x9E3779B9) & WORD, (key[1] + 0xBB67AE85) & WORD
+    return counter
 
 
 def _times(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """The upper and the lower 32 bits of a product of 32-bit numbers; int64 has no room for its 64 unsigned ones."""
     by_low, by_high = a * (factor & 0xFFFF), a * (factor >> 16)
-    return (by_high + (by_low >> 16)) >> 16, ((by_high << 16) + by_low) & 0xFFFFFFFF
+    return (by_high + (by_low >> 16)) >> 16, ((by_high << 16) + by_low) & WORD
 
 
 def adapter_down(x: Tensor, lora_a: Tensor, mask: CounterMask | None = None) -> Tensor:

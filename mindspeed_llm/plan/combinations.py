@@ -13,7 +13,7 @@ from mindspeed_llm.plan.monitoring import monitoring_problems
 # What is said about adapters, which has no meaning without any.
 OF_ADAPTERS = (
     "lora_alpha", "lora_dropout", "lora_exclude_modules", "lora_layers_to_transform", "lora_rank_pattern",
-    "lora_alpha_pattern", "use_rslora", "use_dora", "loraplus_lr_ratio",
+    "lora_alpha_pattern", "use_rslora", "use_dora", "loraplus_lr_ratio", "lora_kernels",
 )  # fmt: skip
 
 
@@ -209,6 +209,11 @@ def _adapter_problems(config: RunConfig) -> list[str]:
             "--lora-fusion-combine and --lora-fusion-chunks have no meaning with --no-lora-fusion",
         ),
         (
+            lora.lora_kernels != "torch" and (not lora.lora_fusion or lora.lora_fusion_combine),
+            "--lora-kernels has no meaning with --no-lora-fusion or --lora-fusion-combine: its kernels are of fused "
+            "linears whose weight and adapter multiply apart",
+        ),
+        (
             lora.lora_fusion_combine and (lora.lora_dropout > 0 or partial),
             "--lora-fusion-combine does not go with --lora-dropout or --trainable: weight and adapter must multiply "
             "the same input, and the weight must be frozen",
@@ -258,6 +263,10 @@ def _device_problems(config: RunConfig) -> list[str]:
     given = [n for n in ("npu_deterministic", "hccl_group_buffer", "use_ascend_mc2") if config.get(n)]
     problems = _allocator_problems(config.runtime.cpu_allocator, device)
     problems += _compiler_problems(config, device)
+    if config.lora.lora_kernels != "torch" and device != "cuda":
+        problems.append(
+            f"--lora-kernels {config.lora.lora_kernels} needs a CUDA device, and the device is {device}; legal: torch"
+        )
     if device == "npu":
         return problems + _chip_problems(config)
     return problems + [

@@ -125,6 +125,10 @@ FUSED_OPERATORS = {
 # --optimizer-selection -> the implementation of AdamW's step; None is the best of the device.
 ADAMW_STEPS = {"fused_adamw": None, "fused_torch_adamw": "torch-fused", "adamw": "reference"}
 
+# --lora-kernels -> the operators that Triton computes.
+BESIDE_THE_BASE = ("adapter_down", "adapter_down_gradient", "adapter_up")
+LORA_KERNELS = {"torch": (), "triton": BESIDE_THE_BASE, "triton-base": (*BESIDE_THE_BASE, "adapted_product")}
+
 
 def choose_operators(plan: Plan) -> None:
     """Use the plain reference of every operator that is switched off, and the best form of the others."""
@@ -142,6 +146,8 @@ def choose_operators(plan: Plan) -> None:
                 registry.select(operator, registry.REFERENCE)
     if step := ADAMW_STEPS[plan.config.optimizer.optimizer_selection]:
         registry.select("adamw", step)
+    for operator in LORA_KERNELS[plan.config.lora.lora_kernels]:
+        registry.select(operator, "triton")
     if plan.config.operators.use_ascend_mc2:
         registry.select("all_gather_matmul", "npu_all_gather_base_mm")
         registry.select("matmul_reduce_scatter", "npu_mm_reduce_scatter_base")

@@ -15,9 +15,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from mindspeed_llm.testing.side_packages import Missing as CannotSimulate
+from mindspeed_llm.testing.side_packages import install_beside, once
 
 # The release whose wheel runs unchanged, for torch of the same minor version (docs/install.md has the whole table).
 TORCH_NPU = "2.13.0"
@@ -26,10 +28,6 @@ SOURCES = Path(__file__).with_name("cann")
 CANN_SYMBOL = re.compile(r"\b(acl[A-Za-z]\w+|rt[A-Z]\w+|Msprof\w+|_ZN3atb\w+)\b")
 EMPTY_LIBRARIES = ("libhccl.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so")
 LIBRARIES = ("libascendcl.so", "libacl_op_compiler.so", *EMPTY_LIBRARIES)
-
-
-class CannotSimulate(Exception):
-    """What this machine lacks, in one line."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,8 @@ def build() -> Simulator:
     """
     _check_machine()
     python = f"{sys.implementation.cache_tag}-{platform.machine()}"
-    site = _once(f"torch_npu-{TORCH_NPU}-{python}", _install_wheel)
-    return Simulator(site, _once(f"ascend-{python}-{_hash()}", lambda lib: _build_libraries(site, lib)))
-
-
-def _once(name: str, fill: Callable[[Path], None]) -> Path:
-    """The folder of that name in the cache, filled if it is not there."""
-    made = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mindspeed_llm" / name
-    if made.exists():
-        return made
-    aside = made.with_name(f"{name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        fill(aside)
-        aside.rename(made)
-    except OSError:
-        if not made.exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return made
+    site = install_beside("torch_npu", TORCH_NPU)
+    return Simulator(site, once(f"ascend-{python}-{_hash()}", lambda lib: _build_libraries(site, lib)))
 
 
 def environment(made: Simulator) -> dict[str, str]:
@@ -107,13 +86,6 @@ def _hash() -> str:
     for path in (*sorted(SOURCES.iterdir()), Path(__file__)):
         content.update(path.read_bytes())
     return content.hexdigest()[:12]
-
-
-def _install_wheel(site: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
-    done = subprocess.run([*command, f"torch_npu=={TORCH_NPU}"], capture_output=True, text=True)
-    if done.returncode:
-        raise CannotSimulate(f"pip could not install torch_npu {TORCH_NPU}: {done.stderr.strip().splitlines()[-1]}")
 
 
 def _build_libraries(site: Path, lib: Path) -> None:
