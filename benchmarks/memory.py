@@ -223,6 +223,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             begin = number % len(args.only)
             for name in args.only[begin:] + args.only[:begin]:
                 measured[name].append(run_row(name, made[SETTINGS[ROWS[name].setting].model], args))
+                peak, seconds = (measured[name][-1][key] for key in ("peak", "seconds"))
+                print(f"{name}: {peak / MIB:,.0f} MiB, {seconds:.1f} s a step", file=sys.stderr, flush=True)
     return summary(measured, args.batch * args.sequence)
 
 

@@ -81,17 +81,16 @@ def cite(path: Path, rows: Rows) -> None:
     """Write the figures of rows wherever a page's tables link to them by name.
 
     Raises:
-        SystemExit: it names a row that was not measured.
+        SystemExit: it names a row that was not measured, or not beside another one.
     """
 
     def figures(found: re.Match[str]) -> str:
         name = found["name"]
-        if name not in rows:
-            raise SystemExit(f"{path}: the row {name!r} has not been measured")
+        if "speed_ratio" not in rows.get(name, {}):
+            raise SystemExit(f"{path}: the row {name!r} has not been measured beside {ROWS[name].beside!r}")
         row = rows[name]
-        said = [f"{_change(row, key)} {of}" for key, of in (("peak_ratio", "of the peak"),)]
-        said += [f"{_change(row, 'activations_ratio')} of activations", f"{row['speed_ratio']:.2f}x"]
-        return f"| {', '.join(said)} {found['link']}"
+        memory = f"{_change(row, 'peak_ratio')} of the peak, {_change(row, 'activations_ratio')} of activations"
+        return f"| {memory}, {row['speed_ratio']:.2f}x {found['link']}"
 
     path.write_text(CITED.sub(figures, path.read_text(encoding="utf-8")), encoding="utf-8")
 

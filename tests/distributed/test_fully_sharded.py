@@ -86,12 +86,16 @@ def test_bf16_gradients_are_summed_in_fp32(alone, toy, flags):
     assert_same(found, alone("tied", flags, steps=1))
 
 
-@pytest.mark.parametrize("flags", ["--bf16", "--lora-r 4 --loraplus-lr-ratio 4"])
-def test_adamw_updates_the_shards(alone, toy, flags):
+@pytest.mark.parametrize("kind, flags", [
+    ("dense", "--bf16"),
+    ("dense", "--lora-r 4 --loraplus-lr-ratio 4"),
+    ("experts", "--moe-grouped-gemm"),
+], ids=str)  # fmt: skip
+def test_adamw_updates_the_shards(alone, toy, kind, flags):
     """Six steps: losses, and the norms that gradients are clipped by."""
     flags = f"{flags} --lr 1e-3 --lr-decay-style constant --clip-grad 0.5"
-    expected = alone("dense", flags, steps=6, optimizer="adamw", rate=1e-3)
-    found = pool(2).run(train, toy("dense"), f"{flags} {FSDP2}", ROWS, 6, "adamw", 1e-3)[0]
+    expected = alone(kind, flags, steps=6, optimizer="adamw", rate=1e-3)
+    found = pool(2).run(train, toy(kind), f"{flags} {FSDP2}", ROWS, 6, "adamw", 1e-3)[0]
     close = 1e-4 if "--bf16" in flags else 1e-5
     assert found.losses == pytest.approx(expected.losses, rel=close)
     assert found.norms == pytest.approx(expected.norms, rel=20 * close)

@@ -62,11 +62,21 @@ def test_preprocessing(script):
 
 @pytest.mark.slow
 def test_memory(script, tmp_path):
-    rows = ("pre-training", "loss from all logits", "swap, recompute both")
-    found = script("memory", "--quick", "--threads", "1", "--plot", str(tmp_path / "memory.png"), "--only", *rows)[
-        "rows"
-    ]
-    assert list(found) == list(rows) and (tmp_path / "memory.png").stat().st_size > 1000
+    rows = ("pre-training", "loss from all logits", "swap, recompute both", "data parallel")
+    picture, table, page = (tmp_path / name for name in ("memory.png", "table.md", "page.md"))
+    table.write_text("before\n<!-- memory rows -->\nold\n<!-- end of memory rows -->\nafter\n")
+    page.write_text("| knob | old ([swap, recompute both](benchmarks.md#memory)), more |\n")
+    writing = ("--plot", str(picture), "--markdown", str(table), "--cite", str(page))
+    found = script("memory", "--quick", "--threads", "1", *writing, "--only", *rows)["rows"]
+    assert list(found) == list(rows) and picture.stat().st_size > 1000
+    text = table.read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
+    assert "| **two data-parallel ranks** |" in text and f"| {found['data parallel']['peak_mib']:,} |" in text
+    speed = (
+        f"{found['swap, recompute both']['speed_ratio']:.2f}x ([swap, recompute both](benchmarks.md#memory)), more |"
+    )
+    assert page.read_text().startswith("| knob | ") and page.read_text().endswith(f"{speed}\n")
+    assert found["data parallel"]["loss"] == pytest.approx(found["pre-training"]["loss"], rel=1e-2)
     # bf16 sums of the loss's chunks are taken in another order
     assert found["swap, recompute both"]["loss"] == found["pre-training"]["loss"]
     assert found["loss from all logits"]["loss"] == pytest.approx(found["pre-training"]["loss"], rel=1e-2)
@@ -175,7 +185,8 @@ def test_fused_adapters_over_a_cable(over_a_cable):
 
 @pytest.mark.slow
 def test_experts_over_a_cable(over_a_cable):
-    assert over_a_cable("moe_overlap")["results"]
+    rows = over_a_cable("moe_overlap")["rows"]
+    assert all(r[name] > 0 for r in rows for name in ("off", "parts", "computation", "communication"))
 
 
 @pytest.fixture
