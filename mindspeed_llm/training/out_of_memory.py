@@ -76,8 +76,8 @@ class OutOfMemoryAdvice:
             predicted, layers, rank, room=self._room, taken=max(self._room - left, 0), lost=lost, asked=asked
         )
         if self._tell is not None:
-            self._tell(OutOfMemory(shortage.words()))
-        return OutOfMemory(f"{shortage.words()}; try: {advice(self._plan, shortage)}")
+            self._tell(OutOfMemory(f"out of memory: {shortage.words()}"))
+        return OutOfMemory(f"out of memory: {shortage.words()}; try: {advice(self._plan, shortage)}")
 
     def _report(self, predicted: MemoryEstimate) -> str:
         own = measure(self.model, self.optimizer, {}, accelerator.current().peak_memory_allocated() or None)
@@ -123,7 +123,7 @@ class Shortage:
         sizes = ", ".join(f"{name} {in_units(getattr(self.predicted, name))}" for name in parts)
         more = f"{in_units(self.asked)} more" if self.asked else "more"
         return (
-            f"out of memory: rank {self.rank} asked for {more} when {in_units(self.taken)} of {in_units(self.room)} "
+            f"rank {self.rank} asked for {more} when {in_units(self.taken)} of {in_units(self.room)} "
             f"were taken, because this training needs about {in_units(self.predicted.total)} there ({sizes})"
         )
 
