@@ -116,7 +116,7 @@ def test_the_others_hear_of_it_before_changes_are_searched_for(monkeypatch):
         with advice.explaining():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     told, search = happened
-    assert told.startswith("out of memory: rank 0 asked for 9 bytes more") and "try:" not in told and search == "search"
+    assert told.startswith("out of memory: rank 0 asked for 9 B more") and "try:" not in told and search == "search"
 
 
 def test_what_another_plan_may_come_to():
