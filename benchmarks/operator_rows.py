@@ -17,11 +17,14 @@ from torch import Tensor
 from mindspeed_llm.ops import registry
 from mindspeed_llm.ops.activation import Gate
 from mindspeed_llm.ops.adamw import Rates
+from mindspeed_llm.ops.adapter import CounterMask
 from mindspeed_llm.ops.moe_gating import Gating
 from mindspeed_llm.ops.rotary import rotary_table
 
 EPSILON = 1e-5
 RATES = Rates(1e-4, 0.9, 0.95, 1e-8, 0.1)
+# Rank and dropout of adapters.
+RANK, DROPOUT = 16, 0.1
 
 
 class Shapes(NamedTuple):
@@ -102,6 +105,7 @@ class Draws:
         made += [self.vocab_parallel_cross_entropy, self.linear_cross_entropy_sum, self.attention]
         made += [self.packed_attention, self.masked_attention, self.attention_part, self.attention_part_backward]
         made += [self.attention_merge, self.matmul_accumulate, self.quantize_nf4, self.dequantize_nf4]
+        made += [self.adapter_down, self.adapter_down_gradient, self.adapter_up, self.adapted_product]
         if self.dtype == torch.float32:
             made.append(self.adamw)
         if self.experts:
@@ -248,6 +252,35 @@ class Draws:
         small = 2 * t * h * f * self.size < 2**30
         return Row("grouped_matmul", inputs, flop=(product, 3 * product), peers=peers, reference=small)
 
+    # adapters
+
+    def mask(self) -> CounterMask | None:
+        """On CUDA, whose kernels make it while they read; elsewhere dropout never reaches these operators."""
+        if self.device.type != "cuda":
+            return None
+        return CounterMask(DROPOUT, torch.ones(1, dtype=torch.int64, device=self.device))
+
+    def adapter_down(self) -> Row:
+        h, mask = self.shapes.hidden, self.mask()
+        inputs = self.data(self.tokens, h), self.data(RANK, h), mask
+        peers = {"F.dropout, F.linear" if mask else "F.linear": _down}
+        return Row("adapter_down", inputs, self.moved(self.tokens * h, 1.0, 1.0), peers=peers)
+
+    def adapter_down_gradient(self) -> Row:
+        h = self.shapes.hidden
+        inputs = self.data(self.tokens, RANK), self.data(self.tokens, h), self.mask()
+        return Row("adapter_down_gradient", inputs, self.moved(self.tokens * h, 1.0, 1.0))
+
+    def adapter_up(self) -> Row:
+        h = self.shapes.hidden
+        inputs = self.data(self.tokens, h), self.data(self.tokens, RANK), self.data(h, RANK), 1e-3, self.mask()
+        return Row("adapter_up", inputs, self.moved(self.tokens * h, 2.0, 2.0))
+
+    def adapted_product(self) -> Row:
+        t, h = self.few, self.shapes.hidden
+        inputs = self.data(t, h), self.data(h, h), None, self.data(t, RANK), self.data(h, RANK), 1e-3
+        return Row("adapted_product", (*inputs, None), flop=(2.0 * t * h * (h + RANK),) * 2)
+
     # experts
 
     def routing(self) -> tuple[Tensor, int]:
@@ -344,6 +377,10 @@ def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, *_: 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     total += grad.t() @ x
+
+
+def _down(x: Tensor, lora_a: Tensor, mask: CounterMask | None) -> Tensor:
+    return F.linear(x if mask is None else F.dropout(x, mask.probability), lora_a)
 
 
 def _linears(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
