@@ -292,7 +292,7 @@ def _compiler_problems(config: RunConfig, device: str) -> list[str]:
     if not (o.use_fused_rmsnorm or o.use_fused_swiglu or o.use_fused_rotary_pos_emb or config.lora.qlora):
         return ["--compile-operators has no meaning when norms, gates and rotary embedding are the plain references"]
     reason = host_compiler.why_not()
-    return [f"--compile-operators is wrong, because {reason}; leave the flag out"] if reason else []
+    return [f"--compile-operators is wrong, because {reason}; try: --no-compile-operators"] if reason else []
 
 
 def _chip_problems(config: RunConfig) -> list[str]:

@@ -119,7 +119,7 @@ ASKING = {
     "--device npu": ("torch_npu is not installed", "torch_npu cannot be loaded (libhccl.so: cannot open shared object"),
     "--device cuda": ("torch sees no CUDA device",) * 2,
     "--use-ascend-mc2": ("needs an Ascend NPU, and the device is cpu",) * 2,
-    "--compile-operators": ("it needs a C++ compiler, and there is no g++ on PATH; leave the flag out",) * 2,
+    "--compile-operators": ("it needs a C++ compiler, and there is no g++ on PATH; try: --no-compile-operators",) * 2,
     "--npu-deterministic": ("needs an Ascend NPU, and the device is cpu",) * 2,
 }
 

@@ -1,8 +1,9 @@
 """A chain of torch's operators as one C++ kernel of a CPU: torch.compile, once for each combination of types.
 
 A kernel is compiled from an example of fixed sizes, not from the first tensors that arrive: what it computes then does
-not depend on which these were, and nothing is compiled again when another number of rows comes. torch keeps the
-kernels on disk (TORCHINDUCTOR_CACHE_DIR) and locks what two ranks would compile at once.
+not depend on which these were, and nothing is compiled again when another number of rows comes. What is computed on
+with stays in fp32 where the formula has bf16: values are rounded when they are stored. torch keeps the kernels on disk
+(TORCHINDUCTOR_CACHE_DIR) and locks what two ranks would compile at once.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from mindspeed_llm.errors import UserError
 # be divided among threads.
 EXAMPLE_SIZES = {"r": 521, "w": 1000}
 OPTIONS = {
-    # A value that is rounded to bf16 in between is rounded, as in every other implementation.
-    "emulate_precision_casts": True,
     # Rows are divided among the threads there are when it runs, not among those of the moment it was compiled.
     "cpp.dynamic_threads": True,
     # Kernels are few and small: processes that compile beside this one take longer to start than they save.

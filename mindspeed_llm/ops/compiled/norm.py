@@ -40,7 +40,7 @@ def _fits(x: Tensor) -> bool:
 
 @kernel("r w", "w", "")
 def normalize(x: Tensor, factor: Tensor, eps: Tensor, *, plain: bool) -> tuple[Tensor, Tensor]:
-    """The norm, and 1 / rms, [r, 1]; a plain factor multiplies what is rounded already."""
+    """The norm, and 1 / rms, [r, 1]; a plain factor multiplies in x's type, as far as a kernel has that."""
     wide = x.float()
     inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit = wide * inverse_rms
@@ -49,7 +49,7 @@ def normalize(x: Tensor, factor: Tensor, eps: Tensor, *, plain: bool) -> tuple[T
 
 @kernel("r w", "r w", "w", "")
 def add_normalize(x: Tensor, residual: Tensor, factor: Tensor, eps: Tensor, *, plain: bool) -> tuple[Tensor, ...]:
-    """As `normalize`, of the sum, and the sum."""
+    """As `normalize`, of the sum before a kernel rounds it, and the sum."""
     total = x + residual
     return *normalize.function(total, factor, eps, plain=plain), total
 

@@ -75,18 +75,16 @@ def test_other_sizes_take_the_same_kernel():
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_sum_is_rounded_before_it_is_normalised(monkeypatch):
-    def error():
-        """Largest of the results' errors, in roundings to bf16."""
-        monkeypatch.setattr(compiled_norm.add_normalize, "_compiled", {})
-        normed, total = normalized(64, 256)
-        exact = norm.rms_norm_reference(total.double(), torch.ones(256).double(), 1e-5)
-        there = total != 0
-        return float((normed.double() - exact)[there].div(exact[there]).abs().max()) * 2**9
+def test_a_sum_is_normalised_to_two_roundings():
+    normed, total = normalized(64, 256)
+    exact = norm.rms_norm_reference(total.double(), torch.ones(256).double(), 1e-5)
+    there = total != 0
 
-    rounded = error()
-    monkeypatch.setattr(kernels, "OPTIONS", kernels.OPTIONS | {"emulate_precision_casts": False})
-    assert rounded <= 1.01 < error()
+    def error(found):
+        """The largest, in halves of a unit of bf16: one of the sum, not rounded before, and one of the norm."""
+        return float((found.double() - exact)[there].div(exact[there]).abs().max()) * 2**9
+
+    assert error(normed) <= 2.01 < error(normed * (1 + 2**-7))
 
 
 @needs_compiler
@@ -114,7 +112,7 @@ def problems_of(words):
 def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (line,) = [p for p in problems_of("--compile-operators") if "compile" in p]
-    assert "it needs a C++ compiler, and there is no no-such-compiler on PATH; leave the flag out" in line
+    assert "it needs a C++ compiler, and there is no no-such-compiler on PATH; try: --no-compile-operators" in line
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler.* on PATH; legal: "):
         registry.select("rms_norm", compiled.NAME)
 
