@@ -511,7 +511,7 @@ class OneProcess:
 def stub_model(num_layers):
     """Parameters with a model's names."""
     chunk = torch.nn.Module()
-    chunk.config = types.SimpleNamespace()
+    chunk.config = types.SimpleNamespace(accumulate_weight_gradients=True)
     chunk.embedding = torch.nn.Linear(1, 1)
     chunk.decoder = torch.nn.Module()
     layers = [torch.nn.ModuleDict({"linear_fc1": torch.nn.Linear(1, 1)}) for _ in range(num_layers)]
