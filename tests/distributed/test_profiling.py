@@ -87,9 +87,9 @@ def test_collectives_branches_and_modules_of_lora_fusion_are_named(traced):
     assert {f"lora: {name}" for name in said} <= names
     assert {"lora: chunk 1 of 2", "lora: chunk 2 of 2"} <= names
     assert {"module: decoder.layers.0.self_attention.linear_qkv", "module: decoder.layers.3.mlp"} <= names
-    # gloo scatters sums by sending them to each other.
+    # Over gloo adapted linears gather and scatter by sending to each other; the output layer gathers as it does.
     assert {"all-gather", "all-to-all", "all-reduce"} <= found[0].collectives.keys()
-    assert found[0].collectives["all-gather"].hidden > 0
+    assert found[0].collectives["all-to-all"].hidden > 0
     assert found[0].parts["adapters"]["forward"] > 0 and found[0].parts["adapters"]["backward"] > 0
 
 
