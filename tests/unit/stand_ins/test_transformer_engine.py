@@ -125,6 +125,8 @@ def test_low_precision_and_user_buffers_are_refused_in_one_line():
         lambda: te.common.recipe.DelayedScaling(),
         lambda: te.pytorch.fp8_autocast(enabled=True),
         lambda: te.pytorch.Linear(4, 4, ub_overlap_ag=True),
+        lambda: te.pytorch.Fp8Padding(4),
+        lambda: te.pytorch.Fp8Unpadding(4),
     )
     for case in cases:
         with pytest.raises(UserError, match="is wrong, because .*; legal: .*; try: ") as refusal:

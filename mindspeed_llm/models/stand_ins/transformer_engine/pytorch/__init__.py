@@ -15,13 +15,20 @@ from mindspeed_llm.models.stand_ins.transformer_engine.pytorch import (
 )
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.attention import DotProductAttention
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.distributed import checkpoint
-from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.fp8 import (
+    Fp8Padding,
+    Fp8Unpadding,
+    fp8_autocast,
+    fp8_model_init,
+)
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.grouped_linear import GroupedLinear
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.linear import LayerNormLinear, Linear
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.norm import LayerNorm, RMSNorm
 
 __all__ = [
     "DotProductAttention",
+    "Fp8Padding",
+    "Fp8Unpadding",
     "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",

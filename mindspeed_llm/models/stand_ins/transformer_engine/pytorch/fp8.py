@@ -73,3 +73,18 @@ def fp8_model_init(enabled: bool = True, **_recipe: Any) -> AbstractContextManag
     if enabled:
         raise refuse("fp8_model_init(enabled=True)", "enabled=False")
     return contextlib.nullcontext()
+
+
+class Fp8Padding:
+    """Rows of experts filled up to what 8-bit kernels take.
+
+    Raises:
+        UserError: there are no such kernels here.
+    """
+
+    def __init__(self, *_sizes: Any) -> None:
+        raise refuse(type(self).__name__, "experts in fp32, bf16 or fp16")
+
+
+class Fp8Unpadding(Fp8Padding):
+    """The inverse of `Fp8Padding`."""
