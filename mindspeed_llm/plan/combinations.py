@@ -290,7 +290,10 @@ def _compiler_problems(config: RunConfig, device: str) -> list[str]:
     if device != "cpu":
         return [f"--compile-operators has a meaning on a CPU only, and the device is {device}; leave the flag out"]
     if not (o.use_fused_rmsnorm or o.use_fused_swiglu or o.use_fused_rotary_pos_emb or config.lora.qlora):
-        return ["--compile-operators has no meaning when norms, gates and rotary embedding are the plain references"]
+        return [
+            "--compile-operators has no meaning when norms, gates and rotary embedding are the plain references and "
+            "nothing is in NF4; leave the flag out"
+        ]
     reason = host_compiler.why_not()
     return [f"--compile-operators is wrong, because {reason}; try: --no-compile-operators"] if reason else []
 

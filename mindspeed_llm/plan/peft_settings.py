@@ -50,23 +50,35 @@ def adapter_file(directory: Path) -> Iterator[tuple[Collection[str], Callable[[s
     Raises:
         UserError: there is no file of tensors, or it is damaged.
     """
-    import pickle
-
-    import torch
-    from safetensors import safe_open
-
     if (directory / WEIGHTS).is_file():
-        with safe_open(directory / WEIGHTS, "pt") as file:
+        with _opened(directory / WEIGHTS) as file:
             yield file.keys(), file.get_tensor
     elif (directory / PICKLED_WEIGHTS).is_file():
-        try:
-            tensors = torch.load(directory / PICKLED_WEIGHTS, weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as wrong:
-            why = str(wrong).strip().splitlines()[0]
-            raise UserError(f"lora: {directory / PICKLED_WEIGHTS} is damaged ({why}); try: copy it again") from None
+        tensors = _unpickled(directory / PICKLED_WEIGHTS)
         yield tensors.keys(), tensors.__getitem__
     else:
         raise UserError(f"lora: {directory} has no {WEIGHTS}; legal: a directory that PEFT saved; try: copy it again")
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as wrong:
+        raise UserError(f"lora: {path} is damaged ({wrong}); try: copy it again") from None
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """What PEFT pickled, in host memory whatever device it was on."""
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensors[name] for name in tensors.keys()}
+    except Exception as wrong:  # of pickle, of zip archives, of torch; some without a message
+        why = (str(wrong).strip() or type(wrong).__name__).splitlines()[0]
+        raise UserError(f"lora: {path} is damaged ({why}); try: copy it again") from None
 
 
 def read_peft_settings(directory: Path, shape: ModelShape) -> AdapterSettings:

@@ -57,12 +57,12 @@ class OutOfMemoryAdvice:
             if asked is None:
                 raise
             try:
-                explained = self._explained(asked)
+                explained = self._explained(asked, error)
             except Exception as wrong:  # the device's refusal is what counts
                 explained = OutOfMemory(f"out of memory: {error}; what would have fitted is not known ({wrong!r})")
             raise explained from error
 
-    def _explained(self, asked: int) -> OutOfMemory:
+    def _explained(self, asked: int, refusal: BaseException) -> OutOfMemory:
         rank = dist.get_rank()
         stage = self._plan.layout.coordinates(rank).pp
         predicted = stages_memory(self._plan)[stage]
@@ -76,7 +76,9 @@ class OutOfMemoryAdvice:
             predicted, layers, rank, room=self._room, taken=max(self._room - left, 0), lost=lost, asked=asked
         )
         if self._tell is not None:
-            self._tell(OutOfMemory(f"out of memory: {shortage.words()}"))
+            told = OutOfMemory(f"out of memory: {shortage.words()}")
+            told.__cause__ = refusal  # whose traceback stands in this rank's error file
+            self._tell(told)
         return OutOfMemory(f"out of memory: {shortage.words()}; try: {advice(self._plan, shortage)}")
 
     def _report(self, predicted: MemoryEstimate) -> str:

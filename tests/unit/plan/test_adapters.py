@@ -2,13 +2,16 @@
 
 import json
 import math
+import pickle
+from unittest import mock
 
 import pytest
+import torch
 
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.adapters import AdapterSettings, adapted_linears, adapter_parameters, read_pattern
-from mindspeed_llm.plan.peft_settings import peft_record, read_peft_settings
+from mindspeed_llm.plan.peft_settings import PICKLED_WEIGHTS, WEIGHTS, adapter_file, peft_record, read_peft_settings
 from mindspeed_llm.plan.targets import resolve_targets
 
 SHAPE = ModelShape("llama", 3, 48, 80, 6, 2, 12, 131, 256)
@@ -160,6 +163,21 @@ def test_peft_features_that_are_not_implemented_are_refused(name, value, tmp_pat
 def test_peft_settings_that_make_no_sense_are_refused(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PICKLED_WEIGHTS])
+@pytest.mark.parametrize("content", [b"", b"no tensors", pickle.dumps([1, 2])], ids=["empty", "text", "list"])
+def test_files_of_tensors_that_cannot_be_read_are_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged .*; try: copy it again"), adapter_file(tmp_path):
+        pass
+
+
+def test_tensors_that_were_pickled_on_a_gpu_are_read_without_one(tmp_path):
+    with mock.patch("torch.serialization.location_tag", lambda storage: "cuda:0"):
+        torch.save({"a": torch.ones(2)}, tmp_path / PICKLED_WEIGHTS)
+    with adapter_file(tmp_path) as (names, read_tensor):
+        assert list(names) == ["a"] and read_tensor("a").device.type == "cpu"
 
 
 def test_every_setting_of_the_installed_peft_is_known(tmp_path):

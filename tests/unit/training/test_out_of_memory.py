@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_device_without_memory_is_told_apart(error, nbytes):
 def test_the_device_s_refusal_counts_where_it_cannot_be_explained(monkeypatch):
     advice = object.__new__(OutOfMemoryAdvice)
 
-    def failing(asked):
+    def failing(asked, refusal):
         raise KeyError("a stage")
 
     monkeypatch.setattr(advice, "_explained", failing, raising=False)
@@ -111,12 +112,15 @@ def test_the_others_hear_of_it_before_changes_are_searched_for(monkeypatch):
     monkeypatch.setattr(out_of_memory, "advice", lambda plan, shortage: happened.append("search") or "nothing")
     places = SimpleNamespace(vpp=1, layers=lambda stage, chunk: {0: 0})
     layout = SimpleNamespace(coordinates=lambda rank: SimpleNamespace(pp=0), layers=places)
-    advice = OutOfMemoryAdvice(SimpleNamespace(layout=layout), lambda error: happened.append(str(error)))
+    advice = OutOfMemoryAdvice(SimpleNamespace(layout=layout), lambda error: happened.append(error))
     with pytest.raises(OutOfMemory, match="; try: nothing$"):
         with advice.explaining():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     told, search = happened
-    assert told.startswith("out of memory: rank 0 asked for 9 B more") and "try:" not in told and search == "search"
+    assert str(told).startswith("out of memory: rank 0 asked for 9 B more") and "try:" not in str(told)
+    assert search == "search"
+    # The rank's error file shows where it was refused.
+    assert "DefaultCPUAllocator" in "".join(traceback.format_exception(told))
 
 
 def test_what_another_plan_may_come_to():
