@@ -81,11 +81,13 @@ def cite(path: Path, rows: Rows) -> None:
     """Write the figures of rows wherever a page's tables link to them by name.
 
     Raises:
-        SystemExit: it names a row that was not measured, or not beside another one.
+        SystemExit: it names a row that there is not, or that was not measured, or not beside another one.
     """
 
     def figures(found: re.Match[str]) -> str:
         name = found["name"]
+        if name not in ROWS:
+            raise SystemExit(f"{path}: {name!r} is no row of memory_rows.py")
         if "speed_ratio" not in rows.get(name, {}):
             raise SystemExit(f"{path}: the row {name!r} has not been measured beside {ROWS[name].beside!r}")
         row = rows[name]

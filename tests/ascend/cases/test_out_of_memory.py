@@ -71,6 +71,6 @@ def test_what_is_advised_fits_into_the_same_device(words, refused):
 
 def test_what_saves_less_than_is_advised_does_not_fit(words, refused):
     """The test above would see advice that is too small."""
-    assert "--recompute-norm" not in [words for words, _ in CHANGE.findall(last_error(refused))]
+    assert "--recompute-norm" not in [change for change, _ in CHANGE.findall(last_error(refused))]
     done = trained(words, "--recompute-norm")
     assert done.returncode == 1 and last_error(done)
