@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_llm.accelerator.ranges import named
@@ -84,12 +83,6 @@ class LinearKind:
         if self.chunks is not None:
             return Schedule(self.chunks)
         return Schedule() if self.rates is None else choose(size, self.rates)
-
-
-def all_reduce(x: Tensor, kind: LinearKind) -> Tensor:
-    """Sum over the group, in place."""
-    dist.all_reduce(x, group=kind.group)
-    return x
 
 
 def base_matrix(weight: Tensor | FrozenWeight, lora_a: Tensor, lora_b: Tensor, kind: LinearKind) -> Tensor:

@@ -45,6 +45,7 @@ def install_beside(package: str, version: str) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
         if done.returncode:
-            raise Missing(f"pip could not install {package} {version}: {done.stderr.strip().splitlines()[-1]}")
+            reason = done.stderr.strip() or f"exit code {done.returncode}"
+            raise Missing(f"pip could not install {package} {version}: {reason.splitlines()[-1]}")
 
     return once(f"{package}-{version}-{sys.implementation.cache_tag}-{platform.machine()}", fill)

@@ -55,7 +55,7 @@ class Kernel:
         return tuple(size for size, name in zip(tensor.shape, names, strict=True) if name not in EXAMPLE_SIZES)
 
     def _compile(self, tensors: tuple[Tensor | None, ...], constants: dict[str, Any]) -> Callable[..., Any]:
-        from torch._inductor.exc import InductorError  # seconds of importing, which only who compiles shall pay
+        from torch._dynamo.exc import BackendCompilerFailed  # seconds of importing, which only who compiles shall pay
 
         # torch keeps what it compiled with a function's code, and so many versions of it: each has a code of its own.
         source = self.function
@@ -67,12 +67,12 @@ class Kernel:
         try:
             with torch.no_grad():
                 compiled(*examples)
-        except InductorError as error:
+        except BackendCompilerFailed as error:
             lines = str(error).splitlines()
             said = next((line for line in lines if "error: " in line), lines[0])
             raise UserError(
                 f"--compile-operators: {source.__name__} cannot be compiled by {host_compiler.compiler()}, because of "
-                f"'{said.strip()}'; legal: a compiler with C++17 and OpenMP, named by CXX; try: leave the flag out"
+                f"'{said.strip()}'; legal: a compiler with C++17 and OpenMP, named by CXX; try: --no-compile-operators"
             ) from error
         return compiled
 

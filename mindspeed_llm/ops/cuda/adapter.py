@@ -57,8 +57,8 @@ def triton_adapter_down_gradient(grad: Tensor, x: Tensor, mask: CounterMask | No
 
 @register("adapter_up", "triton", devices=DEVICES, requires=REQUIRES, priority=-2)
 def triton_adapter_up(total: Tensor, narrow: Tensor, lora_b: Tensor, scale: float, mask: CounterMask | None) -> Tensor:
-    """One kernel, in place."""
-    if not fits(total, narrow, lora_b):
+    """One kernel, in place; a total with gaps is torch's."""
+    if not fits(total, narrow, lora_b) or not total.is_contiguous():
         return adapter.torch_adapter_up(total, narrow, lora_b, scale, mask)
     from mindspeed_llm.ops.cuda.adapter_kernels import launch_up
 

@@ -92,6 +92,13 @@ def test_columns_between_others_are_read_where_they_are():
     torch.testing.assert_close(found, torch.einsum("sbr,sbk->rk", grad, part))
 
 
+def test_columns_beside_a_total_are_left_alone():
+    whole, narrow, b = torch.zeros(9, 64), torch.randn(9, 3), torch.randn(16, 3)
+    found = function("adapter_up", "triton")(whole[:, 16:32], narrow, b, 2.0, None)
+    torch.testing.assert_close(found, 2.0 * narrow @ b.t())
+    assert not whole[:, :16].any() and not whole[:, 32:].any()
+
+
 class Packed:
     """A frozen weight that is not held as a matrix."""
 
