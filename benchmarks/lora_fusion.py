@@ -15,7 +15,8 @@ medians of the rounds. Prints one JSON line:
     bound      max(computation alone, communication alone), both measured
 
 gloo's reduce-scatter sends as much as an all-reduce. So that the difference is not to fused's credit, all sides use one
-that does not; --gloo-scatter leaves gloo's to the unfused sides.
+that does not; --gloo-scatter leaves gloo's to the unfused sides. Their all-gathers are gloo's, fused exchanges messages
+(lora/fusion/exchange.py): that part of the difference is to its credit.
 """
 
 from __future__ import annotations
