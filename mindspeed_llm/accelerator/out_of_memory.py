@@ -6,8 +6,8 @@ import re
 
 import torch
 
-# What the caching allocators of CUDA and torch_npu take from a device at least for a tensor of more than 1 MiB
-# (c10's kLargeBuffer): a smaller rest is of no use.
+# What the caching allocators of CUDA and torch_npu take from a device for a tensor of 1 to 10 MiB (c10's kLargeBuffer);
+# larger tensors take their own size. A smaller rest is of little use.
 SEGMENT_BYTES = 20 * 2**20
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # c10's CPU allocator: "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12".

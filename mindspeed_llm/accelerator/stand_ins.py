@@ -159,7 +159,7 @@ def _forget(module: types.ModuleType) -> None:
     """Make an import of the module find it anew."""
     sys.modules.pop(module.__name__, None)
     parent, _, name = module.__name__.rpartition(".")
-    if vars(sys.modules.get(parent, sys)).get(name) is module:
+    if getattr(sys.modules.get(parent), name, None) is module:
         delattr(sys.modules[parent], name)
 
 

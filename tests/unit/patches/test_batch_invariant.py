@@ -78,6 +78,13 @@ def test_the_mode_redirects_torch_and_ends(kernels):
     assert not is_invariant(functions["linear"], 129, torch.float32)
 
 
+def test_a_vector_is_one_row(kernels):
+    x = torch.randn(129)
+    torch.testing.assert_close(kernels.log_softmax(x), x.log_softmax(-1))
+    for keepdim in (False, True):
+        torch.testing.assert_close(kernels.mean_dim(x, 0, keepdim=keepdim), x.mean(0, keepdim=keepdim))
+
+
 def test_the_norm_of_transformer_engine_is_redirected_and_given_back(kernels):
     from mindspeed_llm.models.stand_ins import transformer_engine as te
 

@@ -62,7 +62,7 @@ def _log_softmax_of_rows(original: Callable[..., Tensor]) -> Callable[..., Tenso
             return original(input, dim)
         if dim not in (-1, input.ndim - 1):
             raise ValueError(f"dim is {dim}; legal: -1 or {input.ndim - 1}, the last one")
-        return _row_by_row(input.flatten(0, -2), input.shape[-1], of_row).view(input.shape)
+        return _row_by_row(input.reshape(-1, input.shape[-1]), input.shape[-1], of_row).view(input.shape)
 
     return log_softmax
 
@@ -76,7 +76,8 @@ def _mean_of_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             raise ValueError(f"dim is {dim}; legal: {-input.ndim} to {input.ndim - 1}")
         whole = input.dtype if input.is_floating_point() else torch.float32
         rows = input.to(dtype or whole).movedim(dim, -1)
-        means = _row_by_row(rows.flatten(0, -2), 1, lambda row: row.sum() / len(row)).view(*rows.shape[:-1], 1)
+        flat = rows.reshape(-1, rows.shape[-1])
+        means = _row_by_row(flat, 1, lambda row: row.sum() / len(row)).view(*rows.shape[:-1], 1)
         return means.movedim(-1, dim) if keepdim else means.squeeze(-1)
 
     return mean_dim
