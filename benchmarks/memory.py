@@ -286,6 +286,8 @@ def main() -> None:
     if args.quick:
         args.rounds, args.sequence, args.layers = 1, 256, 4
     args.only = possible_rows(args.only)
+    if not args.only:
+        sys.exit("memory: none of these rows can be measured here; legal: rows for as many devices as there are")
     begin = time.monotonic()
     rows = measure(args)
     memory_page.show(rows)

@@ -28,6 +28,18 @@ class Cable:
         self.names = [f"lora-fusion-{os.getpid()}-{side}" for side in (0, 1)]
 
     def __enter__(self) -> Cable:
+        try:
+            self._lay()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+    def _lay(self) -> None:
         first, second = self.names
         for name in self.names:
             _run("ip", "netns", "add", name)
@@ -36,11 +48,6 @@ class Cable:
             _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", self.device)
             for device in ("lo", self.device):
                 _run("ip", "-n", name, "link", "set", device, "up")
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for name in self.names:
-            _run("ip", "netns", "delete", name)
 
     def inside(self, side: int) -> list[str]:
         """Words in front of a command that is to run on one side."""
@@ -51,9 +58,11 @@ def limit_rate(megabits_per_second: float | None) -> None:
     """Let this side send no faster; to be called by a process inside. None takes the limit off."""
     subprocess.run(["tc", "qdisc", "delete", "dev", Cable.device, "root"], capture_output=True, check=False)
     if megabits_per_second is not None:
-        rate = f"{megabits_per_second}mbit"
-        words = f"qdisc add dev {Cable.device} root tbf rate {rate} burst {BURST} latency 2s"
-        _run("tc", *words.split())
+        _run(*_limit(megabits_per_second))
+
+
+def _limit(megabits_per_second: float) -> list[str]:
+    return f"tc qdisc add dev {Cable.device} root tbf rate {megabits_per_second}mbit burst {BURST} latency 2s".split()
 
 
 def output_of_first(name: str) -> str:
@@ -66,7 +75,7 @@ def output_of_first(name: str) -> str:
         SystemExit: there can be no cable here, or a side failed.
     """
     if not is_possible():
-        sys.exit(f"{name}: network namespaces cannot be made here; legal: root with `ip` and `tc`")
+        sys.exit(f"{name}: network namespaces with a cable cannot be made here; legal: root with `ip` and `tc`")
     words = [sys.executable, "-W", "ignore", *sys.argv]
     with Cable() as cable:
         processes = [
@@ -80,8 +89,15 @@ def output_of_first(name: str) -> str:
 
 
 def is_possible() -> bool:
-    """Whether this process may make namespaces and finds the tools."""
-    return os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
+    """Whether a cable of a set rate can be had, which is tried: root may lack the right, or the kernel the bucket."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
+        return False
+    try:
+        with Cable() as cable:
+            _run(*cable.inside(0), *_limit(1.0))
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 def _run(*words: str) -> None:

@@ -265,7 +265,8 @@ def _device_problems(config: RunConfig) -> list[str]:
     problems += _compiler_problems(config, device)
     if config.lora.lora_kernels != "torch" and device != "cuda":
         problems.append(
-            f"--lora-kernels {config.lora.lora_kernels} needs a CUDA device, and the device is {device}; legal: torch"
+            f"--lora-kernels {config.lora.lora_kernels} needs a CUDA device, and the device is {device}; try: "
+            "--lora-kernels torch"
         )
     if device == "npu":
         return problems + _chip_problems(config)
@@ -288,11 +289,13 @@ def _compiler_problems(config: RunConfig, device: str) -> list[str]:
     if not o.compile_operators:
         return []
     if device != "cpu":
-        return [f"--compile-operators has a meaning on a CPU only, and the device is {device}; leave the flag out"]
+        return [
+            f"--compile-operators has a meaning on a CPU only, and the device is {device}; try: --no-compile-operators"
+        ]
     if not (o.use_fused_rmsnorm or o.use_fused_swiglu or o.use_fused_rotary_pos_emb or config.lora.qlora):
         return [
             "--compile-operators has no meaning when norms, gates and rotary embedding are the plain references and "
-            "nothing is in NF4; leave the flag out"
+            "nothing is in NF4; try: --no-compile-operators"
         ]
     reason = host_compiler.why_not()
     return [f"--compile-operators is wrong, because {reason}; try: --no-compile-operators"] if reason else []

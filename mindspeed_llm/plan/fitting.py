@@ -229,7 +229,7 @@ class _Planning:
         key = frozenset(change.options.items()), change.processes
         if key in self.totals:
             return self.totals[key]
-        # What contradicts each other in pairs does so in threes, on as many devices.
+        # A third change seldom resolves what contradicts each other in pairs: such threes are left out.
         if any(it.options.items() <= key[0] and it.processes == change.processes for it in self._impossible):
             return math.inf
         if time.monotonic() > self._deadline:

@@ -35,6 +35,7 @@ def trained(words, more=""):
         env=os.environ | {"ASCEND_SIMULATOR_MEMORY_MB": str(DEVICE_MB), "MINDSPEED_LLM_CACHE": words[1]},
         capture_output=True,
         text=True,
+        timeout=300,
     )
 
 
