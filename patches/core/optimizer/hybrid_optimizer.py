@@ -58,7 +58,7 @@ def _groups_by_copies(self: Any, offload_fraction: float) -> tuple[Any, ...]:
 
 def _with_the_hosts_states_marked(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
-    def sync_sub_optimizers_state_to_hdo(self: Any) -> None:
+    def with_marks(self: Any) -> None:
         original(self)
         on_host = [optimizer for optimizer in self.sub_optimizers if optimizer is not self.gpu_optimizer]
         for state in (state for optimizer in on_host for state in optimizer.state.values()):
@@ -66,7 +66,7 @@ def _with_the_hosts_states_marked(original: Callable[[Any], None]) -> Callable[[
                 if isinstance(value, Tensor):
                     tensor_methods.mark_of_host(value)
 
-    return sync_sub_optimizers_state_to_hdo
+    return with_marks
 
 
 PATCHES = (
@@ -86,5 +86,13 @@ PATCHES = (
         why="where host and device are one, a program that asks `is_cuda` cannot tell which states were offloaded",
         wrap=_with_the_hosts_states_marked,
         fingerprints={"0.15.3": "d86294975438", "0.16.1": "d86294975438"},
+    ),
+    Patch(
+        name="offloaded-states-are-the-hosts-when-loaded",
+        target="megatron.core.optimizer.cpu_offloading.hybrid_optimizer:HybridDeviceOptimizer"
+        "._move_new_state_to_right_device",
+        why="as offloaded-states-are-the-hosts, until the first step after a checkpoint was loaded",
+        wrap=_with_the_hosts_states_marked,
+        fingerprints={"0.15.3": "8d9862113741", "0.16.1": "8d9862113741"},
     ),
 )

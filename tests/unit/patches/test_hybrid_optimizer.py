@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mindspeed_llm import accelerator, patches, patching
-from mindspeed_llm.accelerator import torch_facade
+from mindspeed_llm.accelerator import tensor_methods, torch_facade
 
 NAME = "offloaded-by-copy"
 
@@ -77,6 +77,15 @@ def test_a_program_hears_which_states_are_on_the_host(program):
             hybrid = trained(fraction)[3]
             heard = [namespace["asks"](state["exp_avg"]) for state in hybrid.state.values()]
             assert heard.count(False) == (0 if undone else on_host) and len(heard) == 3
+
+
+def test_a_program_hears_it_of_loaded_states_too(program):
+    for undone in ([], ["offloaded-states-are-the-hosts-when-loaded"]):
+        patching.undo(undone)
+        hybrid, saved = trained(0.6)[3], trained(0.6)[3].state_dict()
+        hybrid.load_state_dict(saved)
+        heard = [tensor_methods.is_of_host(state["exp_avg"]) for state in hybrid.state.values()]
+        assert heard.count(True) == (0 if undone else 2) and len(heard) == 3
 
 
 def test_without_the_patch_offloaded_parameters_stand_still(program):
