@@ -124,14 +124,13 @@ class Side:
     def predicted(self, computation: float, tokens: int) -> tuple[float, list[int]]:
         """Step time from the graph, and the chunks of each pass of a layer."""
         from mindspeed_llm.lora.fusion.configure import passes
-        from mindspeed_llm.lora.fusion.cost import busy, choose, fused_tasks, seconds
+        from mindspeed_llm.lora.fusion.cost import choose, exposed, fused_tasks
 
         total, chosen = computation, []
         for linear in self.linears:
             for size in passes(linear, tokens):
                 schedule = choose(size, self.rates)
-                tasks = fused_tasks(size, self.rates, schedule)
-                total += seconds(tasks) - busy(tasks, "compute")
+                total += exposed(fused_tasks(size, self.rates, schedule))
                 chosen.append(schedule.chunks)
         return total, chosen[: len(chosen) // LAYERS]
 
@@ -210,6 +209,7 @@ def measure(side: Side, tokens: int, rounds: int) -> dict:
     found["fused_over_unfused"] = statistics.median(a / b for a, b in zip(seconds["unfused"], seconds["fused"]))
     found["of_path"] = found["path"] / found["fused"]
     found["rates"] = {"gflops": rates.flops / 1e9, "gather_us": rates.gather.latency * 1e6}
+    found["rates"]["gather_handling_us"] = rates.gather.handling * 1e6
     found["rates"]["gather_megabits"] = rates.gather.bandwidth * 8e-6 / RANKS
     return found
 

@@ -48,7 +48,7 @@ def describe(rates: Rates, models: Iterable[nn.Module], rows: int) -> list[str]:
         rows: tokens of a micro-batch over all tensor-parallel ranks.
     """
     links = ", ".join(
-        f"{form} {1e6 * link.latency:.0f} us + {link.bandwidth / 1e9:.3g} GB/s"
+        f"{form} {1e6 * link.latency:.0f} us (processor {1e6 * link.handling:.0f}) + {link.bandwidth / 1e9:.3g} GB/s"
         for form, link in (("gather", rates.gather), ("scatter", rates.scatter), ("reduce", rates.reduce))
     )
     chosen: dict[str, str] = {}

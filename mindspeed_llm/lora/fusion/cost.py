@@ -14,7 +14,7 @@ and `choose` is what the running layer asks. Derivation: docs/lora-fusion.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 FORMS = ("gather", "scatter", "reduce")
@@ -22,20 +22,33 @@ FORMS = ("gather", "scatter", "reduce")
 # Numbers of chunks that are considered.
 CHUNKS = (1, 2, 4, 8)
 
+# How tasks begin that sending takes from the processor.
+HANDLE = "handle "
+
 # More chunks must be worth this share of the time: measured rates are known to a few per cent.
 WORTH = 0.02
 
 
 @dataclass(frozen=True)
 class Link:
-    """Time of a collective: latency [s] + bytes / bandwidth [bytes/s], of the whole (gathered or summed) tensor."""
+    """Time of a collective: latency [s] + bytes / bandwidth [bytes/s], of the whole (gathered or summed) tensor.
+
+    What sends may take the processor from the products: `handling` [s] of every collective, and
+    `handling_per_byte` [s] of every byte. Nothing, where a device multiplies.
+    """
 
     latency: float
     bandwidth: float
+    handling: float = 0.0
+    handling_per_byte: float = 0.0
 
     def seconds(self, size: float) -> float:
         """For a tensor of `size` bytes."""
         return self.latency + size / self.bandwidth
+
+    def processor(self, size: float) -> float:
+        """Seconds that a tensor of `size` bytes takes from the products."""
+        return self.handling + size * self.handling_per_byte
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,12 @@ def busy(tasks: Iterable[Task], resource: str) -> float:
     return sum(task.seconds for task in tasks if task.resource == resource)
 
 
+def exposed(tasks: Sequence[Task]) -> float:
+    """Seconds beyond those of the products: what is sent and hides behind nothing, and what sending takes from them."""
+    products = [task for task in tasks if not task.name.startswith(HANDLE)]
+    return seconds(tasks) - busy(products, "compute")
+
+
 def product_seconds(rates: Rates, rows: float, inner: int, outer: int, launches: int = 1) -> float:
     """Of [rows, inner] x [inner, outer] in `launches` products."""
     return launches * rates.launch + 2.0 * rows * inner * outer / rates.flops
@@ -159,25 +178,31 @@ def fused_tasks(p: Pass, rates: Rates, schedule: Schedule) -> list[Task]:
     return [down, *body, Task("up", "compute", product_seconds(rates, up_rows, p.rank, p.outer), last)]
 
 
-def _messages(p: Pass, rates: Rates, schedule: Schedule) -> list[float]:
-    """Seconds of each chunk's collective; the narrow one's, where it is sent by itself, comes second."""
+def _sending(p: Pass, rates: Rates, schedule: Schedule) -> Callable[..., list[Task]]:
+    """send(chunk or "narrow", *after) -> its tasks on link and processor, the second where sending takes any of it."""
     link, c = rates.link(p.form), schedule.chunks
     wide, narrow = p.rows / c * p.wide * p.itemsize, p.rows * p.rank * p.itemsize
-    if schedule.merge:
-        return [link.seconds(wide + narrow)] + [link.seconds(wide)] * (c - 1)
-    return [link.seconds(wide), link.seconds(narrow)] + [link.seconds(wide)] * (c - 1)
+
+    def send(part: int | str, *after: str) -> list[Task]:
+        size = narrow if part == "narrow" else wide + narrow * (schedule.merge and part == 0)
+        tasks = [Task(f"send {part}", "link", link.seconds(size), after)]
+        if taken := link.processor(size):
+            tasks.append(Task(f"{HANDLE}{part}", "compute", taken, after))
+        return tasks
+
+    return send
 
 
 def _gather(p: Pass, rates: Rates, schedule: Schedule) -> list[Task]:
     c, t = schedule.chunks, p.world
-    times = _messages(p, rates, schedule)
-    tasks = [Task("send 0", "link", times.pop(0), ("down",))]
+    send = _sending(p, rates, schedule)
+    tasks = send(0, "down")
     if not schedule.merge:
-        tasks.append(Task("send narrow", "link", times.pop(0), ("down",)))
+        tasks += send("narrow", "down")
     for k in range(c):
         tasks.append(Task(f"own {k}", "compute", product_seconds(rates, p.rows / t / c, p.inner, p.outer)))
         if k + 1 < c:
-            tasks.append(Task(f"send {k + 1}", "link", times[k]))
+            tasks += send(k + 1)
         others = product_seconds(rates, p.rows * (t - 1) / t / c, p.inner, p.outer, launches=t - 1)
         tasks.append(Task(f"others {k}", "compute", others, (f"send {k}",)))
     return tasks
@@ -185,26 +210,22 @@ def _gather(p: Pass, rates: Rates, schedule: Schedule) -> list[Task]:
 
 def _scatter(p: Pass, rates: Rates, schedule: Schedule) -> list[Task]:
     c, t = schedule.chunks, p.world
-    times = _messages(p, rates, schedule)
-    tasks = []
-    if not schedule.merge:
-        tasks.append(Task("send narrow", "link", times.pop(1), ("down",)))
+    send = _sending(p, rates, schedule)
+    tasks = [] if schedule.merge else send("narrow", "down")
     for k in range(c):
         others = product_seconds(rates, p.rows * (t - 1) / t / c, p.inner, p.outer, launches=t - 1)
         tasks.append(Task(f"others {k}", "compute", others))
-        tasks.append(Task(f"send {k}", "link", times[k], (f"others {k}",)))
+        tasks += send(k, f"others {k}")
     return [*tasks, Task("own", "compute", product_seconds(rates, p.rows / t, p.inner, p.outer))]
 
 
 def _reduce(p: Pass, rates: Rates, schedule: Schedule) -> list[Task]:
     c = schedule.chunks
-    times = _messages(p, rates, schedule)
-    tasks = []
-    if not schedule.merge:
-        tasks.append(Task("send narrow", "link", times.pop(1), ("down",)))
+    send = _sending(p, rates, schedule)
+    tasks = [] if schedule.merge else send("narrow", "down")
     for k in range(c):
         tasks.append(Task(f"product {k}", "compute", product_seconds(rates, p.rows / c, p.inner, p.outer)))
-        tasks.append(Task(f"send {k}", "link", times[k], (f"product {k}",)))
+        tasks += send(k, f"product {k}")
     return tasks
 
 

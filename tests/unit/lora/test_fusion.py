@@ -16,6 +16,7 @@ from mindspeed_llm.lora.fusion.cost import (
     busy,
     choose,
     critical_path,
+    exposed,
     finish_times,
     fused_tasks,
     seconds,
@@ -25,8 +26,8 @@ from mindspeed_llm.lora.fusion.products import cut
 ROWS, INNER, OUTER = 1024, 512, 512
 
 
-def rates(bandwidth=1e9, latency=1e-5, launch=1e-6):
-    link = Link(latency, bandwidth)
+def rates(bandwidth=1e9, latency=1e-5, launch=1e-6, **handling):
+    link = Link(latency, bandwidth, **handling)
     return Rates(1e11, launch, link, link, link)
 
 
@@ -49,8 +50,9 @@ def test_resources_take_their_tasks_in_order_and_wait_for_what_they_need():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("merge", [True, False])
-def test_no_schedule_beats_its_busier_resource_or_loses_to_one_after_the_other(form, chunks, merge):
-    tasks = fused_tasks(size(form), rates(), Schedule(chunks, merge))
+@pytest.mark.parametrize("handling", [{}, dict(handling=1e-4, handling_per_byte=1e-10)], ids=["free", "handled"])
+def test_no_schedule_beats_its_busier_resource_or_loses_to_one_after_the_other(form, chunks, merge, handling):
+    tasks = fused_tasks(size(form), rates(**handling), Schedule(chunks, merge))
     time, work = seconds(tasks), [busy(tasks, resource) for resource in ("compute", "link")]
     assert max(work) <= time <= sum(work) + 1e-12
     assert sum(task.seconds for task in critical_path(tasks)) == pytest.approx(time)
@@ -72,6 +74,18 @@ def test_in_many_chunks_the_shorter_of_equal_parts_disappears(form):
 def test_latency_chooses_one_message_and_bandwidth_several(form):
     assert choose(size(form, rows=64), rates(latency=1e-3)) == Schedule(1, merge=True)
     assert choose(size(form, rows=1 << 16), rates(bandwidth=2e8, latency=1e-7)).chunks > 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_sending_takes_from_the_processor_is_no_product_and_favours_few_messages(form):
+    many = dict(bandwidth=2e8, latency=1e-7)
+    schedule = choose(size(form, rows=1 << 14), rates(**many))
+    free, handled = (fused_tasks(size(form, rows=1 << 14), rates(**many, handling=h), schedule) for h in (0.0, 1e-3))
+    sent = sum(task.resource == "link" for task in handled)
+    assert busy(handled, "compute") == pytest.approx(busy(free, "compute") + sent * 1e-3)
+    assert exposed(handled) >= exposed(free) and exposed(free) == seconds(free) - busy(free, "compute")
+    assert choose(size(form, rows=1 << 14), rates(**many, handling=1.0)) == Schedule(1, merge=True)
+    assert schedule.chunks > 1
 
 
 def test_rows_are_cut_into_parts_that_follow_each_other():
