@@ -259,10 +259,15 @@ class Process:
 
 def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) -> dict[str, Any]:
     """All sides of one mode."""
+    from mindspeed_llm.accelerator import host_compiler
     from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 
     shape, rates = shape_from_hf(read_hf_config(directory)), []
     there = FULL_ROWS if mode == "pretrain" else SIDES
+    reason = host_compiler.why_not()
+    if reason and not args.sides:
+        print(f"{mode}: no side with compiled operators, because {reason}", file=sys.stderr)
+        there = [name for name in there if SIDES[name][1] != "compiled"]
     chosen = {name: SIDES[name] for name in there if not args.sides or name in args.sides}
     processes = {kind: Process(*kind, directory, mode, args) for kind in dict.fromkeys(chosen.values())}
     for process in processes.values():

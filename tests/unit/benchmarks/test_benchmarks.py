@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from mindspeed_llm.accelerator import host_compiler
 from mindspeed_llm.ops import registry
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+# Whether there is a side with compiled operators.
+COMPILES = host_compiler.why_not() is None
 
 
 @pytest.fixture
@@ -38,9 +42,9 @@ def test_all_sides_of_training_train_the_same(script):
     result = script("train", "--quick", "--threads", "1", "--mode", "lora")["lora"]
     losses = result["first_loss"]
     assert set(losses) == set(result["tokens_per_second"])
-    assert len(losses) == 9
+    assert len(losses) == 9 + COMPILES
     # bf16, and the sides take their first steps one after another on two models.
-    assert list(losses.values()) == pytest.approx([losses["ours_joined"]] * 9, rel=1e-2)
+    assert list(losses.values()) == pytest.approx([losses["ours_joined"]] * len(losses), rel=1e-2)
     assert result["packed_over_fastest_packed_peer"] > 0
     assert all(share > 0 for share in result["share_of_matmul_rate"].values())
 
@@ -49,8 +53,9 @@ def test_all_sides_of_training_train_the_same(script):
 def test_pretraining_and_the_start_of_a_run(script):
     found = script("train", "--quick", "--threads", "1", "--mode", "pretrain", "start")
     losses = found["pretrain"]["first_loss"]
-    assert list(losses) == ["ours_packed", "peer_packed_mask", "peer_packed_documents"]
-    assert list(losses.values()) == pytest.approx([losses["ours_packed"]] * 3, rel=1e-2)
+    assert set(losses) - {"ours_packed_compiled"} == {"ours_packed", "peer_packed_mask", "peer_packed_documents"}
+    assert len(losses) == 3 + COMPILES
+    assert list(losses.values()) == pytest.approx([losses["ours_packed"]] * len(losses), rel=1e-2)
     assert len(found["seconds_to_first_iteration"]) == 2
 
 
