@@ -154,15 +154,15 @@ def check_copied_embedding(shape: ModelShape, settings: AdapterSettings, layout:
         )
 
 
-def check_combined(settings: AdapterSettings) -> None:
-    """Refuse --lora-fusion-combine where no adapter is computed by it.
+def check_dense(settings: AdapterSettings, flag: str) -> None:
+    """Refuse a flag about how dense linears with adapters are computed where none has one.
 
     Raises:
         UserError: no dense linear of the layers has one.
     """
     if not [m for m in settings.targets if m.startswith(("linear_", "shared_experts.linear_")) or m == "eh_proj"]:
         raise UserError(
-            f"--lora-fusion-combine has no meaning for {', '.join(settings.targets)}, because experts, routers, "
+            f"{flag} has no meaning for {', '.join(settings.targets)}, because experts, routers, "
             "embeddings and the output layer are computed apart; legal: with dense linears; try: leave it out"
         )
 

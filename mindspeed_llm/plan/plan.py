@@ -19,8 +19,8 @@ from mindspeed_llm.plan.adapters import (
     AdapterSettings,
     adapter_parameters,
     adapters_asked_for,
-    check_combined,
     check_copied_embedding,
+    check_dense,
     check_tied_embedding,
 )
 from mindspeed_llm.plan.base import check_base
@@ -166,7 +166,9 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         _try(problems, lambda: check_tied_embedding(shape, adapters), None)
         _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
         if config.lora.lora_fusion_combine:
-            _try(problems, lambda: check_combined(adapters), None)
+            _try(problems, lambda: check_dense(adapters, "--lora-fusion-combine"), None)
+        if config.lora.lora_kernels != "torch":
+            _try(problems, lambda: check_dense(adapters, f"--lora-kernels {config.lora.lora_kernels}"), None)
     problems += _export_problems(plan)
     problems += expert_problems(config, shape, layout)
     problems += recompute_problems(config, shape)

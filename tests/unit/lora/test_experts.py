@@ -288,3 +288,14 @@ def test_combining_with_weights_is_for_dense_linears(base, rows, post_train):
     with pytest.raises(UserError, match="--lora-fusion-combine has no meaning for router, experts.linear_fc1, because"):
         post_train(TUNE, words, apart)
     post_train(TUNE, words, f"{apart} linear_proj")
+
+
+def test_kernels_are_for_dense_linears(base, rows, post_train):
+    words = f"--load {base} --data-path {rows} --train-iters 1 --lora-kernels triton --dry-run"
+    apart = "--lora-target-modules experts.linear_fc1 router"
+    said = "--lora-kernels triton has no meaning for router, experts.linear_fc1, because"
+    with pytest.raises(UserError, match=said):
+        post_train(TUNE, words, apart)
+    with pytest.raises(UserError) as other:  # no CUDA device here, and that alone
+        post_train(TUNE, words, f"{apart} linear_proj")
+    assert "needs a CUDA device" in str(other.value) and "no meaning" not in str(other.value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 from mindspeed_llm.patching import Patch
 
@@ -22,8 +21,11 @@ def _with_the_path_of_metadata(original: Callable[..., None]) -> Callable[..., N
         class WithPath(plain):
             metadata_path = property(plain._get_metadata_path)
 
-        with mock.patch.object(strategies, "FileSystemWriter", WithPath):
+        strategies.FileSystemWriter = WithPath
+        try:
             return original(self, checkpoint_dir, key_prefix)
+        finally:
+            strategies.FileSystemWriter = plain
 
     return remove_sharded_tensors
 

@@ -98,43 +98,30 @@ def _as_the_module_imports(original: Callable[[str], Any]) -> Callable[[str], An
 
 
 MODULE = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
-WHY = "it is a Triton kernel, which runs on CUDA alone"
+
+
+def _patch(name: str, function: str, wrap: Callable[..., Any], fingerprint: str, why: str | None = None) -> Patch:
+    return Patch(
+        name=name,
+        target=f"{MODULE}:{function}",
+        why=why or "it is a Triton kernel, which runs on CUDA alone",
+        wrap=wrap,
+        versions=">=0.16",
+        fingerprints={"0.16.1": fingerprint},
+        optional=True,
+    )
+
+
 PATCHES = (
-    Patch(
-        name="batch-invariant-product",
-        target=f"{MODULE}:matmul_persistent",
-        why=WHY,
-        wrap=_product_of_rows,
-        versions=">=0.16",
-        fingerprints={"0.16.1": "e84943eeb522"},
-        optional=True,
-    ),
-    Patch(
-        name="batch-invariant-log-softmax",
-        target=f"{MODULE}:log_softmax",
-        why=WHY,
-        wrap=_log_softmax_of_rows,
-        versions=">=0.16",
-        fingerprints={"0.16.1": "ed09d8f3497d"},
-        optional=True,
-    ),
-    Patch(
-        name="batch-invariant-mean",
-        target=f"{MODULE}:mean_dim",
-        why=WHY,
-        wrap=_mean_of_rows,
-        versions=">=0.16",
-        fingerprints={"0.16.1": "2ad8799d446c"},
-        optional=True,
-    ),
-    Patch(
-        name="batch-invariant-mode-ends",
-        target=f"{MODULE}:_import_module_if_available",
-        why="it asks importlib for Transformer Engine, which knows nothing of what stands in for it; "
-        "leaving the mode then fails",
-        wrap=_as_the_module_imports,
-        versions=">=0.16",
-        fingerprints={"0.16.1": "81a25ed11d6c"},
-        optional=True,
+    _patch("batch-invariant-product", "matmul_persistent", _product_of_rows, "e84943eeb522"),
+    _patch("batch-invariant-log-softmax", "log_softmax", _log_softmax_of_rows, "ed09d8f3497d"),
+    _patch("batch-invariant-mean", "mean_dim", _mean_of_rows, "2ad8799d446c"),
+    _patch(
+        "batch-invariant-mode-ends",
+        "_import_module_if_available",
+        _as_the_module_imports,
+        "81a25ed11d6c",
+        why="it asks importlib for Transformer Engine, which knows nothing of what stands in for it; leaving the mode "
+        "then fails",
     ),
 )
