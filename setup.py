@@ -51,6 +51,7 @@ setup(
             "setuptools>=70.1",
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "peft>=0.14",
             "import-linter",
