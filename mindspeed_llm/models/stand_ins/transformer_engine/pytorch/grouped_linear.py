@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.linear import initialize, mark_cut, multiply
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.linear import mark_cut, multiply, weight_init
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
     device_of,
@@ -54,16 +54,19 @@ class GroupedLinear(TransformerEngineBaseModule):
         where = {"dtype": params_dtype or torch.get_default_dtype(), "device": device_of(device)}
         for index in range(num_gemms):
             weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **where))
-            initialize(self, weight, init_method)
-            self.register_parameter(f"weight{index}", weight)
-            if parallel_mode is not None:
-                mark_cut(weight, 0 if parallel_mode == "column" else 1)
+            self.draw(f"weight{index}", weight, weight_init(self, init_method))
             if bias:
-                self.register_parameter(f"bias{index}", nn.Parameter(torch.zeros(self.out_features, **where)))
+                self.draw(f"bias{index}", nn.Parameter(torch.empty(self.out_features, **where)), nn.init.zeros_)
             else:
                 setattr(self, f"bias{index}", torch.empty(0, **where))
+        self.mark_parameters()
         if delay_wgrad_compute:
             self.defer_gradients(dict(self.named_parameters()))
+
+    def mark_parameters(self) -> None:
+        if self.parallel_mode is not None:
+            for index in range(self.num_gemms):
+                mark_cut(getattr(self, f"weight{index}"), 0 if self.parallel_mode == "column" else 1)
 
     def forward(self, x: Tensor, m_splits: Sequence[int], is_first_microbatch: bool | None = None) -> Any:
         """Rows of the groups one after the other; with return_bias the biases of all groups come beside them."""

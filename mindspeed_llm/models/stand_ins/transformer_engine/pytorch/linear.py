@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,17 +44,17 @@ def multiply(
     )
 
 
-def initialize(module: nn.Module, parameter: Tensor, init_method: Callable[[Tensor], Any] | None) -> None:
-    """Draw a weight from the stream that differs between the ranks it is cut among, where there is one."""
-    init_method = init_method or (lambda weight: nn.init.normal_(weight, mean=0.0, std=0.023))
-    tracker = module.get_rng_state_tracker
-    if parameter.device.type == "meta":
-        return
-    if tracker is None:
-        init_method(parameter)
-        return
-    with tracker().fork(module.rng_tracker_name) if module.rng_tracker_name else tracker().fork():
-        init_method(parameter)
+def weight_init(module: nn.Module, init_method: Callable[[Tensor], Any] | None) -> Callable[[Tensor], None]:
+    """Draws a weight from the stream that differs between the ranks it is cut among, where there is one."""
+    method = init_method or (lambda weight: nn.init.normal_(weight, mean=0.0, std=0.023))
+    tracker, name = module.get_rng_state_tracker, module.rng_tracker_name
+
+    def init_fn(weight: Tensor) -> None:
+        stream = contextlib.nullcontext() if tracker is None else tracker().fork(*([name] if name else []))
+        with stream:
+            method(weight)
+
+    return init_fn
 
 
 def mark_cut(parameter: Tensor, dimension: int) -> None:
@@ -97,20 +99,23 @@ class _ParallelLinear(TransformerEngineBaseModule):
         self.out_features = out_features // (self.tp_size if parallel_mode == "column" else 1)
         dtype = params_dtype or torch.get_default_dtype()
         where = {"dtype": dtype, "device": device_of(device)}
-        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **where))
-        initialize(self, self.weight, init_method)
+        weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **where))
+        self.draw("weight", weight, weight_init(self, init_method))
         if bias:
-            self.bias = nn.Parameter(torch.zeros(self.out_features, **where))
+            self.draw("bias", nn.Parameter(torch.empty(self.out_features, **where)), nn.init.zeros_)
         else:
             self.bias = torch.empty(0, **where)  # what Transformer Engine has there; megatron asks for its size
-        if parallel_mode is not None:
-            mark_cut(self.weight, 0 if parallel_mode == "column" else 1)
-        if bias and parallel_mode == "column":
-            mark_cut(self.bias, 0)
-        if bias and parallel_mode == "row":
-            self.bias.sequence_parallel = self.sequence_parallel
+        self.mark_parameters()
         if delay_wgrad_compute:
             self.defer_gradients({"weight": self.weight, **({"bias": self.bias} if bias else {})})
+
+    def mark_parameters(self) -> None:
+        if self.parallel_mode is not None:
+            mark_cut(self.weight, 0 if self.parallel_mode == "column" else 1)
+        if self.use_bias and self.parallel_mode == "column":
+            mark_cut(self.bias, 0)
+        if self.use_bias and self.parallel_mode == "row":
+            self.bias.sequence_parallel = self.sequence_parallel
 
     def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The product of this rank's part and what ranks must exchange for it."""
@@ -171,9 +176,19 @@ class LayerNormLinear(_ParallelLinear):
         )
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
         self.return_layernorm_output = return_layernorm_output
-        where = (params_dtype, device, self.sequence_parallel)
-        self.layer_norm_weight = norm_parameter(in_features, 0.0 if zero_centered_gamma else 1.0, *where)
-        self.layer_norm_bias = norm_parameter(in_features, 0.0, *where) if normalization == "LayerNorm" else None
+        one = functools.partial(nn.init.constant_, val=0.0 if zero_centered_gamma else 1.0)
+        self.draw("layer_norm_weight", norm_parameter(in_features, params_dtype, device), one)
+        if normalization == "LayerNorm":
+            self.draw("layer_norm_bias", norm_parameter(in_features, params_dtype, device), nn.init.zeros_)
+        else:
+            self.layer_norm_bias = None
+        self.mark_parameters()
+
+    def mark_parameters(self) -> None:
+        super().mark_parameters()
+        for name in ("layer_norm_weight", "layer_norm_bias"):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).sequence_parallel = self.sequence_parallel
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         """As `Linear`; with return_layernorm_output the norm's output comes last."""

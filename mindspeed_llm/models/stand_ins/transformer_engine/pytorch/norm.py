@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.module.base import device_of
 from mindspeed_llm.ops.norm import layer_norm, rms_norm
 
@@ -21,14 +22,9 @@ def normalize(
     return layer_norm(x, weight, bias, eps, offset)
 
 
-def norm_parameter(
-    size: int, value: float, dtype: torch.dtype | None, device: Any, sequence_parallel: bool
-) -> nn.Parameter:
-    """A parameter every rank holds whole; megatron sums its gradient when ranks see different rows."""
-    made = torch.full((size,), value, dtype=dtype or torch.get_default_dtype(), device=device_of(device))
-    parameter = nn.Parameter(made)
-    parameter.sequence_parallel = sequence_parallel
-    return parameter
+def norm_parameter(size: int, dtype: torch.dtype | None, device: Any) -> nn.Parameter:
+    """A parameter [size] without values, which every rank holds whole."""
+    return nn.Parameter(torch.empty(size, dtype=dtype or torch.get_default_dtype(), device=device_of(device)))
 
 
 class _Norm(nn.Module):
@@ -49,14 +45,23 @@ class _Norm(nn.Module):
         size = normalized_shape if hidden_size is None else hidden_size
         dtype = dtype or params_dtype
         self.eps, self.zero_centered_gamma, self.sequence_parallel = eps, zero_centered_gamma, sequence_parallel
-        self.weight = norm_parameter(size, 0.0 if zero_centered_gamma else 1.0, dtype, device, sequence_parallel)
-        self.bias = norm_parameter(size, 0.0, dtype, device, sequence_parallel) if self.kind == "LayerNorm" else None
+        self.weight = norm_parameter(size, dtype, device)
+        self.bias = norm_parameter(size, dtype, device) if self.kind == "LayerNorm" else None
+        self._set_parameters()
 
     def reset_parameters(self) -> None:
-        """Ones (zeros where centred), and zeros for the bias."""
+        """Ones (zeros where centred), and zeros for the bias; on the accelerator if they were on the meta device."""
+        if self.weight.is_meta:
+            self.to_empty(device=accelerator.current().current_device())
+        self._set_parameters()
+
+    def _set_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            # megatron sums its gradient, because ranks see different rows
+            parameter.sequence_parallel = self.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(self.kind, x, self.weight, self.bias, self.eps, self.zero_centered_gamma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,15 +105,49 @@ def _gathered(x: Tensor, group: Any) -> Tensor:
     return whole
 
 
+@dataclass(frozen=True)
+class ParameterInit:
+    """How a parameter is drawn; `fp8_meta_index` tells that it has no scale."""
+
+    init_fn: Callable[[Tensor], Any]
+    fp8_meta_index: int | None = None
+
+
 class TransformerEngineBaseModule(nn.Module):
     """A module whose state has an entry for scales, which is empty."""
 
+    primary_weights_in_fp8 = False
+
     def __init__(self) -> None:
         super().__init__()
+        # Megatron's FSDP, which makes models on the meta device, looks here for what it has to draw.
+        self.param_init_meta: dict[str, ParameterInit] = {}
         self.deferred: DeferredGradients | None = None
         self._hooks_of_gradients: list[Callable[[], None]] = []
         self.fp8 = self.fp8_calibration = False
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "recipe": None}
+
+    def draw(self, name: str, parameter: nn.Parameter, init_fn: Callable[[Tensor], Any]) -> None:
+        """Register a parameter and draw its values, now or, on the meta device, in `reset_parameters`."""
+        self.register_parameter(name, parameter)
+        self.param_init_meta[name] = ParameterInit(init_fn)
+        if not parameter.is_meta:
+            init_fn(parameter)
+
+    def mark_parameters(self) -> None:
+        """Tell megatron, by attributes of parameters, how ranks share them."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters again; those on the meta device get memory on the accelerator first."""
+        for name, how in self.param_init_meta.items():
+            parameter = getattr(self, name)
+            if parameter.is_meta:
+                made = torch.empty_like(parameter, device=accelerator.current().current_device())
+                parameter = nn.Parameter(made, parameter.requires_grad)
+                setattr(self, name, parameter)
+            how.init_fn(parameter)
+        self.mark_parameters()
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         """There are no scales to prepare."""
