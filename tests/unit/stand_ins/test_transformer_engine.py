@@ -292,3 +292,44 @@ def test_adam_refuses_what_it_does_not_do():
     for wrong in ({"amsgrad": True}, {"capturable": True}, {"exp_avg_dtype": torch.uint8}):
         with pytest.raises(UserError, match="is wrong, because .*; legal: "):
             te.pytorch.optimizers.FusedAdam(adam_problem(), **wrong)
+
+
+MADE = {
+    "Linear": lambda **o: te.pytorch.Linear(4, 6, parallel_mode="row", **o),
+    "LayerNormLinear": lambda **o: te.pytorch.LayerNormLinear(4, 6, parallel_mode="column", **o),
+    "GroupedLinear": lambda **o: te.pytorch.GroupedLinear(2, 4, 6, parallel_mode="column", **o),
+    "RMSNorm": lambda **o: te.pytorch.RMSNorm(4, sequence_parallel=True, **o),
+}
+
+
+def _of_parameters(module):
+    return {name: (parameter, vars(parameter)) for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_module_of_the_meta_device_becomes_what_it_would_have_been(kind, emptied):
+    torch.manual_seed(3)
+    expected = _of_parameters(MADE[kind]())
+    module = MADE[kind](device="meta")
+    assert all(parameter.is_meta for parameter in module.parameters())
+    if emptied:  # as Megatron's FSDP does before it asks for the values
+        module.to_empty(device="cpu", recurse=False)
+        assert not any(vars(parameter) for parameter in module.parameters()), "the marks are gone with the tensors"
+    torch.manual_seed(3)
+    module.reset_parameters()
+    found = _of_parameters(module)
+    assert found.keys() == expected.keys()
+    for name, (parameter, marks) in expected.items():
+        assert torch.equal(found[name][0], parameter) and found[name][1] == marks and marks is not found[name][1], name
+    torch.manual_seed(4)
+    module.reset_parameters()
+    drawn = [name for name, (parameter, _) in expected.items() if not torch.equal(getattr(module, name), parameter)]
+    assert drawn == [name for name in expected if name.startswith("weight") and kind != "RMSNorm"]
+
+
+def test_megatron_fsdp_finds_how_each_parameter_is_drawn():
+    module = MADE["LayerNormLinear"](device="meta")
+    assert module.param_init_meta.keys() == dict(module.named_parameters()).keys()
+    assert not module.primary_weights_in_fp8
+    assert all(init.fp8_meta_index is None for init in module.param_init_meta.values())
