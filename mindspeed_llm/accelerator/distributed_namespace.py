@@ -12,8 +12,13 @@ from typing import Any
 import torch
 
 from mindspeed_llm.accelerator import gloo_device
+from mindspeed_llm.accelerator.premultiplied_sum import COLLECTIVES, premultiplied
 from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.accelerator.tensor_methods import is_cuda
+
+_MAKE_GROUPS = ("init_process_group", "new_group", "new_subgroups", "new_subgroups_by_enumeration")
+# A tensor is cut into, or put together from, what the ranks hold.
+_WITH_SHARES = ("all_gather_into_tensor", "_all_gather_base", "reduce_scatter_tensor", "_reduce_scatter_base")
 
 
 class Overlay(types.ModuleType):
@@ -46,10 +51,11 @@ class DistributedNamespace(types.ModuleType):
     def __init__(self, accelerator: Accelerator):
         super().__init__("torch.distributed")
         self.__path__ = torch.distributed.__path__
-        for name in ("init_process_group", "new_group", "new_subgroups", "new_subgroups_by_enumeration"):
-            self.__dict__[name] = self._with_backend(name, accelerator)
-        for name in ("all_gather_into_tensor", "_all_gather_base", "reduce_scatter_tensor", "_reduce_scatter_base"):
-            self.__dict__[name] = _of_any_shape(getattr(torch.distributed, name))
+        made = {name: getattr(torch.distributed, name) for name in _MAKE_GROUPS + _WITH_SHARES + tuple(COLLECTIVES)}
+        made.update({name: _with_backend(made[name], accelerator) for name in _MAKE_GROUPS})
+        made.update({name: _of_any_shape(made[name]) for name in _WITH_SHARES})
+        made.update({name: premultiplied(name, made[name]) for name in COLLECTIVES})
+        self.__dict__.update({name: _unless_replaced(name, function) for name, function in made.items()})
         mesh = torch.distributed.device_mesh
         self.__dict__["init_device_mesh"] = _on_accelerator(mesh.init_device_mesh, accelerator)
         self.__dict__["device_mesh"] = Overlay(
@@ -62,31 +68,40 @@ class DistributedNamespace(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.distributed, name)
 
-    @staticmethod
-    def _with_backend(name: str, accelerator: Accelerator) -> Callable:
-        function = getattr(torch.distributed, name)
-        signature = inspect.signature(function)
-        ours = accelerator.distributed_backend
 
-        @functools.wraps(function)
-        def with_backend(*args: Any, **kwargs: Any) -> Any:
-            if (replaced := getattr(torch.distributed, name)) is not function:
-                return replaced(*args, **kwargs)  # somebody stands in for torch's, as tests do
-            bound = signature.bind(*args, **kwargs)
-            given = bound.arguments
-            if isinstance(given.get("backend"), str):
-                given["backend"] = _backend(given["backend"], accelerator)
-            if given.get("backend") == ours and ours != "nccl" and _is_nccl_options(given.get("pg_options")):
-                given["pg_options"] = None
-            if given.get("backend") in (None, ours) and given.get("pg_options") is None and "group_desc" in given:
-                given["pg_options"] = accelerator.group_options(given["group_desc"])
-            if given.get("device_id") is not None:
-                # torch binds groups to accelerators alone.
-                given["device_id"] = None if accelerator.device_type == "cpu" else accelerator.current_device()
-            with gloo_device.shared():
-                return function(*bound.args, **bound.kwargs)
+def _unless_replaced(name: str, ours: Callable) -> Callable:
+    """`ours`, or what somebody has put in the place of torch's function of that name, as tests do."""
+    theirs = getattr(torch.distributed, name)
 
-        return with_backend
+    @functools.wraps(theirs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        found = getattr(torch.distributed, name)
+        return (ours if found is theirs else found)(*args, **kwargs)
+
+    return function
+
+
+def _with_backend(function: Callable, accelerator: Accelerator) -> Callable:
+    """What makes groups, with the accelerator's backend and options where nccl's are asked for."""
+    signature = inspect.signature(function)
+    ours = accelerator.distributed_backend
+
+    def with_backend(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        if isinstance(given.get("backend"), str):
+            given["backend"] = _backend(given["backend"], accelerator)
+        if given.get("backend") == ours and ours != "nccl" and _is_nccl_options(given.get("pg_options")):
+            given["pg_options"] = None
+        if given.get("backend") in (None, ours) and given.get("pg_options") is None and "group_desc" in given:
+            given["pg_options"] = accelerator.group_options(given["group_desc"])
+        if given.get("device_id") is not None:
+            # torch binds groups to accelerators alone.
+            given["device_id"] = None if accelerator.device_type == "cpu" else accelerator.current_device()
+        with gloo_device.shared():
+            return function(*bound.args, **bound.kwargs)
+
+    return with_backend
 
 
 def _of_any_shape(function: Callable) -> Callable:
