@@ -106,7 +106,8 @@ def _prepared(plan: Plan, path: str, tokenizer: Tokenizer | None) -> str:
         plan.config.data.prompt_type = "hf" if tokenizer.chat_template else FALLBACK_TEMPLATE
         whose = "the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none of its own"
         say_notes([f"--prompt-type is not given: using {plan.config.data.prompt_type} ({whose})"])
-    return preprocess_cached(replace(plan.config.data, data_path=[path]), tokenizer)
+    stage = "sft" if plan.config.door == "posttrain" else "pretrain"
+    return preprocess_cached(replace(plan.config.data, data_path=[path]), tokenizer, stage=stage)
 
 
 def _size_of_named_tokenizer(parsed: Parsed) -> int | None:

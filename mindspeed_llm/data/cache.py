@@ -40,7 +40,9 @@ def is_preprocessed(path: str | Path) -> bool:
     return idx_path(stem).is_file() or idx_path(f"{stem}_packed_input_ids_document").is_file()
 
 
-def preprocess_cached(data: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> str:
+def preprocess_cached(
+    data: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path | None = None, stage: str | None = None
+) -> str:
     """The prefix of `data.data_path` in preprocessed form, built first if need be.
 
     Safe to call from several processes at once: one builds under a file lock, the others wait. Where nodes share no
@@ -51,12 +53,13 @@ def preprocess_cached(data: DataConfig, tokenizer: Tokenizer, cache_dir: str | P
             preprocessing.
         tokenizer: the loaded tokenizer.
         cache_dir: default `data.cache_dir`, then `default_cache_dir()`.
+        stage: see `preprocess_input`.
 
     Raises:
         UserError: preprocessing fails.
     """
     (source,) = data.data_path
-    settings = preprocess_settings(data)
+    settings = {**preprocess_settings(data), "stage": stage}
     directory = Path(cache_dir or data.cache_dir or default_cache_dir()).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     key = cache_key(source, settings, tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
     from mindspeed_llm.config.data import DataConfig, TokenizerConfig
+
+EXAMPLE_MAP = '\'{"prompt":"question","response":"answer"}\''
 
 
 def preprocess(data: DataConfig, tokenizer: TokenizerConfig) -> Report | None:
@@ -124,6 +126,7 @@ def preprocess_input(
     hf_params: Mapping[str, Any] | None = None,
     workers: int = 1,
     overwrite: bool = False,
+    stage: str | None = None,
 ) -> Report:
     """Preprocess one source. The bytes written do not depend on `workers`.
 
@@ -134,6 +137,8 @@ def preprocess_input(
         handler_name: class name of the handler; None guesses from the first row's columns.
         pack_mode: "none", "pack", or "neat_pack", which cuts over-long samples instead of dropping them.
         overwrite: replace output that is already there.
+        stage: "pretrain" or "sft", the training that will read the output: a guess keeps to its handlers. A
+            `prompt_type` says "sft".
 
     Raises:
         UserError: see `preprocess`.
@@ -146,7 +151,8 @@ def preprocess_input(
             "--overwrite-cache to replace them"
         )
     if handler_name is None:
-        handler_name = guess_handler(source, max_samples, hf_params)
+        stage = stage or ("sft" if prompt_type else None)
+        handler_name = guess_handler(source, max_samples, hf_params, stage, map_keys, json_keys)
     handler = make_handler(
         handler_name, tokenizer, json_keys=json_keys, prompt_type=prompt_type, prompt_type_path=prompt_type_path,
         enable_thinking=enable_thinking, map_keys=map_keys, seq_length=seq_length, pack_mode=pack_mode,
@@ -191,18 +197,38 @@ def preprocess_input(
     return report
 
 
-def guess_handler(source: str, max_samples: int | None, hf_params: Mapping[str, Any] | None) -> str:
-    """The handler whose default columns the first readable row has.
+def guess_handler(
+    source: str,
+    max_samples: int | None,
+    hf_params: Mapping[str, Any] | None,
+    stage: str | None = None,
+    map_keys: Mapping[str, Any] | None = None,
+    json_keys: Sequence[str] = ("text",),
+) -> str:
+    """The handler whose columns the first readable row has.
+
+    Args:
+        stage, map_keys, json_keys: see `suggest_handler`.
 
     Raises:
-        UserError: no handler, or more than one, fits.
+        UserError: no handler, or more than one, fits, or there is no readable row.
     """
     first = next(read_chunks(source, max_samples, dict(hf_params or {})), None)
-    row = None if first is None else next((row for _, row in first.decode() if isinstance(row, dict)), None)
-    name = None if row is None else suggest_handler(row)
-    if name is None:
-        columns = "no readable row" if row is None else f"columns {', '.join(map(repr, row))}"
-        raise UserError(f"handler-name: not given and not clear from '{source}' ({columns}); try: --handler-name")
+    rows = [] if first is None else list(first.decode())
+    row = next((row for _, row in rows if isinstance(row, dict)), None)
+    if row is None:
+        reason = (
+            f"the first {len(rows)} cannot be used, {first.origin(rows[0][0])}: {rows[0][1]}" if rows else "no rows"
+        )
+        raise UserError(f"input: '{source}' has no readable row ({reason}); try: another file")
+    if (name := suggest_handler(row, stage, map_keys, json_keys)) is None:
+        training = {"sft": "fine-tuning ", "pretrain": "pre-training "}.get(stage, "")
+        columns = ", ".join(map(repr, row))
+        raise UserError(
+            f"handler-name: not given, and no single {training}handler reads the columns of '{source}' ({columns}); "
+            "try: --handler-name, or name the columns with "
+            + ("--json-keys" if stage == "pretrain" else "--map-keys " + EXAMPLE_MAP)
+        )
     return name
 
 

@@ -172,9 +172,10 @@ def _json_lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _json_array_rows(file: Path) -> Iterator[tuple[int, Any, int]]:
-    """Elements of one JSON array with the line each starts on."""
+    """Elements of one JSON array with the line each starts on, or with its number where all stand on one line."""
     text = file.read_text(encoding="utf-8-sig")
     decoder = json.JSONDecoder()
+    one_line = "\n" not in text.strip()
     position = text.index("[") + 1
     line = 1 + text.count("\n", 0, position)
     while True:
@@ -192,7 +193,7 @@ def _json_array_rows(file: Path) -> Iterator[tuple[int, Any, int]]:
                 f"input: {file}:{error.lineno} is not JSON ({error.msg}); legal: an array of objects"
             ) from error
         yield line, row, position - start
-        line += text.count("\n", start, position)
+        line += one_line or text.count("\n", start, position)
 
 
 def _skip(text: str, position: int, characters: str) -> int:

@@ -190,7 +190,7 @@ class SlotTemplate:
         if index is None:
             raise UserError(
                 f"prompt-type: template {self.name!r} needs {name}, which '{self.tokenizer.source}' does not have; "
-                "try: another template"
+                "try: a template made for this tokenizer, or --prompt-type hf"
             )
         return index
 

@@ -9,15 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import socket
+import urllib.request
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mindspeed_llm.errors import UserError
 
 SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "GPTSentencePieceTokenizer")
 TOKENIZER_TYPES = ("PretrainedFromHF", *SENTENCEPIECE_TYPES)
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -245,14 +250,15 @@ def load_tokenizer(
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(f"tokenizer-type: {tokenizer_type!r} is unknown; legal: {', '.join(TOKENIZER_TYPES)}")
-    path = Path(path)
+    given, path = os.fspath(path), Path(path)
     if path.is_file():
         return _load_file(path, tokenizer_type, use_fast)
     if path.is_dir():
         return _load_directory(path, tokenizer_type in SENTENCEPIECE_TYPES or not use_fast, trust_remote_code)
-    if path.is_absolute() or tokenizer_type in SENTENCEPIECE_TYPES:
+    # pathlib drops "./" and the last slash, by which one says that no hub name is meant.
+    if not HUB_NAME.fullmatch(given) or tokenizer_type in SENTENCEPIECE_TYPES:
         raise UserError(
-            f"tokenizer: '{path}' does not exist; legal: an HF directory, tokenizer.json or tokenizer.model"
+            f"tokenizer: '{given}' does not exist; legal: an HF directory, tokenizer.json or tokenizer.model"
         )
     return _load_with_transformers(str(path), trust_remote_code)
 
@@ -283,6 +289,17 @@ def _load_directory(directory: Path, sentencepiece_only: bool, trust_remote_code
             "tokenizer_config.json; try: --tokenizer-name-or-path"
         )
     return _load_with_transformers(str(directory), trust_remote_code)
+
+
+def _hub_has_an_address() -> bool:
+    """Whether the hub's host name means something here; without a network one would wait a minute for that answer."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -327,7 +344,9 @@ def _load_with_transformers(name: str, trust_remote_code: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        loaded = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name) or not _hub_has_an_address()
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindspeed_llm.data.handlers.base import ChunkResult, Handler
@@ -41,7 +42,18 @@ def handler_class(name: str | None) -> type[Handler]:
     raise UserError(f"handler-name: {what}; legal: {', '.join(HANDLERS)}{hint}")
 
 
-def suggest_handler(row: dict[str, Any]) -> str | None:
-    """The handler whose default columns a row has, None if none or if text could be meant either way."""
-    fitting = [name for name, cls in HANDLERS.items() if cls.fits(row)]
+def suggest_handler(
+    row: dict[str, Any],
+    stage: str | None = None,
+    map_keys: Mapping[str, Any] | None = None,
+    json_keys: Sequence[str] = ("text",),
+) -> str | None:
+    """The handler whose columns a row has, None if none or if the row could be meant either way.
+
+    Args:
+        stage: "pretrain" or "sft": look only at handlers for it; None looks at all.
+        map_keys, json_keys: columns that the user has named.
+    """
+    candidates = {name: cls for name, cls in HANDLERS.items() if stage in (None, cls.stage)}
+    fitting = [name for name, cls in candidates.items() if cls.fits(row, map_keys or {}, json_keys)]
     return fitting[0] if len(fitting) == 1 else None

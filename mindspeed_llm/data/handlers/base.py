@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -67,8 +68,8 @@ class Handler:
         raise NotImplementedError
 
     @classmethod
-    def fits(cls, row: dict[str, Any]) -> bool:
-        """Whether a row has the columns this handler reads by default."""
+    def fits(cls, row: dict[str, Any], map_keys: Mapping[str, Any], json_keys: Sequence[str]) -> bool:
+        """Whether a row has the columns that this handler would read with these options."""
         raise NotImplementedError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,7 +66,7 @@ class InstructionHandler(Handler):
         self._apply_map(map_keys or {})
 
     def _apply_map(self, map_keys: Mapping[str, Any]) -> None:
-        flat = {**{k: v for k, v in map_keys.items() if k != "tags"}, **(map_keys.get("tags") or {})}
+        flat = _flat(map_keys)
         for key, value in flat.items():
             table = self.columns if key in self.COLUMNS else self.tags if key in self.TAGS else None
             if table is None or not isinstance(value, str):
@@ -174,8 +174,10 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         return history
 
     @classmethod
-    def fits(cls, row: dict[str, Any]) -> bool:
-        return "instruction" in row and "output" in row
+    def fits(cls, row: dict[str, Any], map_keys: Mapping[str, Any], json_keys: Sequence[str]) -> bool:
+        """See the base class."""
+        names = {**cls.COLUMNS, **map_keys}
+        return set(map_keys) <= set(cls.COLUMNS) and names["prompt"] in row and names["response"] in row
 
 
 _ALPACA_TEXTS = ("prompt", "query", "response", "system")
@@ -240,9 +242,13 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         return Message(role, content)
 
     @classmethod
-    def fits(cls, row: dict[str, Any]) -> bool:
-        messages = row.get(cls.COLUMNS["messages"])
-        return isinstance(messages, list) and bool(messages) and cls.TAGS["role_tag"] in messages[0]
+    def fits(cls, row: dict[str, Any], map_keys: Mapping[str, Any], json_keys: Sequence[str]) -> bool:
+        """See the base class."""
+        flat = _flat(map_keys)
+        names = {**cls.COLUMNS, **cls.TAGS, **flat}
+        messages = row.get(names["messages"])
+        is_list = isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict)
+        return set(flat) <= set(cls.COLUMNS) | set(cls.TAGS) and is_list and names["role_tag"] in messages[0]
 
 
 class OpenAIInstructionHandler(SharegptStyleInstructionHandler):
@@ -257,6 +263,11 @@ class OpenAIInstructionHandler(SharegptStyleInstructionHandler):
         "assistant_tag": "assistant",
         "observation_tag": "tool",
     }
+
+
+def _flat(map_keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping of columns and of message tags as one."""
+    return {**{key: value for key, value in map_keys.items() if key != "tags"}, **(map_keys.get("tags") or {})}
 
 
 def _text(row: dict[str, Any], column: str, required: bool) -> str:

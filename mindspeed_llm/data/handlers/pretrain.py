@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -84,5 +85,6 @@ class GeneralPretrainHandler(Handler):
         return None
 
     @classmethod
-    def fits(cls, row: dict[str, Any]) -> bool:
-        return isinstance(row.get("text"), str)
+    def fits(cls, row: dict[str, Any], map_keys: Mapping[str, Any], json_keys: Sequence[str]) -> bool:
+        """See the base class."""
+        return not map_keys and all(isinstance(row.get(key), str) for key in json_keys)

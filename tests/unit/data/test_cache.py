@@ -11,6 +11,8 @@ import pytest
 
 from mindspeed_llm.config.data import DataConfig
 from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
+from mindspeed_llm.data.indexed import idx_path
+from mindspeed_llm.data.preprocess import guess_handler
 from mindspeed_llm.data.record import record_path
 from mindspeed_llm.data.sft_dataset import SFTDataset
 from mindspeed_llm.errors import UserError
@@ -101,8 +103,61 @@ def test_raw_and_preprocessed_paths_are_told_apart(tmp_path, raw, tokenizer):
     assert not is_preprocessed(raw) and not is_preprocessed(tmp_path)
 
 
+QUESTIONS = {"question": "a", "answer": "b"}
+ALPACA_WITH_TEXT = {"instruction": "a", "input": "", "output": "b", "text": "a b"}  # the columns of Stanford's file
+
+
 def test_an_unclear_source_is_refused(tmp_path, tokenizer):
     path = tmp_path / "raw.json"
-    path.write_text(json.dumps([{"question": "a", "answer": "b"}]))
-    with pytest.raises(UserError, match="handler-name: not given and not clear .*'question', 'answer'"):
+    path.write_text(json.dumps([QUESTIONS]))
+    with pytest.raises(UserError, match="handler-name: not given, and no single .*'question', 'answer'.*--map-keys"):
         preprocess_cached(config(path), tokenizer, tmp_path / "cache")
+    with pytest.raises(UserError, match="no single pre-training handler .*--json-keys"):
+        guess_handler(str(path), None, None, "pretrain")
+    path.write_text(json.dumps([ALPACA_WITH_TEXT]))
+    with pytest.raises(UserError, match="no single handler reads"):
+        guess_handler(str(path), None, None)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "no rows"), ("{broken\n7", "raw.jsonl:1: not JSON")])
+def test_a_source_without_a_readable_row_is_refused(tmp_path, text, reason):
+    path = tmp_path / "raw.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"input: .* has no readable row .*{reason}"):
+        guess_handler(str(path), None, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "stage", "named", "handler"),
+    [
+        (ALPACA_WITH_TEXT, "sft", {}, "AlpacaStyleInstructionHandler"),
+        (ALPACA_WITH_TEXT, "pretrain", {}, "GeneralPretrainHandler"),
+        ({"body": "a b"}, "pretrain", {"json_keys": ["body"]}, "GeneralPretrainHandler"),
+        (QUESTIONS, "sft", {"map_keys": {"prompt": "question", "response": "answer"}}, "AlpacaStyleInstructionHandler"),
+        (
+            {"chat": [{"from": "user", "what": "a"}]},
+            "sft",
+            {"map_keys": {"messages": "chat", "tags": {"content_tag": "what"}}},
+            "SharegptStyleInstructionHandler",
+        ),
+        (
+            {"chat": [{"role": "user", "content": "a"}]},
+            "sft",
+            {"map_keys": {"messages": "chat"}},
+            "OpenAIInstructionHandler",
+        ),
+    ],
+)
+def test_stage_and_named_columns_decide_the_handler(tmp_path, row, stage, named, handler):
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps([row]))
+    assert guess_handler(str(path), None, None, stage, **named) == handler
+
+
+def test_a_training_reads_the_columns_of_its_own_stage(tmp_path, tokenizer):
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps([ALPACA_WITH_TEXT] * 3))
+    data = DataConfig(data_path=[str(path)], prompt_type="default")
+    assert len(SFTDataset(preprocess_cached(data, tokenizer, tmp_path / "cache", stage="sft"), "1")) == 3
+    prefix = preprocess_cached(DataConfig(data_path=[str(path)]), tokenizer, tmp_path / "cache", stage="pretrain")
+    assert idx_path(f"{prefix}_text_document").is_file()

@@ -68,6 +68,11 @@ def test_origins_are_the_lines_of_the_file(tmp_path):
     assert [int(origin.rsplit(":", 1)[1]) for origin, _ in read(tmp_path / "a.csv")] == [2 + 2 * k for k in range(7)]
 
 
+def test_elements_of_a_one_line_array_are_numbered(tmp_path):
+    (tmp_path / "a.json").write_text('[{"a": 1}, {"a": 2}, 3]\n')
+    assert [origin.rsplit(":", 1)[1] for origin, _ in read(tmp_path / "a.json")] == ["1", "2", "3"]
+
+
 def test_a_broken_line_is_an_error_of_that_line_only(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n[1]\n{"text": "d"}\n')
     kinds = [(origin.rsplit(":", 1)[1], type(row).__name__) for origin, row in read(tmp_path / "a.jsonl")]

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from mindspeed_llm.data import tokenizer as tokenizer_module
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import UserError
 
@@ -90,6 +91,28 @@ def test_absent_tokenizers_are_named(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=name):
         load_tokenizer(name)
+
+
+def test_a_path_is_never_asked_of_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tokenizer_module, "_load_with_transformers", lambda name, trust: asked.append(name))
+    for path in ("./model_from_hf/llama", "model_from_hf/llama/", "../llama", "a/b/c", "/no/such"):
+        with pytest.raises(UserError, match=f"'{path}' does not exist"):
+            load_tokenizer(path)
+    for name in ("owner/name", "gpt2"):
+        load_tokenizer(name)
+    assert asked == ["owner/name", "gpt2"]
+
+
+def test_a_hub_without_an_address_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(tokenizer_module.urllib.request, "getproxies", dict)
+    monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
+    assert not tokenizer_module._hub_has_an_address()
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1")
+    assert tokenizer_module._hub_has_an_address()
+    monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
+    monkeypatch.setattr(tokenizer_module.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
+    assert tokenizer_module._hub_has_an_address()
 
 
 def test_unknown_type_and_empty_directory(tmp_path):
