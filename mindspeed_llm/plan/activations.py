@@ -7,12 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mindspeed_llm.checkpoint.names import EMBEDDING
 from mindspeed_llm.config.memory import SMALL_BYTES
+from mindspeed_llm.models.mapping import tensor_pairs
 from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
+from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adaptable import adaptable_linears
 from mindspeed_llm.plan.adapters import AdapterSettings
+from mindspeed_llm.plan.trained import EVERYTHING, TrainedParts
 
 # What layers that are recomputed as a whole keep.
 LAYER_INPUTS = "layer inputs"
@@ -68,7 +72,8 @@ class LayerActivations:
         dropping: parts of the others that are computed once more.
         swapping: what goes to the host.
         score_bytes: that attention keeps of a token's probabilities, for each head.
-        adapted: adapters of a frozen model, whose other linears save no input; None where all is trained.
+        adapted: the adapters.
+        trained: what is trained of the model itself; other linears without adapters save no input.
     """
 
     shape: ModelShape
@@ -80,6 +85,7 @@ class LayerActivations:
     swapping: Swapping
     score_bytes: float = 0.0
     adapted: AdapterSettings | None = None
+    trained: TrainedParts = EVERYTHING
 
     @property
     def shares(self) -> int:
@@ -97,7 +103,8 @@ class LayerActivations:
             in_flight: micro-batches whose activations are held at once.
             outside: bytes that are saved outside the layers.
         """
-        layers = [self._layer(layer, place) for layer, place in self._places(stage)]
+        idle = self._layers_without_gradient() if stage == 0 else set()
+        layers = [({}, 0.0) if layer in idle else self._layer(layer, place) for layer, place in self._places(stage)]
         last, again, highest = len(layers), 0.0, outside / tokens
         before = list(itertools.accumulate(sum(kept.values()) for kept, _ in layers))
         for number, (_, recomputed) in enumerate(layers):
@@ -151,18 +158,45 @@ class LayerActivations:
         kept = {part: size - max(gone.get(part, 0), unsaved.get(part, 0)) for part, size in saved.items()}
         return kept, sum(max(size - unsaved.get(part, 0), 0) for part, size in gone.items())
 
+    def _layers_without_gradient(self) -> set[int]:
+        """The first layers, where nothing up to them is trained: they save nothing, unless they are recomputed, which
+        asks for a gradient of their input. Later stages are given an input that asks for one."""
+        first = self.layout.layers.layers(0, 0).values()
+        if self.trained.everything or self.whole.count or self.dropping != RecomputeOptions():
+            return set()
+        if self.trained.has(EMBEDDING) or (self.adapted is not None and "word_embeddings" in self.adapted.targets):
+            return set()
+        learning = {layer_index(p.mcore) for p in tensor_pairs(self.shape) if self.trained.has_tensor(p.mcore)} - {None}
+        if self.adapted is not None:
+            learning.update(
+                layer
+                for linear in adaptable_linears(self.shape)
+                for layer in linear.layers or ()
+                if self.adapted.adapts(linear.module, layer)
+            )
+        return {layer for layer in first if layer < min(learning, default=self.shape.num_layers)}
+
     def _unsaved(self, layer: int) -> dict[str, float]:
         """What frozen linears of a layer do not save, their inputs, for each token; an expert's are counted all the
         same."""
-        if self.adapted is None:
+        if self.trained.everything:
             return {}
+        is_moe, latent = self.shape.is_moe_layer(layer), self.shape.multi_latent_attention
         hidden = self.shape.hidden_size / self.shares * self.dtype_bytes
-        fc2 = 0 if self.shape.is_moe_layer(layer) else self.shape.ffn_hidden_size / self.layout.tp * self.dtype_bytes
-        latent, targets = self.shape.multi_latent_attention, self.adapted.targets
+        fc2 = 0 if is_moe else self.shape.ffn_hidden_size / self.layout.tp * self.dtype_bytes
         return {
-            "self_attention": 0 if latent or "linear_qkv" in targets else hidden,
-            "mlp": ("linear_fc1" not in targets) * hidden + ("linear_fc2" not in targets) * fc2,
+            "self_attention": 0 if latent or self._learns(layer, "self_attention.linear_qkv") else hidden,
+            "mlp": (not self._learns(layer, "mlp.linear_fc1")) * hidden
+            + (not self._learns(layer, "mlp.linear_fc2")) * fc2,
         }
+
+    def _learns(self, layer: int, linear: str) -> bool:
+        """Whether a linear of a layer (in layers with experts: one of theirs) is trained or has an adapter."""
+        parent, module = linear.split(".")
+        if self.adapted is not None and module in self.adapted.targets:
+            return True
+        experts = ".experts.local_experts.0" if parent == "mlp" and self.shape.is_moe_layer(layer) else ""
+        return self.trained.has_tensor(f"decoder.layers.{layer}.{parent}{experts}.{module}.weight")
 
     def _scaled_outputs(self, layer: int) -> dict[str, float]:
         """What DoRA's magnitudes save of a layer, the outputs that they multiply, for each token."""

@@ -16,6 +16,7 @@ from mindspeed_llm.plan.memory import (
     MemoryEstimate,
     local_sizes,
 )
+from mindspeed_llm.plan.trained import TrainedParts
 
 
 def sharded_memory(
@@ -25,7 +26,8 @@ def sharded_memory(
     *,
     padded_vocab: int,
     dtype_bytes: int,
-    adapter_parameters: int | None,
+    adapter_parameters: int,
+    trained: TrainedParts,
     reshard_after_forward: bool,
 ) -> MemoryEstimate:
     """The estimate with everything cut over the ranks that see other tokens, and what of it is gathered at the peak.
@@ -36,25 +38,27 @@ def sharded_memory(
 
     Args:
         whole: as if nothing were cut.
-        adapter_parameters: trained parameters when the model itself is frozen; None trains all of it.
+        adapter_parameters: beside the model's own.
+        trained: what is trained of the model itself.
     """
     by_layer: Counter[int | None] = Counter()
+    learning: Counter[int | None] = Counter()
     embedding = 0
     for name, _, size in local_sizes(shape, layout, padded_vocab):
         by_layer[layer_index(name)] += size
+        learning[layer_index(name)] += size if trained.has_tensor(name) else 0
         embedding += size if name == EMBEDDING and not shape.tie_word_embeddings else 0
     ranks, total = layout.dp * layout.cp, by_layer.total()
     layers = [by_layer[number] for number in range(shape.num_layers)]
     outside = total - sum(layers) - embedding
-    trained, gradients = total, max(layers) * (dtype_bytes + GRADIENT_BYTES)
-    if adapter_parameters is not None:
-        trained, gradients = adapter_parameters // layout.tp, 0
-    frozen = total if adapter_parameters is not None else 0
+    gradients = max(learning[number] for number in range(shape.num_layers)) * (dtype_bytes + GRADIENT_BYTES)
+    stepped = learning.total() + adapter_parameters // layout.tp
+    frozen = total - learning.total()
     gathered = sum(layers) if not reshard_after_forward else sum(sorted(layers)[-2:])
     return replace(
         whole,
-        weights=(trained * MASTER_BYTES + frozen * dtype_bytes) // ranks,
-        gradients=trained * GRADIENT_BYTES // ranks,
-        optimizer=trained * MOMENT_BYTES // ranks,
+        weights=(stepped * MASTER_BYTES + frozen * dtype_bytes) // ranks,
+        gradients=stepped * GRADIENT_BYTES // ranks,
+        optimizer=stepped * MOMENT_BYTES // ranks,
         temporary=whole.temporary + (gathered + outside) * dtype_bytes + gradients,
     )

@@ -28,6 +28,7 @@ from mindspeed_llm.plan.activations import (
 )
 from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.optimizer_memory import PLAIN, OptimizerForm
+from mindspeed_llm.plan.trained import EVERYTHING, TrainedParts, head_name
 
 # Adam's two moments in fp32; with 16-bit weights also their fp32 masters.
 MOMENT_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
@@ -133,6 +134,11 @@ def parameters_by_stage(
     return stages
 
 
+def count_parameters(shape: ModelShape, counted: Callable[[str], bool]) -> int:
+    """Parameters of the unpadded model whose tensors count."""
+    return sum(size for name, _, size in _sizes(_Sizing(shape, 1, 1, shape.vocab_size)) if counted(name))
+
+
 def largest_quantized(shape: ModelShape, layout: ParallelLayout) -> int:
     """Numbers of the largest matrix of a device that --qlora holds in NF4."""
     return max(
@@ -163,7 +169,7 @@ def estimate_stages(
     *,
     padded_vocab: int,
     dtype_bytes: int,
-    adapter_parameters: int | None,
+    adapter_parameters: int,
     tokens_per_microbatch: int,
     micro_batches: int,
     sequence_parallel: bool,
@@ -176,13 +182,14 @@ def estimate_stages(
     quantized: bool = False,
     score_bytes: float = 0.0,
     adapted: AdapterSettings | None = None,
+    trained: TrainedParts = EVERYTHING,
     optimizer: OptimizerForm = PLAIN,
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
 
     Args:
         dtype_bytes: of weights and activations (2 for bf16/fp16, 4 for fp32).
-        adapter_parameters: trained parameters when the model itself is frozen; None trains all of it.
+        adapter_parameters: of all ranks of a replica, beside the model's own.
         tokens_per_microbatch: micro-batch size x sequence length.
         recompute: None, "selective" or "full".
         loss_chunk: rows of logits that are held at once; None for all of them, saved for the backward pass.
@@ -191,18 +198,19 @@ def estimate_stages(
         dropping: parts of layers that are computed once more.
         quantized: the linears of the layers are in NF4, and one of them is made dense at a time.
         score_bytes: that attention keeps of a token's probabilities, for each head.
-        adapted: the adapters of a frozen model; None where all is trained.
+        adapted: the adapters.
+        trained: what is trained of the model itself.
         optimizer: how its state is kept.
     """
     whole = whole_layers if recompute == "full" else NONE_WHOLE
     layers = LayerActivations(
-        shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes, adapted
+        shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes, adapted, trained
     )
-    numbers = _numbers_by_stage(shape, layout, padded_vocab, adapter_parameters, quantized)
+    numbers = _numbers_by_stage(shape, layout, padded_vocab, adapter_parameters, quantized, trained)
     dense_copy = largest_quantized(shape, layout) * dtype_bytes if quantized else 0
     tokens = -(-tokens_per_microbatch // layout.cp)
     rows = padded_vocab // layout.tp
-    head = rows * shape.hidden_size if adapter_parameters is None else 0
+    head = rows * shape.hidden_size if trained.has(head_name(shape)) else 0
     estimates = []
     for stage, of_stage in enumerate(numbers):
         outside = logits = 0
@@ -254,15 +262,21 @@ class _StageNumbers:
 
 
 def _numbers_by_stage(
-    shape: ModelShape, layout: ParallelLayout, padded_vocab: int, adapter_parameters: int | None, quantized: bool
+    shape: ModelShape,
+    layout: ParallelLayout,
+    padded_vocab: int,
+    adapter_parameters: int,
+    quantized: bool,
+    trained: TrainedParts,
 ) -> list[_StageNumbers]:
     model = parameters_by_stage(shape, layout, padded_vocab)
     in_nf4 = parameters_by_stage(shape, layout, padded_vocab, is_quantized if quantized else lambda name: False)
-    if adapter_parameters is None:
-        nothing = LocalParameters()
-        return [_StageNumbers(own, coded, nothing, own) for own, coded in zip(model, in_nf4)]
+    stepped = model if trained.everything else parameters_by_stage(shape, layout, padded_vocab, trained.has_tensor)
     adapters = LocalParameters(dense=adapter_parameters // (layout.tp * layout.pp))
-    return [_StageNumbers(own, coded, adapters, adapters) for own, coded in zip(model, in_nf4)]
+    return [
+        _StageNumbers(own, coded, adapters, LocalParameters(part.dense + adapters.dense, part.expert))
+        for own, coded, part in zip(model, in_nf4, stepped)
+    ]
 
 
 def _loss_bytes(layers: LayerActivations, tokens: int, rows: int, head: int, loss_chunk: int | None) -> tuple[int, int]:

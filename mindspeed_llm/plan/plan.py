@@ -27,11 +27,13 @@ from mindspeed_llm.plan.base import check_base
 from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import continue_run, unknown_changes
 from mindspeed_llm.plan.experts import expert_problems
+from mindspeed_llm.plan.memory import count_parameters
 from mindspeed_llm.plan.quantization import quantization_rules, quantized_base
 from mindspeed_llm.plan.recompute import recompute_problems
 from mindspeed_llm.plan.recorded_adapters import recorded_adapters, settings_in
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
 from mindspeed_llm.plan.source import find_adapters
+from mindspeed_llm.plan.trained import TrainedParts
 from mindspeed_llm.plan.weights import find_sources, stored_shape_of, without_predictions
 
 LONGEST_DEFAULT_SEQUENCE = 4096
@@ -114,11 +116,19 @@ class Plan:
         """Storage type of weights and activations: "bf16", "fp16" or "fp32"."""
         return "bf16" if self.config.runtime.bf16 else "fp16" if self.config.runtime.fp16 else "fp32"
 
+    @property
+    def trained(self) -> TrainedParts:
+        """What is trained of the model itself."""
+        return TrainedParts.of(self.config.training, self.shape.num_layers, adapted=self.adapters is not None)
+
     def trainable_parameters(self) -> int:
-        """Trained parameters, adapters counted alone when there are any (freezing by pattern is not counted)."""
-        if self.adapters is not None:
-            return adapter_parameters(self.shape, self.adapters)
-        return self.shape.num_parameters()
+        """Trained parameters of the model and of adapters."""
+        model = (
+            self.shape.num_parameters()
+            if self.trained.everything
+            else count_parameters(self.shape, self.trained.has_tensor)
+        )
+        return model + (0 if self.adapters is None else adapter_parameters(self.shape, self.adapters))
 
 
 def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None = None) -> Plan:
@@ -155,6 +165,10 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     plan.notes += overridden
+    if _try(problems, lambda: plan.trained, None) is None:
+        raise UserError("\n".join(problems))
+    if plan.trained.selects:
+        _try(problems, lambda: plan.trained.check(shape), None)
     if config.lora.lora_load is not None and adapter_source is not None:
         for path in config.lora.lora_load[1:]:
             one = _try(problems, lambda: _further_adapters(path, weights, shape, stored_shape), None)  # noqa: B023

@@ -11,13 +11,14 @@ from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adapters import adapted_linears, local_adapter_parameters
+from mindspeed_llm.plan.adapters import adapted_linears, adapter_parameters, local_adapter_parameters
 from mindspeed_llm.plan.fully_sharded_memory import sharded_memory
 from mindspeed_llm.plan.grid import grid_tables
-from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, estimate_stages
+from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, count_parameters, estimate_stages
 from mindspeed_llm.plan.optimizer_memory import OptimizerForm
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.recompute import recompute_modules, recompute_options, whole_layers
+from mindspeed_llm.plan.trained import head_name
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -35,7 +36,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         plan.layout,
         padded_vocab=plan.padded_vocab_size,
         dtype_bytes=DTYPE_BYTES[plan.dtype_name],
-        adapter_parameters=None if plan.adapters is None else _adapters_of_all_ranks(plan),
+        adapter_parameters=0 if plan.adapters is None else _adapters_of_all_ranks(plan),
         tokens_per_microbatch=t.micro_batch_size * plan.seq_length,
         micro_batches=plan.num_micro_batches,
         sequence_parallel=plan.sequence_parallel,
@@ -46,6 +47,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         quantized=plan.holds_nf4,
         score_bytes=_score_bytes(plan),
         adapted=plan.adapters,
+        trained=plan.trained,
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
         optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),
@@ -59,7 +61,8 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
             plan.layout,
             padded_vocab=plan.padded_vocab_size,
             dtype_bytes=DTYPE_BYTES[plan.dtype_name],
-            adapter_parameters=None if plan.adapters is None else plan.trainable_parameters(),
+            adapter_parameters=0 if plan.adapters is None else adapter_parameters(plan.shape, plan.adapters),
+            trained=plan.trained,
             reshard_after_forward=plan.config.parallel.torch_fsdp2_reshard_after_forward,
         )
         for stage in stages
@@ -84,7 +87,8 @@ def _loss_chunk(plan: Plan) -> int:
     from mindspeed_llm.ops.cross_entropy import rows_of_chunk
 
     row_bytes = DTYPE_BYTES[plan.dtype_name] * plan.padded_vocab_size // plan.tensor_parallel_size
-    frozen = plan.adapters is not None and not {"output_layer", "word_embeddings"} & set(plan.adapters.targets)
+    adapted = plan.adapters is not None and bool({"output_layer", "word_embeddings"} & set(plan.adapters.targets))
+    frozen = not adapted and not plan.trained.has(head_name(plan.shape))
     return rows_of_chunk(row_bytes, frozen, "cpu" if _on_cpu(plan) else "")
 
 
@@ -166,6 +170,10 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("operators", "norms, gates, rotary embedding and NF4 compiled for this CPU where they are fused"))
     if plan.adapters is not None:
         rows.append(("LoRA", adapter_line(plan)))
+    if plan.config.door != "inference" and plan.trained.selects:
+        own = count_parameters(s, plan.trained.has_tensor)
+        beside = " beside the adapters" if plan.adapters is not None else ""
+        rows.append(("trained", f"{own:,} of these parameters ({100 * own / s.num_parameters():.2f} %){beside}"))
     return rows
 
 
@@ -186,7 +194,7 @@ def _adapters(plan: Plan):
     from rich.table import Table
 
     linears = adapted_linears(plan.shape, plan.adapters)
-    trained, total = sum(row.parameters for row in linears), plan.shape.num_parameters()
+    trained, total = adapter_parameters(plan.shape, plan.adapters), plan.shape.num_parameters()
     share = f"trained: {trained:,} parameters ({100 * trained / total:.2f} %)"
     table = Table(title=f"LoRA: {share}", title_justify="left", title_style="bold")
     for name in ("linear", "parts with an A of their own", "linears", "rank", "scaling", "trained parameters"):
@@ -221,10 +229,12 @@ def _weights(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _checkpoint_size(plan: Plan) -> str:
-    """Size of one checkpoint, and how much room there is; what is frozen by pattern counts as trained."""
+    """Size of one checkpoint, and how much room there is; beside adapters what is frozen is not saved."""
     trained, itemsize = plan.trainable_parameters(), DTYPE_BYTES[plan.dtype_name]
     moment = OptimizerForm.of(plan.config.optimizer, plan.config.memory).moment_bytes
     each = trained * bytes_of_parameter(itemsize, not plan.config.checkpoint.no_save_optim, moment)
+    if plan.adapters is None:
+        each += (plan.shape.num_parameters() - trained) * itemsize
     free = in_units(free_bytes(Path(plan.config.checkpoint.save)))
     keep = plan.config.checkpoint.keep_last
     kept = f"the newest {keep} and one being written are kept" if keep else "all are kept"

@@ -18,7 +18,6 @@ from mindspeed_llm.config.parallel import RuntimeConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.build_options import build_options, communication_chunks
-from mindspeed_llm.training.freeze import freeze_parameters
 from mindspeed_llm.training.gradient_sums import add_gradients_by_rows
 from mindspeed_llm.training.swapping import swap_activations
 
@@ -236,32 +235,20 @@ def choose_trained(plan: Plan, chunks: list[torch.nn.Module]) -> list[list[str]]
     Raises:
         UserError: a pattern matches no parameter of any stage, or nothing is left to train.
     """
-    t = plan.config.training
-    if plan.adapters is not None and not t.trainable:
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-        return [[] for _ in chunks]
+    parts = plan.trained
     matched: set[str] = set()
     for number, chunk in enumerate(chunks):
         here = placement(plan, number)
-        names = {here.stored_name(name, plan.shape): parameter for name, parameter in chunk.named_parameters()}
-        matched |= freeze_parameters(
-            names.items(),
-            num_layers=plan.shape.num_layers,
-            trainable=t.trainable,
-            freeze=t.freeze,
-            trainable_layers=t.trainable_layers,
-            frozen_layers=t.frozen_layers,
-        )[1]
+        for local, parameter in chunk.named_parameters():
+            name = here.stored_name(local, plan.shape)
+            parameter.requires_grad_(parts.has(name))
+            matched |= parts.patterns_of(name)
+    if parts.frozen_base and not parts.trainable:
+        return [[] for _ in chunks]
     trained = [sorted(name for name, p in chunk.named_parameters() if p.requires_grad) for chunk in chunks]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (sorted(matched), any(trained)))
-    for pattern in [*(t.trainable or ()), *(t.freeze or ())]:
-        if not any(pattern in seen for seen, _ in everywhere):
-            raise UserError(
-                f"--trainable/--freeze: {pattern!r} matches no parameter; names look like "
-                "decoder.layers.0.mlp.linear_fc1.weight"
-            )
+    parts.check_matched({pattern for seen, _ in everywhere for pattern in seen})
     if not any(some for _, some in everywhere):
         raise UserError("training: every parameter is frozen; leave something to train")
     return trained

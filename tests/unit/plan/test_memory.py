@@ -10,6 +10,7 @@ from mindspeed_llm.parallel.layer_map import layer_map
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.activations import OUTSIDE, RECOMPUTED
 from mindspeed_llm.plan.memory import estimate, micro_batches_in_flight, parameters_by_stage
+from mindspeed_llm.plan.trained import EVERYTHING, TrainedParts
 
 SHAPE = ModelShape("llama", 4, 128, 320, 8, 4, 16, 1009, 256)
 TOKENS = 256
@@ -23,7 +24,7 @@ def layout(shape=SHAPE, world=1, pp=1, vpp=None, **sizes):
 
 def estimated(shape=SHAPE, where=None, **changes):
     arguments = dict(
-        padded_vocab=1009, dtype_bytes=4, adapter_parameters=None, tokens_per_microbatch=TOKENS, micro_batches=1,
+        padded_vocab=1009, dtype_bytes=4, adapter_parameters=0, tokens_per_microbatch=TOKENS, micro_batches=1,
         sequence_parallel=False, distributed_optimizer=False, recompute=None, loss_chunk=TOKENS,
     )  # fmt: skip
     return estimate(shape, where or layout(shape), **arguments | changes)
@@ -42,12 +43,24 @@ def test_weights_are_counted_exactly(tied):
     assert whole.dense == whole.total == parameters == shape.num_parameters()
     found = estimated(shape)
     assert (found.weights, found.gradients, found.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
-    half = estimated(shape, dtype_bytes=2, adapter_parameters=1000)
+    half = estimated(shape, dtype_bytes=2, adapter_parameters=1000, trained=TrainedParts(frozen_base=True))
     assert (half.weights, half.gradients, half.optimizer) == (2 * (parameters + 1000), 4000, 12000)
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-def test_activations_are_right_within_a_factor(recompute, request):
+@pytest.mark.parametrize(
+    "recompute, trained",
+    [
+        (None, EVERYTHING),
+        ("full", EVERYTHING),
+        (None, TrainedParts(layers=frozenset({2, 3}))),
+        ("full", TrainedParts(layers=frozenset({2, 3}))),
+        (None, TrainedParts(frozen_layers=frozenset({0}))),
+        (None, TrainedParts(freeze=("embedding", "layers.0", r"layers.1.*(qkv|layer_?norm)"))),
+        (None, TrainedParts(trainable=("output_layer", "final_layernorm"))),
+        (None, TrainedParts(freeze=("linear_fc",))),
+    ],
+)
+def test_activations_are_right_within_a_factor(recompute, trained, request):
     from mindspeed_llm.models.build import BuildOptions, build_model
     from mindspeed_llm.ops import registry
     from mindspeed_llm.parallel.setup import initialize_distributed
@@ -59,6 +72,8 @@ def test_activations_are_right_within_a_factor(recompute, request):
     more = dict(recompute_method="uniform", recompute_num_layers=1) if recompute else {}
     options = BuildOptions(padded_vocab_size=1009, recompute_granularity=recompute, loss_chunk_size=TOKENS, **more)
     model = build_model(SHAPE, options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.has(name))
     kept = {}
 
     def keep(tensor):
@@ -72,10 +87,10 @@ def test_activations_are_right_within_a_factor(recompute, request):
         loss = model(ids, labels=ids)
     held = sum(size for pointer, size in kept.items() if pointer not in weights)
     assert loss.isfinite()
-    found = estimated(recompute=recompute)
+    found = estimated(recompute=recompute, trained=trained)
     # at the end of the forward pass; while one layer is computed again, its tensors take the place of the loss's
     said = found.activations - found.parts.get(RECOMPUTED, 0)
-    said += 0 if OUTSIDE in found.parts else estimated().parts[OUTSIDE]
+    said += 0 if OUTSIDE in found.parts else estimated(trained=trained).parts[OUTSIDE]
     assert held / FACTOR < said < held * FACTOR, (held, said)
 
 

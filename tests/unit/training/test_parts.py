@@ -3,48 +3,14 @@
 import re
 
 import pytest
-import torch
 
 from mindspeed_llm.config.training import OptimizerConfig, TrainingConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.training.flops import training_flops
-from mindspeed_llm.training.freeze import freeze_parameters, parse_layers
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.log_line import IterationLog, format_log_line
 from mindspeed_llm.training.optimizer import warmup_iterations
-
-
-@pytest.mark.parametrize(
-    "text, layers",
-    [("first:2", {0, 1}), ("last:3", {5, 6, 7}), ("1,4-6", {1, 4, 5, 6}), ("7", {7}), ("first:8", set(range(8)))],
-)
-def test_layers_are_parsed(text, layers):
-    assert parse_layers(text, 8, "--frozen-layers") == layers
-
-
-@pytest.mark.parametrize("text", ["first:9", "middle:2", "8", "3-1", "a", "last:0", "1,,2"])
-def test_wrong_layers_are_refused(text):
-    with pytest.raises(UserError, match="--frozen-layers: .* is wrong; legal: first:N"):
-        parse_layers(text, 8, "--frozen-layers")
-
-
-NAMES = ["embedding.word_embeddings.weight", *(f"decoder.layers.{i}.mlp.linear_fc1.weight" for i in range(4)), "head"]
-
-
-def trained(**options):
-    parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in NAMES}
-    names, _ = freeze_parameters(parameters.items(), num_layers=4, **options)
-    assert names == {n for n, p in parameters.items() if p.requires_grad}
-    return sorted(NAMES.index(n) for n in names)
-
-
-def test_selections_combine():
-    assert trained() == [0, 1, 2, 3, 4, 5]
-    assert trained(trainable_layers="last:2") == [3, 4]
-    assert trained(frozen_layers="first:2") == [0, 3, 4, 5]
-    assert trained(trainable=["linear_fc1"], frozen_layers="0") == [2, 3, 4]
-    assert trained(freeze=[r"layers\.[12]\.", "head"]) == [0, 1, 4]
 
 
 def test_length_of_a_run():
