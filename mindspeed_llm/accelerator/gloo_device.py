@@ -42,7 +42,8 @@ def _group_class() -> type:
         def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta):
             options = gloo._Options()
             options._devices, options._timeout = _devices_of_process(), timeout
-            options._threads = 2 * len(options._devices)  # as torch has it
+            # Torch has two workers a device; a rank alone waits for nobody, and megatron makes many groups of one.
+            options._threads = (1 if size == 1 else 2) * len(options._devices)
             super().__init__(store, rank, size, options)
 
     return GlooOnSharedDevice

@@ -167,7 +167,7 @@ class DotProductAttention(nn.Module):
         """q [s, b, n, d], k [s_k, b, g, d], v [s_k, b, g, e] -> [s, b, n * e]; bshd and thd likewise in their order.
 
         Raises:
-            UserError: ALiBi or biases before scaling; over ranks, dropout or packed documents with others' keys.
+            UserError: ALiBi or biases before scaling; over ranks, a bias or packed documents with others' keys.
             ValueError: an unknown type of mask.
         """
         mask_type = attn_mask_type or self.attn_mask_type
@@ -200,8 +200,10 @@ class DotProductAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Tensor | None, dropout: float
     ) -> Tensor:
         mask_type, window = self._problem
-        if dropout or bias is not None or window[1] > 0:
-            raise refuse("context parallelism with attention dropout, bias or a window ahead", "attention without them")
+        if bias is not None:
+            raise refuse("context parallelism with an attention bias", "attention without it")
+        if dropout or window[1] > 0:
+            return self._over_gathered_keys(query, key, value, mask, dropout)
         ranks = self.cp_group.size()
         size = window[0] + 1 if window[0] >= 0 else None
         context = ContextParallelAttention(
@@ -214,6 +216,22 @@ class DotProductAttention(nn.Module):
         if hidden is None:
             hidden = torch.zeros(1, 1, whole, whole, dtype=torch.bool, device=query.device)
         return context(query, key, value, hidden=hidden)
+
+    def _over_gathered_keys(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Tensor:
+        """What the ring has not, weights that are dropped and keys ahead: each rank gets all keys, and the mask."""
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        mask_type, window = self._problem
+        ranks, rank, whole = self.cp_group.size(), self.cp_group.rank(), query.shape[0] * self.cp_group.size()
+        split = SequenceSplit(ranks)
+        places = [torch.cat([torch.arange(*held) for held in split.ranges(each, whole)]) for each in range(ranks)]
+        hidden = hidden_positions(mask_type, mask, whole, whole, window, query.device)
+        if hidden is None:
+            hidden = torch.zeros(1, 1, whole, whole, dtype=torch.bool, device=query.device)
+        hidden = hidden[..., places[rank].to(query.device), :][..., torch.cat(places).to(query.device)]
+        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        with self.dropout_context() if dropout else contextlib.nullcontext():
+            return masked_attention(query, key, value, hidden, dropout=dropout, scale=self.softmax_scale)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[Tensor | None]) -> Tensor:
         """Documents one after the other, each by itself: [t, n, d] -> [t, n * e], zero between documents."""
