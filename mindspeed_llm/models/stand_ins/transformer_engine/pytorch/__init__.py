@@ -24,6 +24,7 @@ from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.fp8 import (
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.grouped_linear import GroupedLinear
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.linear import LayerNormLinear, Linear
 from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.norm import LayerNorm, RMSNorm
+from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.transformer import LayerNormMLP, TransformerLayer
 
 __all__ = [
     "DotProductAttention",
@@ -32,8 +33,10 @@ __all__ = [
     "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",
+    "LayerNormMLP",
     "Linear",
     "RMSNorm",
+    "TransformerLayer",
     "attention",
     "checkpoint",
     "cpp_extensions",
