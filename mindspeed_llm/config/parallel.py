@@ -142,7 +142,10 @@ class RuntimeConfig:
         level="expert",
     )
     num_threads: int | None = option(
-        help="CPU threads per process; default: cores / processes on this host", level="expert", check=at_least(1)
+        help="CPU threads per process; default: OMP_NUM_THREADS, else cores / processes on this host (torchrun's own "
+        "OMP_NUM_THREADS=1 does not count)",
+        level="expert",
+        check=at_least(1),
     )
     cpu_allocator: str = option(
         "system",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +66,9 @@ def start_processes(plan: Plan) -> None:
     if r.device != "auto":
         accelerator.select(r.device)
     _configure_npu(r)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if r.cpu_allocator == "keep":
         host_allocator.keep_freed_memory()
-    torch.set_num_threads(r.num_threads or max(len(os.sched_getaffinity(0)) // local, 1))
+    torch.set_num_threads(r.num_threads or default_threads(os.environ))
     choose_operators(plan)
     check_devices()
     initialize_process_group(r.distributed_timeout_minutes)
@@ -85,6 +84,18 @@ def start_processes(plan: Plan) -> None:
         seed=plan.config.data.seed,
         timeout_minutes=r.distributed_timeout_minutes,
     )
+
+
+def default_threads(environment: Mapping[str, str]) -> int:
+    """CPU threads of this process: OMP_NUM_THREADS where it is the user's, else a process's share of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for processes that have none, so of several processes a 1 tells nothing.
+    """
+    processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = environment.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen) > 0 and (processes == 1 or chosen != "1"):
+        return int(chosen)
+    return max(len(os.sched_getaffinity(0)) // processes, 1)
 
 
 def is_leader() -> bool:
@@ -187,7 +198,8 @@ def choose_fusion(plan: Plan, chunks: list[torch.nn.Module]) -> None:
 
     lora = plan.config.lora
     number = lora.lora_fusion_chunks or communication_chunks(plan.config.operators)
-    rates = configure_fusion(chunks, fused=lora.lora_fusion, combine=lora.lora_fusion_combine, chunks=number)
+    how = {"fused": lora.lora_fusion, "combine": lora.lora_fusion_combine, "prepack": lora.lora_prepack}
+    rates = configure_fusion(chunks, chunks=number, **how)
     if rates is not None and is_leader():
         rows = plan.config.training.micro_batch_size * plan.seq_length // plan.layout.cp
         print(*describe(rates, chunks, rows), sep="\n", flush=True)

@@ -1,5 +1,6 @@
 """Freezing, length, log line, schedule arithmetic and FLOPs, each by itself."""
 
+import os
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from mindspeed_llm.training.flops import training_flops
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.log_line import IterationLog, format_log_line
 from mindspeed_llm.training.optimizer import warmup_iterations
+from mindspeed_llm.training.setup import default_threads
 
 
 def test_length_of_a_run():
@@ -48,6 +50,16 @@ LOG = IterationLog(
     peak_flops=None,
     log_throughput=True,
 )
+
+
+def test_threads_are_the_users_or_a_share_of_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert default_threads({}) == cores
+    assert default_threads({"OMP_NUM_THREADS": "1"}) == 1
+    assert default_threads({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"}) == 3
+    # torchrun's own value is no one's wish
+    assert default_threads({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}) == max(cores // 2, 1)
+    assert default_threads({"OMP_NUM_THREADS": "", "LOCAL_WORLD_SIZE": str(4 * cores)}) == 1
 
 
 def test_the_log_line_is_megatrons():
