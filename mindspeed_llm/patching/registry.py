@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from mindspeed_llm.errors import UserError
@@ -81,6 +82,7 @@ def undo(names: Iterable[str] | None = None) -> list[str]:
         entry = _applied.pop(name)
         for owner, attribute in reversed(entry.rebound):
             setattr(owner, attribute, entry.location.value)
+        _restore_imported(entry)
     return chosen
 
 
@@ -133,11 +135,25 @@ def _put_in_force(patch: Patch, location: Location) -> Applied:
 
 def _rebind_imported(entry: Applied) -> None:
     """Rebind names that other modules hold because they imported the original by value, under whatever name."""
-    original, owner = entry.location.value, entry.location.owner
-    for module in list(sys.modules.values()):
-        if module is None or module is owner or not hasattr(module, "__dict__"):
-            continue
-        for name, value in list(vars(module).items()):
-            if value is original:
-                setattr(module, name, entry.new)
-                entry.rebound.append((module, name))
+    for module, name in _names_of(entry.location.value):
+        if module is not entry.location.owner:
+            setattr(module, name, entry.new)
+            entry.rebound.append((module, name))
+
+
+def _restore_imported(entry: Applied) -> None:
+    """Give the original to modules that were loaded meanwhile, and imported the new object by value.
+
+    What a patch wraps can be had from the target alone; a replacement stands in its own module under a name of its own.
+    """
+    if len(entry.patch.path) > 1 or entry.new is entry.location.value:
+        return
+    for module, name in _names_of(entry.new):
+        if entry.patch.wrap is not None or name == entry.location.name:
+            setattr(module, name, entry.location.value)
+
+
+def _names_of(value: Any) -> list[tuple[ModuleType, str]]:
+    """Where loaded modules hold `value` itself: module and name."""
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    return [(module, name) for module in modules for name, held in list(vars(module).items()) if held is value]

@@ -75,6 +75,27 @@ def test_a_module_imported_later_sees_the_patch(package):
     assert importlib.import_module("victim.user").use(1, 2) == 6
 
 
+@pytest.mark.parametrize("restores", [True, False], ids=["", "control"])
+def test_a_module_imported_meanwhile_gets_the_original_back(package, monkeypatch, restores):
+    source, _ = package
+    original, counter = source.add, source.Counter
+
+    class Replacement:
+        pass
+
+    del sys.modules["victim.user"]
+    if not restores:
+        monkeypatch.setattr(registry, "_restore_imported", lambda entry: None)
+    catalogue = [patch(source, "add", wrap=doubled), patch(source, "Counter", "counter", replace=Replacement)]
+    patching.apply(catalogue)
+    user = importlib.import_module("victim.user")
+    user.ours = Replacement
+    assert user.Counter is Replacement and user.plus is source.add is not original
+    patching.undo()
+    assert (user.plus is original, user.Counter is counter) == (restores, restores)
+    assert user.ours is Replacement, "a replacement has a name of its own, too"
+
+
 def test_twice_is_once(package):
     source, _ = package
     catalogue = [patch(source, "add", wrap=doubled)]
