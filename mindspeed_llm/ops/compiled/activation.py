@@ -58,7 +58,8 @@ def _backward(
 ) -> Tensor:
     gate, up = _wide(gate_up).unbind(dim)
     _, pull_back = torch.func.vjp(lambda *parts: _value(*parts, function, limit, linear_offset), gate, up)
-    return torch.stack(pull_back(_wide(grad)), dim).to(gate_up.dtype)
+    # Rounded before they are put together: otherwise they are put together in fp32, in memory of their own.
+    return torch.stack([part.to(gate_up.dtype) for part in pull_back(_wide(grad))], dim)
 
 
 # Gate and up are halves of a row, or neighbours in it.

@@ -13,6 +13,10 @@ from mindspeed_llm.ops.compiled import enter
 from mindspeed_llm.ops.compiled.kernel import kernel
 from mindspeed_llm.ops.rotary import fused_rotary, fused_split_qkv_rotary
 
+# Query heads of a group whose gradients are written side by side, each by code of its own: that of many would take long
+# to compile, so they are put together before, which costs a copy of them.
+MOST_APART = 8
+
 
 @enter("rotary")
 def compiled_rotary(x: Tensor, table: Tensor) -> Tensor:
@@ -34,12 +38,15 @@ def _fits(x: Tensor) -> bool:
     return x.shape[0] * x.shape[1] > 1
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., d] by cos and sin [..., t], in their type, rounded once."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """x [..., d] by cos and sin [..., t], in their type: what stands side by side in the last dimension.
+
+    Each is rounded by itself: wide tensors put together would be memory of their own, read and rounded afterwards.
+    """
     half = cos.shape[-1]
     first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
-    return torch.cat((turned, x[..., 2 * half :]), -1) if 2 * half < x.shape[-1] else turned
+    turned = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    return [*turned, x[..., 2 * half :]] if 2 * half < x.shape[-1] else turned
 
 
 def _angles(table: Tensor, backwards: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,24 +59,26 @@ def _angles(table: Tensor, backwards: bool, dtype: torch.dtype) -> tuple[Tensor,
 def rotate(x: Tensor, table: Tensor, *, backwards: bool) -> Tensor:
     """Every head of every row by its row's angles."""
     cos, sin = _angles(table, backwards, x.dtype)
-    return _turned(x, cos[:, None], sin[:, None])
+    return torch.cat(_turned(x, cos[:, None], sin[:, None]), -1)
 
 
 @kernel("r groups parts channels", "2 r turning")
 def split(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turned queries [r, g, n/g, d] and keys [r, g, d], and values [r, g, d]."""
     cos, sin = _angles(table, False, qkv.dtype)
-    query = _turned(qkv[:, :, :-2], cos[:, None, None], sin[:, None, None])
-    return query, _turned(qkv[:, :, -2], cos[:, None], sin[:, None]), qkv[:, :, -1].clone()
+    query = torch.cat(_turned(qkv[:, :, :-2], cos[:, None, None], sin[:, None, None]), -1)
+    return query, torch.cat(_turned(qkv[:, :, -2], cos[:, None], sin[:, None]), -1), qkv[:, :, -1].clone()
 
 
 @kernel("r groups queries channels", "r groups channels", "r groups channels", "2 r turning")
 def join(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-    """The gradient of qkv from those of `split`'s results."""
-    cos, sin = _angles(table, True, key.dtype)
-    query = _turned(query, cos[:, None, None], sin[:, None, None])
-    key = _turned(key, cos[:, None], sin[:, None])
-    return torch.cat((query, key[:, :, None], value[:, :, None]), 2)
+    """The gradient of qkv from those of `split`'s results, [r, groups, parts * channels]."""
+    cos, sin = (angle[:, None] for angle in _angles(table, True, key.dtype))
+    if query.shape[2] > MOST_APART:
+        queries = [torch.cat(_turned(query, cos[:, None], sin[:, None]), -1).flatten(2)]
+    else:
+        queries = [part for head in query.unbind(2) for part in _turned(head, cos, sin)]
+    return torch.cat((*queries, *_turned(key, cos, sin), value), -1)
 
 
 def _row_angles(table: Tensor, s: int, b: int) -> Tensor:

@@ -9,6 +9,7 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.ops import compiled, norm, registry
 from mindspeed_llm.ops.compiled import kernel as kernels
 from mindspeed_llm.ops.compiled import norm as compiled_norm
+from mindspeed_llm.ops.compiled import rotary as compiled_rotary
 from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.testing import operators
 from mindspeed_llm.testing.operators import elementwise
@@ -60,6 +61,22 @@ def test_a_compiled_operator_equals_the_reference(operator, name):
 def normalized(rows, width, dtype=torch.bfloat16):
     x, residual = (torch.randn(rows, width, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2))
     return function_of("add_rms_norm")(x, residual, torch.ones(width, dtype=dtype), 1e-5)
+
+
+@pytest.mark.parametrize("turning", (3, 4), ids=("channels left as they are", "all channels"))
+def test_gradients_of_few_and_of_many_query_heads_are_put_together_alike(turning, monkeypatch):
+    """As formulas, without compiling them: turning back what was turned, each head in its place."""
+    qkv = torch.randn(5, 2, 4, 8)
+    angles = torch.rand(5, turning)
+    table = torch.stack((angles.cos(), angles.sin()))
+    parts = compiled_rotary.split.function(qkv, table)
+    few = compiled_rotary.join.function(*parts, table)
+    monkeypatch.setattr(compiled_rotary, "MOST_APART", 1)
+    many = compiled_rotary.join.function(*parts, table)
+    assert torch.equal(few, many)
+    torch.testing.assert_close(few.view(qkv.shape), qkv)
+    swapped = compiled_rotary.join.function(parts[0].flip(2), *parts[1:], table)
+    assert not torch.allclose(swapped.view(qkv.shape), qkv)
 
 
 @needs_compiler
