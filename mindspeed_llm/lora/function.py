@@ -22,6 +22,7 @@ from torch import Tensor
 from mindspeed_llm.accelerator.ranges import named
 from mindspeed_llm.lora.fusion import products
 from mindspeed_llm.lora.fusion.cost import Pass, Rates, Schedule, choose
+from mindspeed_llm.lora.prepacked import PrepackedWeight
 from mindspeed_llm.ops.adapter import (
     CounterMask,
     adapted_product,
@@ -58,6 +59,7 @@ class LinearKind:
         rates: of this machine (lora.fusion.calibrate); without them and without chunks, one chunk.
         fused: base and adapter are one function; otherwise one after the other, each with its own collectives.
         combine: multiply by W + s B A, formed in the weight's type, instead of by each (`--lora-fusion-combine`).
+        prepack: lay frozen weights out for their products (`--lora-prepack`).
     """
 
     column: bool
@@ -69,6 +71,7 @@ class LinearKind:
     rates: Rates | None = None
     fused: bool = True
     combine: bool = False
+    prepack: bool = False
 
     def form(self, backward: bool) -> str | None:
         """The collective of a pass (lora.fusion.cost.FORMS); None where nothing is sent for it."""
@@ -180,17 +183,20 @@ def adapted_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     kind: LinearKind,
+    prepacked: PrepackedWeight | None = None,
 ) -> Tensor:
     """`FrozenLinearWithAdapter`; where nothing is sent and torch multiplies a tensor, the same by torch's functions.
 
-    Those have less to do per call, which small layers feel; the scaling is folded into the product that adds.
+    Those have less to do per call, which small layers feel; the scaling is folded into the product that adds. There
+    the weight may also be `prepacked`.
     """
     if kind.world > 1 or kind.combine or not isinstance(weight, Tensor) or not plain_adapters():
         return FrozenLinearWithAdapter.apply(x, dropped, weight, bias, lora_a, lora_b, kind)
     rows = x.reshape(-1, x.shape[-1])
     source = rows if dropped is None else dropped.reshape(rows.shape)
     with named("lora: base product"):
-        y = torch.nn.functional.linear(rows, weight, bias)
+        plain = prepacked is None
+        y = torch.nn.functional.linear(rows, weight, bias) if plain else prepacked.product(rows, bias)
     with named("lora: adapter down and up"):
         y.addmm_(torch.nn.functional.linear(source, lora_a), lora_b.t(), alpha=kind.scaling)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -12,6 +12,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from mindspeed_llm.lora.function import LinearKind, adapted_linear, dense
+from mindspeed_llm.lora.prepacked import PrepackedWeight
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.ops.adapter import CounterMask, masks_by_counter
 from mindspeed_llm.plan.adaptable import Adaptable
@@ -41,6 +42,8 @@ class LoraMixin:
     `lora_magnitude.<part>` [out] too, cut like the rows of B: the output row i is scaled by
     magnitude_i / norm of (W + s B A)_i, the norm being taken over the whole input.
     """
+
+    _prepacked: PrepackedWeight | None = None
 
     def add_adapter(self, linear: Adaptable, settings: AdapterSettings) -> None:
         """Register A, B and magnitudes (uninitialised); the base parameters are frozen by the caller."""
@@ -168,13 +171,22 @@ class LoraMixin:
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return draw(x, self.dropout)
 
+    def prepacked(self) -> PrepackedWeight | None:
+        """The weight laid out for its products, anew where it was written to; None where that is not asked for."""
+        if not self.kind.prepack:
+            return None
+        if self._prepacked is None or not self._prepacked.is_of(self.weight):
+            self._prepacked = PrepackedWeight(self.weight)
+        return self._prepacked
+
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
         """As the base linear: (output, bias that the caller adds)."""
         if self.weight.requires_grad or not self.kind.fused:
             return self.forward_one_after_the_other(x)
         own_bias = None if self.skip_bias_add or not self.kind.column else self.bias
         bias = None if self.uses_dora else own_bias
-        out = adapted_linear(x, self.adapter_dropout(x), self.weight, bias, self.lora_A, self.stacked_b(), self.kind)
+        factors = self.lora_A, self.stacked_b()
+        out = adapted_linear(x, self.adapter_dropout(x), self.weight, bias, *factors, self.kind, self.prepacked())
         if self.uses_dora:
             out = out * self.gains()
             out = out if own_bias is None else out + own_bias

@@ -167,6 +167,17 @@ def check_dense(settings: AdapterSettings, flag: str) -> None:
         )
 
 
+def adapted_dense_tensors(shape: ModelShape, settings: AdapterSettings) -> frozenset[str]:
+    """megatron-core's names of the weights of the layers' dense linears that have an adapter."""
+    dense = [linear for linear in adaptable_linears(shape) if linear.layers is not None and not linear.experts]
+    return frozenset(
+        f"{linear.path(layer)}.weight"
+        for linear in dense
+        for layer in linear.layers
+        if settings.adapts(linear.module, layer)
+    )
+
+
 def read_pattern(words: Sequence[str] | None, flag: str, number: type[Number]) -> dict[str, Number]:
     """NAME=VALUE words.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_llm import accelerator
-from mindspeed_llm.accelerator import host_allocator, host_compiler
+from mindspeed_llm.accelerator import host_allocator, host_compiler, host_products
 from mindspeed_llm.config.lora import LoraConfig
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.plan.fully_sharded import fully_sharded_problems
@@ -14,6 +14,7 @@ from mindspeed_llm.plan.monitoring import monitoring_problems
 OF_ADAPTERS = (
     "lora_alpha", "lora_dropout", "lora_exclude_modules", "lora_layers_to_transform", "lora_rank_pattern",
     "lora_alpha_pattern", "use_rslora", "use_dora", "loraplus_lr_ratio", "lora_kernels",
+    "lora_prepack",
 )  # fmt: skip
 
 
@@ -214,6 +215,24 @@ def _adapter_problems(config: RunConfig) -> list[str]:
             "linears whose weight and adapter multiply apart",
         ),
         (
+            lora.lora_prepack and (not lora.lora_fusion or lora.lora_fusion_combine),
+            "--lora-prepack has no meaning with --no-lora-fusion or --lora-fusion-combine: what is laid out is a "
+            "frozen weight that multiplies apart from its adapter",
+        ),
+        (
+            lora.lora_prepack and lora.qlora,
+            "--lora-prepack does not go with --qlora: the weights are in 4 bits, and dense for one product at a time",
+        ),
+        (
+            lora.lora_prepack and (config.parallel.tensor_model_parallel_size > 1 or config.parallel.use_torch_fsdp2),
+            "--lora-prepack needs --tensor-model-parallel-size 1 and goes without --use-torch-fsdp2: where tensors are "
+            "sent between products, weights are multiplied as they lie",
+        ),
+        (
+            lora.lora_prepack and not config.runtime.bf16,
+            "--lora-prepack needs --bf16: weights of that type alone are laid out",
+        ),
+        (
             lora.lora_fusion_combine and (lora.lora_dropout > 0 or partial),
             "--lora-fusion-combine does not go with --lora-dropout or --trainable: weight and adapter must multiply "
             "the same input, and the weight must be frozen",
@@ -263,6 +282,7 @@ def _device_problems(config: RunConfig) -> list[str]:
     given = [n for n in ("npu_deterministic", "hccl_group_buffer", "use_ascend_mc2") if config.get(n)]
     problems = _allocator_problems(config.runtime.cpu_allocator, device)
     problems += _compiler_problems(config, device)
+    problems += _prepacking_problems(config.lora.lora_prepack, device)
     if config.lora.lora_kernels != "torch" and device != "cuda":
         problems.append(
             f"--lora-kernels {config.lora.lora_kernels} needs a CUDA device, and the device is {device}; try: "
@@ -299,6 +319,15 @@ def _compiler_problems(config: RunConfig, device: str) -> list[str]:
         ]
     reason = host_compiler.why_not()
     return [f"--compile-operators is wrong, because {reason}; try: --no-compile-operators"] if reason else []
+
+
+def _prepacking_problems(wanted: bool, device: str) -> list[str]:
+    if not wanted:
+        return []
+    if device != "cpu":
+        return [f"--lora-prepack has a meaning on a CPU only, and the device is {device}; try: --no-lora-prepack"]
+    reason = host_products.why_not()
+    return [f"--lora-prepack is wrong, because {reason}; try: --no-lora-prepack"] if reason else []
 
 
 def _chip_problems(config: RunConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -184,6 +184,7 @@ def estimate_stages(
     adapted: AdapterSettings | None = None,
     trained: TrainedParts = EVERYTHING,
     optimizer: OptimizerForm = PLAIN,
+    prepacked: Container[str] = (),
 ) -> list[MemoryEstimate]:
     """The estimate for one training process of every pipeline stage.
 
@@ -201,12 +202,14 @@ def estimate_stages(
         adapted: the adapters.
         trained: what is trained of the model itself.
         optimizer: how its state is kept.
+        prepacked: mcore names of the weights that lie in memory twice more, laid out for their products.
     """
     whole = whole_layers if recompute == "full" else NONE_WHOLE
     layers = LayerActivations(
         shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes, adapted, trained
     )
     numbers = _numbers_by_stage(shape, layout, padded_vocab, adapter_parameters, quantized, trained)
+    laid_out = parameters_by_stage(shape, layout, padded_vocab, lambda name: name in prepacked)
     dense_copy = largest_quantized(shape, layout) * dtype_bytes if quantized else 0
     tokens = -(-tokens_per_microbatch // layout.cp)
     rows = padded_vocab // layout.tp
@@ -221,7 +224,7 @@ def estimate_stages(
         own, activations = of_stage.stepped(layout, distributed_optimizer), sum(parts.values())
         estimates.append(
             MemoryEstimate(
-                weights=of_stage.weight_bytes(dtype_bytes),
+                weights=of_stage.weight_bytes(dtype_bytes) + 2 * laid_out[stage].total * dtype_bytes,
                 gradients=of_stage.trained.total * GRADIENT_BYTES,
                 optimizer=optimizer.resident(own, dtype_bytes),
                 activations=activations,

@@ -181,6 +181,8 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         _try(problems, lambda: check_copied_embedding(shape, adapters, layout), None)
         if config.lora.lora_fusion_combine:
             _try(problems, lambda: check_dense(adapters, "--lora-fusion-combine"), None)
+        if config.lora.lora_prepack:
+            _try(problems, lambda: check_dense(adapters, "--lora-prepack"), None)
         if config.lora.lora_kernels != "torch":
             _try(problems, lambda: check_dense(adapters, f"--lora-kernels {config.lora.lora_kernels}"), None)
     problems += _export_problems(plan)

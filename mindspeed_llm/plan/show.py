@@ -11,7 +11,12 @@ from mindspeed_llm.data.blend import WeightedPath, parse_data_path
 from mindspeed_llm.data.record import find_dataset, read_record
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
-from mindspeed_llm.plan.adapters import adapted_linears, adapter_parameters, local_adapter_parameters
+from mindspeed_llm.plan.adapters import (
+    adapted_dense_tensors,
+    adapted_linears,
+    adapter_parameters,
+    local_adapter_parameters,
+)
 from mindspeed_llm.plan.fully_sharded_memory import sharded_memory
 from mindspeed_llm.plan.grid import grid_tables
 from mindspeed_llm.plan.memory import MemoryEstimate, Swapping, count_parameters, estimate_stages
@@ -51,6 +56,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
         optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),
+        prepacked=adapted_dense_tensors(plan.shape, plan.adapters) if plan.config.lora.lora_prepack else (),
     )
     if not plan.config.parallel.use_torch_fsdp2:
         return stages
@@ -186,6 +192,7 @@ def adapter_line(plan: Plan) -> str:
         f"alpha {a.alpha:g}" + (" / sqrt(rank)" if a.use_rslora else ""),
         f"dropout {a.dropout}",
     ]
+    words += ["frozen weights laid out for their products"] if plan.config.lora.lora_prepack else []
     return ", ".join(words + ([f"B learns {a.loraplus_lr_ratio:g} x faster"] if a.loraplus_lr_ratio != 1.0 else []))
 
 

@@ -14,13 +14,18 @@ from mindspeed_llm.lora.fusion.cost import Pass, Rates, choose
 
 
 def configure_fusion(
-    models: Iterable[nn.Module], *, fused: bool = True, combine: bool = False, chunks: int | None = None
+    models: Iterable[nn.Module],
+    *,
+    fused: bool = True,
+    combine: bool = False,
+    chunks: int | None = None,
+    prepack: bool = False,
 ) -> Rates | None:
     """Set it for every adapted linear; measures the machine where the chunks are left to be chosen.
 
     Args:
         models: this rank's model chunks; all ranks call this with theirs.
-        fused, combine: as in `LinearKind`.
+        fused, combine, prepack: as in `LinearKind`.
         chunks: as many; None for those that the measured rates choose, pass by pass.
 
     Returns:
@@ -32,7 +37,8 @@ def configure_fusion(
         weight: torch.Tensor = parallel[0].lora_A
         rates = measure(parallel[0].kind.group, weight.dtype, weight.device)
     for linear in linears:
-        linear.kind = replace(linear.kind, fused=fused, combine=combine, chunks=chunks, rates=rates)
+        how = {"fused": fused, "combine": combine, "chunks": chunks, "rates": rates, "prepack": prepack}
+        linear.kind = replace(linear.kind, **how)
     return rates
 
 

@@ -287,6 +287,7 @@ CASES: dict[str, Case] = {
     "use_rslora": case(True, lora_r=4),
     "use_dora": case(True, lora_r=4),
     "loraplus_lr_ratio": case(4.0, lora_r=4),
+    "lora_prepack": case(True, lora_r=4, bf16=True),
     "lora_kernels": case("triton", refused="after", lora_r=4),  # no GPU here; tests/cuda runs the kernels
     "lora_load": case(["@peft"]),
     # checkpoint and logging
