@@ -14,7 +14,7 @@ from mindspeed_llm.models.recompute_options import ALL_LAYERS, RecomputeOptions
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.models.tensor_names import layer_index
 from mindspeed_llm.parallel.layout import ParallelLayout
-from mindspeed_llm.plan.adaptable import adaptable_linears
+from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears
 from mindspeed_llm.plan.adapters import AdapterSettings
 from mindspeed_llm.plan.trained import EVERYTHING, TrainedParts
 
@@ -74,6 +74,7 @@ class LayerActivations:
         score_bytes: that attention keeps of a token's probabilities, for each head.
         adapted: the adapters.
         trained: what is trained of the model itself; other linears without adapters save no input.
+        mask_bytes: of a number that adapters' dropout keeps or not; 0 where the mask is drawn once more.
     """
 
     shape: ModelShape
@@ -86,6 +87,7 @@ class LayerActivations:
     score_bytes: float = 0.0
     adapted: AdapterSettings | None = None
     trained: TrainedParts = EVERYTHING
+    mask_bytes: int = 0
 
     @property
     def shares(self) -> int:
@@ -139,7 +141,7 @@ class LayerActivations:
             self.shape, self.layout, layer, sequence_parallel=self.sequence_parallel, dtype_bytes=self.dtype_bytes
         )
         saved["self_attention"] += self.shape.num_attention_heads / self.layout.tp * self.score_bytes
-        for part, size in self._scaled_outputs(layer).items():
+        for part, size in self._saved_by_adapters(layer).items():
             saved[part] += size
         if place < self.whole.count:
             first = place % self.whole.at_once == 0
@@ -198,22 +200,37 @@ class LayerActivations:
         experts = ".experts.local_experts.0" if parent == "mlp" and self.shape.is_moe_layer(layer) else ""
         return self.trained.has_tensor(f"decoder.layers.{layer}.{parent}{experts}.{module}.weight")
 
-    def _scaled_outputs(self, layer: int) -> dict[str, float]:
-        """What DoRA's magnitudes save of a layer, the outputs that they multiply, for each token."""
+    def _saved_by_adapters(self, layer: int) -> dict[str, float]:
+        """Beside what the linears of a layer save: the outputs that DoRA's magnitudes multiply; of dropout its mask,
+        and the dropped input where the input is saved all the same, for each token."""
         saved: Counter[str] = Counter()
-        if self.adapted is None or not self.adapted.use_dora:
+        if self.adapted is None or not (self.adapted.use_dora or self._drops):
             return saved
         for linear in adaptable_linears(self.shape):
             if linear.layers is None or layer not in linear.layers or not self.adapted.adapts(linear.module, layer):
                 continue
-            values = sum(out for _, out in linear.parts.values())
-            if linear.experts:
-                rows = self.shape.moe_router_topk * self.layout.expert_tp / self.layout.tp
-                values *= rows / (self.layout.expert_tp if linear.cut == "column" else 1)
-            else:
-                values /= self.layout.tp if linear.cut == "column" else self.shares
-            saved["mlp" if ".mlp." in linear.mcore else "self_attention"] += values * self.dtype_bytes
+            is_mlp = ".mlp." in linear.mcore
+            size = 0.0
+            if self.adapted.use_dora:
+                size += sum(out for _, out in linear.parts.values()) * self._rows(linear, "column") * self.dtype_bytes
+            if self._drops:
+                # Attention saves its output all the same; other inputs were saved for the adapter alone.
+                copy = self.dtype_bytes if linear.module == "linear_proj" else 0
+                size += linear.in_features * self._rows(linear, "row") * (self.mask_bytes + copy)
+            saved["mlp" if is_mlp else "self_attention"] += size
         return saved
+
+    @property
+    def _drops(self) -> bool:
+        """Whether adapters' dropout saves something."""
+        return self.adapted is not None and self.adapted.dropout > 0 and self.mask_bytes > 0
+
+    def _rows(self, linear: Adaptable, cut: str) -> float:
+        """Share of a token that a rank has of what a linear reads or writes; `cut` is that by which it is cut too."""
+        if linear.experts:
+            rows = self.shape.moe_router_topk * self.layout.expert_tp / self.layout.tp
+            return rows / (self.layout.expert_tp if linear.cut == cut else 1)
+        return 1 / (self.layout.tp if linear.cut == cut else self.shares)
 
     def _places(self, stage: int) -> Iterator[tuple[int, int]]:
         """The stage's layers, and their places in what the options count: a chunk or a rank."""

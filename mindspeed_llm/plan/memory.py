@@ -183,6 +183,7 @@ def estimate_stages(
     score_bytes: float = 0.0,
     adapted: AdapterSettings | None = None,
     trained: TrainedParts = EVERYTHING,
+    mask_bytes: int = 0,
     optimizer: OptimizerForm = PLAIN,
     prepacked: Container[str] = (),
 ) -> list[MemoryEstimate]:
@@ -201,12 +202,23 @@ def estimate_stages(
         score_bytes: that attention keeps of a token's probabilities, for each head.
         adapted: the adapters.
         trained: what is trained of the model itself.
+        mask_bytes: of a number that adapters' dropout keeps or not; 0 where nothing of it is saved.
         optimizer: how its state is kept.
         prepacked: mcore names of the weights that lie in memory twice more, laid out for their products.
     """
     whole = whole_layers if recompute == "full" else NONE_WHOLE
     layers = LayerActivations(
-        shape, layout, sequence_parallel, dtype_bytes, whole, dropping, swapping, score_bytes, adapted, trained
+        shape,
+        layout,
+        sequence_parallel,
+        dtype_bytes,
+        whole,
+        dropping,
+        swapping,
+        score_bytes,
+        adapted,
+        trained,
+        mask_bytes,
     )
     numbers = _numbers_by_stage(shape, layout, padded_vocab, adapter_parameters, quantized, trained)
     laid_out = parameters_by_stage(shape, layout, padded_vocab, lambda name: name in prepacked)

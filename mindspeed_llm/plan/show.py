@@ -53,6 +53,7 @@ def stages_memory(plan: Plan) -> list[MemoryEstimate]:
         score_bytes=_score_bytes(plan),
         adapted=plan.adapters,
         trained=plan.trained,
+        mask_bytes=_dropout_mask_bytes(plan),
         swapping=_swapping(plan.config.memory),
         dropping=recompute_options(plan.config.recompute),
         optimizer=OptimizerForm.of(plan.config.optimizer, plan.config.memory),
@@ -96,6 +97,13 @@ def _loss_chunk(plan: Plan) -> int:
     adapted = plan.adapters is not None and bool({"output_layer", "word_embeddings"} & set(plan.adapters.targets))
     frozen = not adapted and not plan.trained.has(head_name(plan.shape))
     return rows_of_chunk(row_bytes, frozen, "cpu" if _on_cpu(plan) else "")
+
+
+def _dropout_mask_bytes(plan: Plan) -> int:
+    """Of a number that adapters' dropout keeps or not: torch's mask on a CPU has the activation's type."""
+    if plan.config.lora.lora_kernels != "torch":
+        return 0
+    return DTYPE_BYTES[plan.dtype_name] if _on_cpu(plan) else 1
 
 
 def _score_bytes(plan: Plan) -> float:

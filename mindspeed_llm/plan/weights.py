@@ -36,15 +36,17 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     restart = find_restart(config)
     if restart is not None:
         _forget_first_start(config)
-    going_on = config.door != "inference" and not c.finetune
+    picks = config.door != "inference" and not c.finetune
+    # An evaluation takes weights and nothing else, so neither data nor settings have to be those of the training.
+    going_on = picks and not config.training.eval_only
     adapter_source = restart if restart is not None and restart.format == "adapter" else None
     weights = restart if adapter_source is None else None
     if c.load is not None and weights is None:
-        step, healthy = (None, False) if restart is not None else (c.ckpt_step, going_on and c.load_healthy)
-        weights = find_source(c.load, step, fall_back=going_on and restart is None, healthy=healthy)
+        step, healthy = (None, False) if restart is not None else (c.ckpt_step, picks and c.load_healthy)
+        weights = find_source(c.load, step, fall_back=picks and restart is None, healthy=healthy)
     if config.lora.lora_load is not None and restart is None:
-        first, healthy = config.lora.lora_load[0], going_on and c.load_healthy
-        adapter_source = find_adapters(first, fall_back=going_on, healthy=healthy)
+        first, healthy = config.lora.lora_load[0], picks and c.load_healthy
+        adapter_source = find_adapters(first, fall_back=picks, healthy=healthy)
     if c.load is not None and weights is None:
         if not c.allow_random_init:
             found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None
@@ -61,7 +63,7 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     elif adapter_source is not None and adapter_source is restart and weights is None:
         weights = _base_of(adapter_source)
     resume = _resumed(adapter_source if adapter_source is not None else weights) if going_on else None
-    if c.save is not None and (there := find_source(c.save, fall_back=True)) is not None:
+    if c.save is not None and not config.training.eval_only and (there := find_source(c.save, fall_back=True)) is not None:
         if resume is None or Path(c.save).resolve() != resume.path.resolve():
             flag = "--lora-load" if there.format == "adapter" else "--load"
             problems.append(

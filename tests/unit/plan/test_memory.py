@@ -30,6 +30,21 @@ def estimated(shape=SHAPE, where=None, **changes):
     return estimate(shape, where or layout(shape), **arguments | changes)
 
 
+def bytes_saved(model, ids):
+    """Of floating-point tensors that wait for a backward pass, weights not counted; and the loss."""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(ids, labels=ids)
+    return sum(size for pointer, size in kept.items() if pointer not in weights), loss
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_counted_exactly(tied):
     from mindspeed_llm.models.build import BuildOptions, build_model
@@ -74,18 +89,8 @@ def test_activations_are_right_within_a_factor(recompute, trained, request):
     model = build_model(SHAPE, options)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.has(name))
-    kept = {}
-
-    def keep(tensor):
-        if not isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     ids = torch.randint(0, 1009, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model(ids, labels=ids)
-    held = sum(size for pointer, size in kept.items() if pointer not in weights)
+    held, loss = bytes_saved(model, ids)
     assert loss.isfinite()
     found = estimated(recompute=recompute, trained=trained)
     # at the end of the forward pass; while one layer is computed again, its tensors take the place of the loss's
@@ -168,3 +173,32 @@ def test_the_first_stage_holds_the_most_micro_batches():
     assert micro_batches_in_flight(four, 0, 2) == 2
     # Rank 0 of 2 stages x 2 chunks runs 2 + 2 + 1 forward passes of a chunk before its first backward pass.
     assert micro_batches_in_flight(layout(pp=2, vpp=2, world=2), 0, 8) == 2.5
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_what_dropout_of_adapters_saves_is_counted(family, tmp_path, request):
+    from mindspeed_llm.checkpoint.toy import make_toy
+    from mindspeed_llm.config.parser import parse
+    from mindspeed_llm.ops import registry
+    from mindspeed_llm.plan.plan import resolve
+    from mindspeed_llm.plan.show import plan_memory
+    from mindspeed_llm.training.setup import build, start_processes
+
+    request.addfinalizer(registry.reset)
+    directory = make_toy(family, tmp_path / family)
+
+    def saved(*words):
+        words = ["--load", str(directory), "--data-path", "none", "--seq-length", "64", "--lora-r", "4", *words]
+        parsed = parse("posttrain", words)
+        plan = resolve(parsed.config, parsed.problems)
+        start_processes(plan)
+        registry.select("attention", "sdpa")
+        (model,) = build(plan).chunks
+        ids = torch.randint(0, plan.shape.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+        held, _ = bytes_saved(model, ids)
+        return held, plan_memory(plan).activations
+
+    plain, dropping = saved(), saved("--lora-dropout", "0.1")
+    rise, said = dropping[0] - plain[0], dropping[1] - plain[1]
+    assert rise > plain[0] / 10
+    assert rise / FACTOR < said < rise * FACTOR, (rise, said)
