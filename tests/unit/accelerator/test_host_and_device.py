@@ -154,6 +154,27 @@ def test_groups_share_one_network_thread():
         assert threads_of_torch - threads == 10, "each group of torch's has a device, and its thread, of its own"
 
 
+def _threads_of_groups_of_one():
+    """Threads of ten groups that each rank has alone, and of as many that both share."""
+    new_group = torch_facade.TorchFacade(CPU()).distributed.new_group
+    new_group([0, 1], backend="gloo")  # the one that makes the device
+    found = []
+    for ranks in ([[0], [1]], [[0, 1]]):
+        before = _threads()
+        groups = [new_group(of_rank, backend="gloo") for _ in range(10) for of_rank in ranks]
+        found.append(_threads() - before)
+        for group in groups:
+            if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
+                torch.distributed.destroy_process_group(group)
+        del group, groups
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in Linux's /proc")
+def test_a_group_of_one_rank_has_one_worker():
+    assert pool(2).run(_threads_of_groups_of_one) == [[10, 20], [10, 20]]
+
+
 def _subgroups():
     """What a group of each rank alone, asked for with nccl, sums up to."""
     facade, rank = torch_facade.TorchFacade(CPU()).distributed, torch.distributed.get_rank()
