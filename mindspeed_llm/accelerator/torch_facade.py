@@ -17,7 +17,7 @@ from __future__ import annotations
 import builtins
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,14 @@ class _Installation:
         inner = [(facade.cuda, torch.cuda), (facade.distributed, torch.distributed), meshes]
         return [(facade, torch), *inner, (facade.jit, torch.jit), (facade.amp, torch.amp)]
 
+    def functions(self) -> Iterator[tuple[str, Any, Any]]:
+        """Each function and class of a stand-in with its name and what it stands for."""
+        for ours, theirs in self.pairs():
+            for name, value in vars(ours).items():
+                original = getattr(theirs, name, None)
+                if callable(original) and not name.startswith("__"):
+                    yield name, value, original
+
     def is_ours(self, name: str) -> bool:
         """Whether the module of that name sees the facade."""
         return self.members.names(name)
@@ -116,13 +124,9 @@ class _Installation:
 
     def rebind(self, module: types.ModuleType) -> None:
         """Point the names of an already loaded module that mean torch, or things of it, at the facade's."""
-        pairs = self.pairs()
-        replacements = {id(theirs): ours for ours, theirs in pairs}
-        for ours, theirs in pairs:
-            for name, value in vars(ours).items():
-                original = getattr(theirs, name, None)
-                if callable(original) and not name.startswith("__"):
-                    replacements.setdefault(id(original), value)
+        replacements = {id(theirs): ours for ours, theirs in self.pairs()}
+        for _, value, original in self.functions():
+            replacements.setdefault(id(original), value)
         for name, value in list(vars(module).items()):
             if name.startswith("__"):
                 continue
@@ -155,12 +159,18 @@ class _Installation:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
-        # Modules loaded while installed hold the facade under the names they imported; give them torch itself.
-        theirs = {id(ours): real for ours, real in self.pairs()}
+        self._restore_imported()
+
+    def _restore_imported(self) -> None:
+        """Give torch's own to modules loaded while installed, which hold the facade's under the names they imported."""
+        originals = {id(ours): {"": real} for ours, real in self.pairs()}
+        for name, value, original in self.functions():
+            # One of ours may stand for several of torch's, which then go by their names.
+            originals.setdefault(id(value), {"": original})[name] = original
         for module in self.members.loaded():
             for name, value in list(vars(module).items()):
-                if id(value) in theirs:
-                    setattr(module, name, theirs[id(value)])
+                if (found := originals.get(id(value))) is not None:
+                    setattr(module, name, found.get(name, found[""]))
 
 
 _installed: _Installation | None = None

@@ -17,7 +17,9 @@ SOURCE = """
 import torch
 from torch import Tensor, device, zeros
 from torch.cuda import _lazy_call as lazy
+from torch.distributed import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
+from torch.jit import script
 
 TYPES = (torch.FloatTensor, torch.cuda.FloatTensor)
 
@@ -131,8 +133,21 @@ def test_nobody_else_notices_and_uninstalling_leaves_no_trace(subject, install_f
         torch.ones(1).cuda()
     torch_facade.uninstall()
     assert code.torch is torch and not code.available()
+    held = (code.zeros, code.device, code.lazy, code.DeviceMesh, code.script, code.all_reduce)
+    own = (torch.zeros, torch.device, torch.cuda._lazy_call, torch.distributed.DeviceMesh, torch.jit.script)
+    assert all(mine is theirs for mine, theirs in zip(held, (*own, torch.distributed.all_reduce), strict=True))
     assert (torch.Tensor.__dict__.get("cuda"), torch.nn.Module.cuda, torch.Tensor.__dict__.get("type")) == methods
     assert sys.meta_path == finders
+
+
+@needs_no_cuda
+def test_names_that_are_not_restored_are_noticed(subject, monkeypatch):
+    monkeypatch.setattr(torch_facade._Installation, "_restore_imported", lambda self: None)
+    code = subject(install_first=True)
+    torch_facade.uninstall()
+    held = (code.torch, code.zeros, code.device, code.lazy, code.DeviceMesh, code.script, code.all_reduce)
+    own = (torch, torch.zeros, torch.device, torch.cuda._lazy_call, torch.distributed.DeviceMesh, torch.jit.script)
+    assert not any(mine is theirs for mine, theirs in zip(held, (*own, torch.distributed.all_reduce), strict=True))
 
 
 @needs_no_cuda
