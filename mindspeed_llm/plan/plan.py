@@ -149,6 +149,9 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join([*problems, *combination_problems(config)]))
     weights, adapter_source, resume = sources
     changed, overridden = continue_run(config, resume.record) if resume is not None else ([], [])
+    evaluated = adapter_source or weights
+    if config.training.eval_only and evaluated is not None and "continuity" in evaluated.record:
+        continue_run(config, evaluated.record)  # what was not given is as in training; the rest may differ
     problems += changed + combination_problems(config)
     _try(problems, lambda: parse_data_path(config.data.data_path or ()), None)
     shape, hf_files = _try(problems, lambda: stored_shape_of(config, weights, problems, tokenizer_size), (None, None))

@@ -37,7 +37,7 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     if restart is not None:
         _forget_first_start(config)
     picks = config.door != "inference" and not c.finetune
-    # An evaluation takes weights and nothing else, so neither data nor settings have to be those of the training.
+    # An evaluation takes the weights alone, so neither data nor settings have to be those of the training.
     going_on = picks and not config.training.eval_only
     adapter_source = restart if restart is not None and restart.format == "adapter" else None
     weights = restart if adapter_source is None else None
@@ -63,7 +63,8 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     elif adapter_source is not None and adapter_source is restart and weights is None:
         weights = _base_of(adapter_source)
     resume = _resumed(adapter_source if adapter_source is not None else weights) if going_on else None
-    if c.save is not None and not config.training.eval_only and (there := find_source(c.save, fall_back=True)) is not None:
+    writes = c.save is not None and not config.training.eval_only
+    if writes and (there := find_source(c.save, fall_back=True)) is not None:
         if resume is None or Path(c.save).resolve() != resume.path.resolve():
             flag = "--lora-load" if there.format == "adapter" else "--load"
             problems.append(

@@ -226,7 +226,9 @@ def _evaluate_only(plan: Plan, model: TrainingModel, data: TrainingData) -> RunR
         raise UserError("--eval-only: the validation part is empty; try: another --split, or --eval-iters above 0")
     found = evaluate(model.wrapped, data, plan, iterations)
     reporter = Reporter(active=is_logger(), progress="lines", train_iters=0, done=0)
-    reporter.evaluation(0, found.loss, found.trained_tokens)
+    source = plan.adapter_source or plan.weights
+    iteration = source.record.get("progress", {}).get("iteration", 0) if source else 0
+    reporter.evaluation(iteration, found.loss, found.trained_tokens)
     return RunResult(Progress(), reporter.history, found, None)
 
 

@@ -60,6 +60,19 @@ def test_evaluation_between_disturbs_nothing(saved, resume):
     assert resume(1, "--eval-interval 1") == resume(1, "--eval-iters 0") == saved[0][1:]
 
 
+def test_a_checkpoint_is_evaluated_as_in_its_training(door, saved, rows, monkeypatch, capsys):
+    """The weights are read, the data are those of the training where no others are given, and nothing is written."""
+    monkeypatch.setenv("MINDSPEED_LLM_CACHE", str(rows.parent / "cache"))
+    load = f"--load {saved[1]}"
+    iteration, loss = door("posttrain", load, "--ckpt-step 4").history.valid[-1]
+    alone = door("posttrain", load, "--eval-only", f"--save {saved[1]}").evaluation
+    assert (iteration, alone.loss) == (5, loss)
+    assert f"validation loss at iteration 5 | lm loss: {loss:.6E}" in capsys.readouterr().out
+    assert door("posttrain", load, "--ckpt-step 1 --eval-only").evaluation.loss != loss
+    other = door("posttrain", load, "--eval-only --split 50,50").evaluation
+    assert other.trained_tokens != alone.trained_tokens
+
+
 def test_a_state_that_is_not_restored_is_noticed(saved, resume):
     """Negative controls of the tests above, one for each part of the state that is not a tensor."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
