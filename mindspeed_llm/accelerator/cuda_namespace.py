@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -125,6 +126,15 @@ def _free_and_total(accelerator: Accelerator) -> tuple[int, int]:
     return total - used, total
 
 
+# What nvidia's management library measures. Megatron's straggler detector prints it beside its times.
+_SENSORS = ("temperature", "power_draw", "utilization", "memory_usage", "clock_rate")
+
+
+def _sensors() -> dict[str, Callable]:
+    """Readings that no sensor gives here: not a number, where 0 would be taken for one."""
+    return dict.fromkeys(_SENSORS, lambda device=None: math.nan)
+
+
 def _refused(name: str, instead: str) -> type:
     """A class of torch.cuda that can be named and not made."""
 
@@ -206,7 +216,7 @@ def names(accelerator: Accelerator) -> dict[str, Any]:
         "nvtx": nothing,
     }
     answered |= _streams(accelerator) | _random(accelerator) | _memory(accelerator)
-    answered |= _graphs() | _properties(accelerator)
+    answered |= _graphs() | _properties(accelerator) | _sensors()
     module = torch if accelerator.device_type == "cpu" else torch.get_device_module(accelerator.device_type)
     answered |= {name: getattr(module, name) for name in _TENSOR_TYPES if hasattr(module, name)}
     return answered

@@ -217,3 +217,11 @@ def test_a_wait_for_a_group_that_never_comes_still_ends(tmp_path):
     with gloo_device.shared(), pytest.raises(RuntimeError):
         torch.distributed.distributed_c10d.ProcessGroupGloo(store, 0, 2, timeout=datetime.timedelta(seconds=1))
     assert time.monotonic() - begin < 20
+
+
+def test_readings_without_a_sensor_are_no_numbers():
+    cuda = torch_facade.TorchFacade(CPU()).cuda
+    readings = [cuda.temperature(), cuda.power_draw(0), cuda.utilization(device=0), cuda.clock_rate()]
+    assert all(reading != reading for reading in readings)
+    with pytest.raises((AssertionError, RuntimeError, ModuleNotFoundError)):  # torch's own has nobody to ask
+        torch.cuda.temperature()
