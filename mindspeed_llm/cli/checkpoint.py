@@ -84,7 +84,8 @@ def _state(directory: Path) -> str:
 
 def _layout(record: dict) -> str:
     sizes = record.get("layout", {})
-    split = [f"{name.removesuffix('_parallel')}={size}" for name, size in sizes.items() if size > 1]
+    # Training writes tensor_parallel, the converter tensor_parallel_size beside what is no number of ranks.
+    split = [f"{name.partition('_parallel')[0]}={n}" for name, n in sizes.items() if "_parallel" in name and n > 1]
     return " ".join(split) or ("one rank" if sizes else "")
 
 
