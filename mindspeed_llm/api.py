@@ -197,7 +197,7 @@ def _weights(plan: Plan) -> tuple[Any, Any]:
     from mindspeed_llm.lora.io import load_adapters, merge_adapters
     from mindspeed_llm.models.build import build_model
     from mindspeed_llm.training.build_options import build_options
-    from mindspeed_llm.training.setup import load_weights, start_processes
+    from mindspeed_llm.training.setup import load_weights, say_adapters, start_processes
 
     start_processes(plan)
     options = dataclasses.replace(build_options(plan, initialize=False), sequence_parallel=False)
@@ -209,9 +209,11 @@ def _weights(plan: Plan) -> tuple[Any, Any]:
         lora = plan.config.lora
         if plan.further_adapters or lora.lora_weights is not None:
             shelf = _shelf(plan, model)
+            say_adapters(f"{1 + len(plan.further_adapters)} sets of adapters", plan)
         else:
             inject_adapters(model, plan.adapters, seed=plan.config.data.seed)
-            load_adapters(model, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
+            where, kind = plan.adapter_source.directory, plan.adapter_source.format
+            say_adapters(f"{load_adapters(model, where, kind, plan.adapters)} adapter tensors", plan)
         configure_fusion([model], fused=lora.lora_fusion, combine=lora.lora_fusion_combine, chunks=1)
         if lora.lora_merge:
             merge_adapters(model)

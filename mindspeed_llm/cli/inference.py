@@ -17,6 +17,7 @@ WHAT = "Answer prompts with a trained or tuned model, or chat with it."
 
 # Upstream's demonstration: every way of decoding on this prompt, then chat.
 DEMONSTRATION = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+DRAWING = ("do_sample", "beam_search_with_sampling", "chat")
 DEFAULT_PROMPT = "how are you?"
 TITLES = {
     "greedy": "Greedy Search",
@@ -84,10 +85,29 @@ def _problems(config: RunConfig) -> list[str]:
         flags = ", ".join("--" + n.replace("_", "-") for n in given)
         if given:
             problems.append(f"{flags} have no meaning without --lora-load: there are no adapters to answer with")
+    problems += _without_meaning(config)
     searches = any(task.startswith("beam") for task in tasks)
     if searches and i.num_beams < 2:
         problems.append(f"--num-beams: {i.num_beams} is wrong, because beam search keeps several; legal: 2 or more")
     return problems
+
+
+def _without_meaning(config: RunConfig) -> list[str]:
+    """Options that none of the tasks reads."""
+    tasks = set(config.inference.task or DEMONSTRATION)
+    unread = {
+        "a task that draws (do_sample, beam_search_with_sampling, chat)": (DRAWING, ("temperature", "top_k", "top_p")),
+        "beam search": (("beam_search", "beam_search_with_sampling"), ("num_beams", "length_penalty")),
+        "a task other than chat": (set(DEMONSTRATION) - {"chat"}, ("prompt", "prompt_file")),
+        "chat": (("chat",), ("history_turns",)),
+    }
+    return [
+        f"--{name.replace('_', '-')} has no meaning without {needed}"
+        for needed, (readers, names) in unread.items()
+        if not tasks & set(readers)
+        for name in names
+        if name in config.given
+    ]
 
 
 def _prompts(config: RunConfig) -> list[str]:
@@ -116,7 +136,7 @@ def settings_of(config: RunConfig, task: str, end_tokens: tuple[int, ...] = ()):
     return GenerationSettings(
         max_new_tokens=i.max_new_tokens,
         max_length=min(limits, default=None),
-        do_sample=task in ("do_sample", "beam_search_with_sampling", "chat"),
+        do_sample=task in DRAWING,
         temperature=i.temperature,
         top_k=i.top_k,
         top_p=i.top_p,

@@ -186,10 +186,18 @@ def build(plan: Plan) -> TrainingModel:
         if plan.adapter_source is not None and plan.resume is not plan.adapter_source:
             from mindspeed_llm.lora.io import load_adapters
 
-            for chunk in chunks:
-                load_adapters(chunk, plan.adapter_source.directory, plan.adapter_source.format, plan.adapters)
+            where, kind = plan.adapter_source.directory, plan.adapter_source.format
+            number = sum(load_adapters(chunk, where, kind, plan.adapters) for chunk in chunks)
+            say_adapters(f"{number} adapter tensors", plan)
         choose_fusion(plan, chunks)
     return TrainingModel(chunks, wrap(plan, chunks), trained, swap_activations(plan, chunks))
+
+
+def say_adapters(what: str, plan: Plan) -> None:
+    """Say on rank 0 whose adapters were loaded; nothing else in a run's output would show that they are in use."""
+    if is_leader():
+        sources = [plan.adapter_source, *(source for source, _ in plan.further_adapters)]
+        print(f"loaded {what} from {', '.join(str(source.directory) for source in sources)}", flush=True)
 
 
 def choose_fusion(plan: Plan, chunks: list[torch.nn.Module]) -> None:
