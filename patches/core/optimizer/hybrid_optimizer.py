@@ -19,7 +19,7 @@ def _is_of_device(param: Tensor) -> bool:
 
 
 def _on_host(param: Tensor) -> Tensor:
-    copy = param.detach().clone().cpu()
+    copy = param.detach().to("cpu", copy=True)
     return copy.pin_memory() if accelerator.current().supports_pin_memory else copy
 
 
