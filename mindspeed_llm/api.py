@@ -114,8 +114,14 @@ def stream(model: LoadedModel, prompt: str, *, system: str | None = None, **sett
 def _pieces(
     model: LoadedModel, prompts: str | Sequence[str], system: str | None, batch_size: int, settings: dict[str, Any]
 ) -> Iterator[tuple[int, str]]:
+    from mindspeed_llm.inference.loaded import LoadedModel
     from mindspeed_llm.inference.settings import GenerationSettings
 
+    if not isinstance(model, LoadedModel):
+        kind = type(model).__name__
+        raise UserError(
+            f"generate: model is a {kind}, not what load_model returns; try: generate(load_model(DIR), ...)"
+        )
     known = [f.name for f in dataclasses.fields(GenerationSettings)]
     if unknown := sorted(set(settings) - set(known)):
         raise UserError(f"generate: {', '.join(unknown)} is unknown; legal: {', '.join(known)}")

@@ -163,7 +163,7 @@ def _read_yaml(parsed: Parsed, values: list[str]) -> None:
 def _wrong_type(o: Option, value: Any) -> str | None:
     items = value if o.many else [value]
     if o.many and value is not None and not isinstance(value, list):
-        return f"{value!r} is not a list"
+        return f"{value!r} is not a list; try: [{value}]"
     legal = {float: (int, float), StepsOrMinutes: (int, str)}.get(o.scalar, (o.scalar,))
     for item in items or []:
         is_bool = isinstance(item, bool)

@@ -65,6 +65,8 @@ def test_generate_streams_what_it_returns(load):
     assert "".join(mindspeed_llm.stream(model, "import sys", max_new_tokens=12)) == answers[1]
     with pytest.raises(UserError, match="max_tokens is unknown; legal: max_new_tokens"):
         mindspeed_llm.generate(model, "a", max_tokens=3)
+    with pytest.raises(UserError, match=r"model is a str, .* try: generate\(load_model"):
+        mindspeed_llm.generate("path/of/a/model", "a")
 
 
 @pytest.mark.parametrize("beams", [1, 2])
