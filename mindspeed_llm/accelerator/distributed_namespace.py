@@ -98,7 +98,7 @@ def _with_backend(function: Callable, accelerator: Accelerator) -> Callable:
         if given.get("device_id") is not None:
             # torch binds groups to accelerators alone.
             given["device_id"] = None if accelerator.device_type == "cpu" else accelerator.current_device()
-        with gloo_device.shared():
+        with gloo_device.shared(given.get("ranks")):
             return function(*bound.args, **bound.kwargs)
 
     return with_backend

@@ -4,6 +4,10 @@ torch gives each gloo group a device of its own, whose thread wakes a hundred ti
 used: about 1 ms of a core per second and group (measured, torch 2.13). megatron makes some fifty groups per process,
 and lets go of them without destroying them, so that eight processes on one host that change their layout a few times
 are busy with that alone. A device serves any number of groups.
+
+Two groups that are made in the same call of a program, each by its own ranks, have one name to torch, which wants every
+rank to make every group. gloo's ranks look each other up under that name at once, nccl's when they first send: programs
+that never use such a group run with nccl. Here ranks look each other up under the members' numbers as well.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import contextlib
 import datetime
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +37,7 @@ def _devices_of_process() -> list[Any]:
     return _devices[process]
 
 
-def _group_class() -> type:
+def _group_class(ranks: Sequence[int] | None) -> type:
     gloo = torch.distributed.ProcessGroupGloo
 
     class GlooOnSharedDevice(gloo):
@@ -44,20 +48,26 @@ def _group_class() -> type:
             options._devices, options._timeout = _devices_of_process(), timeout
             # Torch has two workers a device; a rank alone waits for nobody, and megatron makes many groups of one.
             options._threads = (1 if size == 1 else 2) * len(options._devices)
+            if ranks is not None:
+                store = torch.distributed.PrefixStore("-".join(map(str, sorted(ranks))), store)
             super().__init__(store, rank, size, options)
 
     return GlooOnSharedDevice
 
 
 @contextlib.contextmanager
-def shared() -> Iterator[None]:
-    """Within it, torch.distributed makes gloo groups on one device; it has no argument for that."""
+def shared(ranks: Sequence[int] | None = None) -> Iterator[None]:
+    """Within it, torch.distributed makes gloo groups on one device; it has no argument for that.
+
+    Args:
+        ranks: members of the one group that is made, where they are known.
+    """
     if not torch.distributed.is_gloo_available():
         yield
         return
     with _lock:
         plain = distributed_c10d.ProcessGroupGloo
-        distributed_c10d.ProcessGroupGloo = _group_class()
+        distributed_c10d.ProcessGroupGloo = _group_class(ranks)
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """Where host and device are one, a program that takes them for two still gets what it would get with two."""
 
+import datetime
 import importlib
 import os
 import time
@@ -173,6 +174,26 @@ def _threads_of_groups_of_one():
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in Linux's /proc")
 def test_a_group_of_one_rank_has_one_worker():
     assert pool(2).run(_threads_of_groups_of_one) == [[10, 20], [10, 20]]
+
+
+def _pairs(with_members):
+    """The sum over this rank's pair, which only its own ranks make; what went wrong where it cannot be made."""
+    rank = torch.distributed.get_rank()
+    pair = [rank - rank % 2, rank - rank % 2 + 1]
+    make = torch_facade.TorchFacade(CPU()).distributed.new_group if with_members else torch.distributed.new_group
+    time.sleep({0: 0.0, 2: 0.3, 1: 0.6, 3: 0.9}[rank])  # rank 2 tells its address before rank 1 asks for rank 0's
+    try:
+        total, group = torch.full((1,), float(rank)), make(pair, timeout=datetime.timedelta(seconds=2))
+        torch.distributed.all_reduce(total, group=group)
+    except RuntimeError as error:
+        return str(error)
+    torch.distributed.destroy_process_group(group)
+    return total.item()
+
+
+def test_pairs_that_only_their_own_ranks_make_are_apart():
+    assert pool(4).run(_pairs, True) == [1.0, 1.0, 5.0, 5.0]
+    assert pool(4).run(_pairs, False) != [1.0, 1.0, 5.0, 5.0], "torch's own groups meet under one name"
 
 
 def _subgroups():
