@@ -43,7 +43,11 @@ def test_a_mask_that_is_off_by_one_is_noticed(monkeypatch):
     tensors, grad = inputs(2 * BLOCK_ROWS)
     exact = with_gradients(reference, tensors, grad)
     assert error(with_gradients(blocks, tensors, grad), exact) < 1e-12
-    monkeypatch.setattr(attention_blocks, "_later", lambda rows: torch.ones(rows, rows, dtype=torch.bool).triu_(2))
+
+    def one_too_many(rows, heads, dtype):
+        return torch.full((rows, rows), float("-inf"), dtype=dtype).triu_(2)[:, None, :].expand(rows, heads, rows)
+
+    monkeypatch.setattr(attention_blocks, "_hidden", one_too_many)
     assert error(with_gradients(blocks, tensors, grad), exact) > 1e-3
 
 
