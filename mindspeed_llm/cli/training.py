@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.cli.door import say_notes
 from mindspeed_llm.cli.hub import download_models
 from mindspeed_llm.config.parser import Parsed
+from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.data.blend import parse_data_path
 from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
-from mindspeed_llm.data.record import check_tokenizer, find_dataset
+from mindspeed_llm.data.record import check_settings, check_tokenizer, find_dataset
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan, resolve
@@ -89,7 +90,20 @@ def tokenizer_of(plan: Plan) -> Tokenizer | None:
 
 def prepare_data(plan: Plan, tokenizer: Tokenizer | None) -> list[str]:
     """Preprocessed prefixes of the sets in `--data-path`, in their order; raw ones are preprocessed into the cache."""
-    return [_prepared(plan, source.path, tokenizer) for source in parse_data_path(plan.config.data.data_path)]
+    paths = [source.path for source in parse_data_path(plan.config.data.data_path)]
+    if all(map(is_preprocessed, paths)):  # otherwise the options are for those that are raw
+        for path in paths:
+            check_settings(path, _asked_of_data(plan.config))
+    return [_prepared(plan, path, tokenizer) for path in paths]
+
+
+def _asked_of_data(config: RunConfig) -> dict[str, Any]:
+    """The options of preprocessing that the user has given."""
+    names = ("handler_name", "prompt_type", "append_eod", "map_keys", "enable_thinking", "json_keys", "max_samples")
+    asked = {name: config.get(name) for name in names if name in config.given}
+    if config.given.keys() & {"pack", "neat_pack"}:
+        asked["pack"] = "neat_pack" if config.data.neat_pack else "pack" if config.data.pack else "none"
+    return asked
 
 
 def _prepared(plan: Plan, path: str, tokenizer: Tokenizer | None) -> str:

@@ -224,10 +224,12 @@ def guess_handler(
     if (name := suggest_handler(row, stage, map_keys, json_keys)) is None:
         training = {"sft": "fine-tuning ", "pretrain": "pre-training "}.get(stage, "")
         columns = ", ".join(map(repr, row))
+        messages = [{"messages": column} for column in row if suggest_handler(row, "sft", {"messages": column})]
+        example = f"'{json.dumps(messages[0])}'" if len(messages) == 1 else EXAMPLE_MAP
         raise UserError(
             f"handler-name: not given, and no single {training}handler reads the columns of '{source}' ({columns}); "
             "try: --handler-name, or name the columns with "
-            + ("--json-keys" if stage == "pretrain" else "--map-keys " + EXAMPLE_MAP)
+            + ("--json-keys" if stage == "pretrain" else "--map-keys " + example)
         )
     return name
 

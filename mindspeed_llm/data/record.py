@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,31 @@ def check_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
             f"tokenizer: '{tokenizer.source}' ({tokenizer.vocab_size} tokens) is not the one '{found[0]}' was made "
             f"with ({record.vocab_size} tokens); try: that tokenizer, or preprocess again"
         )
+
+
+def check_settings(path: str | Path, asked: Mapping[str, Any]) -> None:
+    """Raise if the user asks for data that were made otherwise; data without a record cannot be checked.
+
+    Args:
+        asked: preprocessing options that the user has given, by name, with `pack` as `DataRecord.pack` has it.
+
+    Raises:
+        UserError: the first option that contradicts the record, or that preprocessed data leave nothing to do.
+    """
+    if (found := find_dataset(path)) is None:
+        return
+    record = read_record(found[0])
+    made = {"handler_name": record.handler, "prompt_type": record.template, "append_eod": record.append_eod}
+    made |= {"pack": record.pack, "map_keys": None, "enable_thinking": "none"} | record.settings
+    for name, value in asked.items():
+        flag = "--neat-pack" if value == "neat_pack" else "--" + name.replace("_", "-")
+        if name not in made:
+            raise UserError(f"{flag}: has no use with '{found[0]}', which is preprocessed; try: leave it out")
+        if value != made[name]:
+            raise UserError(
+                f"{flag}: {value} contradicts '{found[0]}', which was made with {made[name]}; try: leave it out, or "
+                "preprocess again"
+            )
 
 
 def find_dataset(path: str | Path) -> tuple[str, list[str]] | None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -13,7 +14,7 @@ from mindspeed_llm.config.data import DataConfig
 from mindspeed_llm.data.cache import is_preprocessed, preprocess_cached
 from mindspeed_llm.data.indexed import idx_path
 from mindspeed_llm.data.preprocess import guess_handler
-from mindspeed_llm.data.record import record_path
+from mindspeed_llm.data.record import check_settings, record_path
 from mindspeed_llm.data.sft_dataset import SFTDataset
 from mindspeed_llm.errors import UserError
 
@@ -107,6 +108,24 @@ QUESTIONS = {"question": "a", "answer": "b"}
 ALPACA_WITH_TEXT = {"instruction": "a", "input": "", "output": "b", "text": "a b"}  # the columns of Stanford's file
 
 
+@pytest.mark.parametrize(
+    ("asked", "refusal"),
+    [
+        ({"prompt_type": "llama2", "pack": "none", "handler_name": "AlpacaStyleInstructionHandler"}, None),
+        ({"prompt_type": "chatml"}, "--prompt-type: chatml contradicts .* made with llama2"),
+        ({"pack": "neat_pack"}, "--neat-pack: neat_pack contradicts .* made with none"),
+        ({"append_eod": True}, "--append-eod: True contradicts"),
+        ({"enable_thinking": "true"}, "--enable-thinking: true contradicts"),
+        ({"map_keys": {"prompt": "q"}}, "--map-keys: .* contradicts"),
+        ({"max_samples": 3}, "--max-samples: has no use with .* preprocessed"),
+    ],
+)
+def test_preprocessed_data_are_not_made_again_as_asked(tmp_path, raw, tokenizer, asked, refusal):
+    prefix = preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        check_settings(prefix, asked)
+
+
 def test_an_unclear_source_is_refused(tmp_path, tokenizer):
     path = tmp_path / "raw.json"
     path.write_text(json.dumps([QUESTIONS]))
@@ -114,6 +133,9 @@ def test_an_unclear_source_is_refused(tmp_path, tokenizer):
         preprocess_cached(config(path), tokenizer, tmp_path / "cache")
     with pytest.raises(UserError, match="no single pre-training handler .*--json-keys"):
         guess_handler(str(path), None, None, "pretrain")
+    path.write_text(json.dumps([{"conversations": [{"role": "user", "content": "a"}]}]))
+    with pytest.raises(UserError, match="""--map-keys '{"messages": "conversations"}'"""):
+        guess_handler(str(path), None, None, "sft")
     path.write_text(json.dumps([ALPACA_WITH_TEXT]))
     with pytest.raises(UserError, match="no single handler reads"):
         guess_handler(str(path), None, None)
