@@ -128,11 +128,11 @@ def check_settings(path: str | Path, asked: Mapping[str, Any]) -> None:
     for name, value in asked.items():
         flag = "--neat-pack" if value == "neat_pack" else "--" + name.replace("_", "-")
         if name not in made:
-            raise UserError(f"{flag}: has no use with '{found[0]}', which is preprocessed; try: leave it out")
+            raise UserError(f"data: {flag} has no use with '{found[0]}', which is preprocessed; try: leave it out")
         if value != made[name]:
             raise UserError(
-                f"{flag}: {value} contradicts '{found[0]}', which was made with {made[name]}; try: leave it out, or "
-                "preprocess again"
+                f"data: {flag} {value} contradicts '{found[0]}', which was made with {made[name]}; try: leave it out, "
+                "or preprocess again"
             )
 
 

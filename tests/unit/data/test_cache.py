@@ -112,12 +112,12 @@ ALPACA_WITH_TEXT = {"instruction": "a", "input": "", "output": "b", "text": "a b
     ("asked", "refusal"),
     [
         ({"prompt_type": "llama2", "pack": "none", "handler_name": "AlpacaStyleInstructionHandler"}, None),
-        ({"prompt_type": "chatml"}, "--prompt-type: chatml contradicts .* made with llama2"),
-        ({"pack": "neat_pack"}, "--neat-pack: neat_pack contradicts .* made with none"),
-        ({"append_eod": True}, "--append-eod: True contradicts"),
-        ({"enable_thinking": "true"}, "--enable-thinking: true contradicts"),
-        ({"map_keys": {"prompt": "q"}}, "--map-keys: .* contradicts"),
-        ({"max_samples": 3}, "--max-samples: has no use with .* preprocessed"),
+        ({"prompt_type": "chatml"}, "data: --prompt-type chatml contradicts .* made with llama2"),
+        ({"pack": "neat_pack"}, "data: --neat-pack neat_pack contradicts .* made with none"),
+        ({"append_eod": True}, "data: --append-eod True contradicts"),
+        ({"enable_thinking": "true"}, "data: --enable-thinking true contradicts"),
+        ({"map_keys": {"prompt": "q"}}, "data: --map-keys .* contradicts"),
+        ({"max_samples": 3}, "data: --max-samples has no use with .* preprocessed"),
     ],
 )
 def test_preprocessed_data_are_not_made_again_as_asked(tmp_path, raw, tokenizer, asked, refusal):
