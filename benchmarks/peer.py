@@ -1,7 +1,7 @@
 """The other side of the training benchmark: transformers (and peft) in the fastest correct form found on a CPU.
 
-bf16 weights, fp32 master weights of what is trained, torch's fused AdamW, SDPA. Losses are sums divided by the
-trained tokens of the global batch, as `Trainer` does with `num_items_in_batch`.
+bf16 weights, fp32 master weights of what is trained, torch's fused AdamW, SDPA, on request torch.compile. Losses are
+sums divided by the trained tokens of the global batch, as `Trainer` does with `num_items_in_batch`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 MASKED, PER_DOCUMENT = "sdpa", "sdpa_per_document"
+# What compiles, see torch.compile.
+BACKEND = "inductor"
 
 
 def attention_per_document(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, document_lengths=None, **unused
 ):
     """SDPA of each packed document by itself: [1, heads, t, d] -> [1, t, heads, d]."""
-    parts = (tensor.split(document_lengths, dim=2) for tensor in (query, key, value))
+    lengths = document_lengths.tolist()
+    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         for q, k, v in zip(*parts)
@@ -57,7 +60,7 @@ def packed_batch(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch
 
 def document_batch(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, object]:
     """Samples in one row for `PER_DOCUMENT` attention."""
-    return {**packed_batch(samples), "document_lengths": [len(sample["input_ids"]) for sample in samples]}
+    return {**packed_batch(samples), "document_lengths": torch.tensor([len(s["input_ids"]) for s in samples])}
 
 
 class Peer:
@@ -67,9 +70,18 @@ class Peer:
         directory: HF model.
         lora_targets, lora_rank: linears with adapters; () trains everything.
         learning_rate: of AdamW.
+        compiled: each layer and the loss by torch.compile, for rows of any length. Attention document by document
+            stays outside: inside it would be compiled anew for every row, whose documents have other lengths.
     """
 
-    def __init__(self, directory: str, lora_targets: Sequence[str], lora_rank: int, learning_rate: float) -> None:
+    def __init__(
+        self,
+        directory: str,
+        lora_targets: Sequence[str],
+        lora_rank: int,
+        learning_rate: float,
+        compiled: bool = False,
+    ) -> None:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation=MASKED)
         self.base = model
         if lora_targets:
@@ -78,6 +90,11 @@ class Peer:
             config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=list(lora_targets))
             model = get_peft_model(model, config, autocast_adapter_dtype=False)
         self.model = model.train()
+        if compiled:
+            AttentionInterface.register(PER_DOCUMENT, torch.compiler.disable(attention_per_document))
+            for layer in self.base.model.layers:
+                layer.compile(dynamic=True, backend=BACKEND)
+            self.base.loss_function = torch.compile(self.base.loss_function, dynamic=True, backend=BACKEND)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [parameter.detach().float() for parameter in self.trained]
         self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, fused=True)

@@ -17,7 +17,10 @@ one JSON line.
     peer_packed_documents       packed rows, SDPA document by document
     ..._keep                    the same with freed memory kept, as --cpu-allocator keep does
     ours_packed_compiled        the same with --compile-operators
+    ours_packed_prepacked       the same with --compile-operators and --lora-prepack (LoRA only)
+    peer_packed_documents_compiled  the same with torch.compile, for rows of any length, of all but attention
 
+Compiling happens in the round before the first, which no figure but seconds_before_measuring counts.
 On a machine that others use, too, `tokens_per_cpu_second` with `--threads 1` tells more than what passes on the clock.
 """
 
@@ -59,25 +62,36 @@ LORA_RANK, LEARNING_RATE = 16, 1e-4
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODES = ("pretrain", "full", "lora", "start")
 AIMS = {"packed": 1.5, "padded": 2.5, "pretrain_share_of_matmul_rate": 0.6, "seconds_to_first_iteration": 15}
-# What is set for a process -> our flags for it; the peer knows "keep", too.
-SETTINGS = {"system": "--cpu-allocator system", "keep": "--cpu-allocator keep", "compiled": "--compile-operators"}
+# What is set for a process -> our flags for it; the peer knows "keep" and "compiled", too.
+SETTINGS = {
+    "system": "--cpu-allocator system",
+    "keep": "--cpu-allocator keep",
+    "compiled": "--compile-operators",
+    "prepacked": "--compile-operators --lora-prepack",
+}
 # Side -> (program, setting of its process).
 SIDES = {
     "ours_joined": ("ours", "system"),
     "ours_packed": ("ours", "system"),
     "ours_packed_keep": ("ours", "keep"),
     "ours_packed_compiled": ("ours", "compiled"),
+    "ours_packed_prepacked": ("ours", "prepacked"),
     "peer_padded": ("peer", "system"),
     "peer_grouped": ("peer", "system"),
     "peer_packed_mask": ("peer", "system"),
     "peer_packed_documents": ("peer", "system"),
     "peer_packed_mask_keep": ("peer", "keep"),
     "peer_packed_documents_keep": ("peer", "keep"),
+    "peer_packed_documents_compiled": ("peer", "compiled"),
 }
-
-
 # What pre-training has of them: its rows are full.
-FULL_ROWS = ("ours_packed", "ours_packed_compiled", "peer_packed_mask", "peer_packed_documents")
+FULL_ROWS = (
+    "ours_packed",
+    "ours_packed_compiled",
+    "peer_packed_mask",
+    "peer_packed_documents",
+    "peer_packed_documents_compiled",
+)
 
 
 def full_rows(vocab_size: int, seed: int) -> list[dict[str, np.ndarray]]:
@@ -194,7 +208,7 @@ def runs_of(program: str, setting: str, directory: str, mode: str, samples: list
     micro, rows = [groups(s, MICRO_BATCH) for s in steps], [packed_rows(s) for s in steps]
     if program == "ours":
         ours = Ours(directory, mode, threads, setting)
-        names = ("ours_packed", "ours_packed_keep", "ours_packed_compiled")
+        names = [name for name in SIDES if name.startswith("ours_packed")]
         loops = {"ours_joined": ours.loop(micro), **{name: ours.loop(rows) for name in names}}
         return {name: lambda loop=loop: [loop.step()[0].loss for _ in steps][0] for name, loop in loops.items()}
     from peer import MASKED, PER_DOCUMENT, Peer, document_batch, packed_batch, padded_batch
@@ -203,14 +217,15 @@ def runs_of(program: str, setting: str, directory: str, mode: str, samples: list
 
     if setting == "keep":
         host_allocator.keep_freed_memory()
-    peer = Peer(directory, LORA_TARGETS if mode == "lora" else (), LORA_RANK, LEARNING_RATE)
+    targets = LORA_TARGETS if mode == "lora" else ()
+    peer = Peer(directory, targets, LORA_RANK, LEARNING_RATE, compiled=setting == "compiled")
     kinds = {
         "peer_padded": (micro, padded_batch, MASKED),
         "peer_grouped": (grouped_by_length(samples), padded_batch, MASKED),
         "peer_packed_mask": (rows, packed_batch, MASKED),
         "peer_packed_documents": (rows, document_batch, PER_DOCUMENT),
     }
-    kinds |= {f"{name}_keep": kind for name, kind in kinds.items()}
+    kinds |= {f"{name}_{setting}": kind for name, kind in kinds.items()}
     batches = {name: [[collate(m) for m in step] for step in steps] for name, (steps, collate, _) in kinds.items()}
     return {name: lambda name=name: [peer.step(step, kinds[name][2]) for step in batches[name]][0] for name in batches}
 
@@ -222,11 +237,12 @@ def serve(args: argparse.Namespace, samples: list, answers: Any) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted from here
-        begin = time.process_time()
+        begin, began = time.process_time(), time.perf_counter()
         loss = runs[line.strip()]()
-        spent = time.process_time() - begin
+        spent, passed = time.process_time() - begin, time.perf_counter() - began
         [peak] = [w.split()[1] for w in Path("/proc/self/status").read_text().splitlines() if w.startswith("VmHWM")]
-        print(json.dumps({"loss": loss, "cpu_seconds": spent, "peak_mib": int(peak) / 1024}), file=answers, flush=True)
+        answer = {"loss": loss, "seconds": passed, "cpu_seconds": spent, "peak_mib": int(peak) / 1024}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 class Process:
@@ -263,11 +279,11 @@ def measure(directory: str, mode: str, samples: list, args: argparse.Namespace) 
     from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 
     shape, rates = shape_from_hf(read_hf_config(directory)), []
-    there = FULL_ROWS if mode == "pretrain" else SIDES
+    there = FULL_ROWS if mode == "pretrain" else [n for n in SIDES if mode == "lora" or SIDES[n][1] != "prepacked"]
     reason = host_compiler.why_not()
     if reason and not args.sides:
         print(f"{mode}: no side with compiled operators, because {reason}", file=sys.stderr)
-        there = [name for name in there if SIDES[name][1] != "compiled"]
+        there = [name for name in there if SIDES[name][1] not in ("compiled", "prepacked")]
     chosen = {name: SIDES[name] for name in there if not args.sides or name in args.sides}
     processes = {kind: Process(*kind, directory, mode, args) for kind in dict.fromkeys(chosen.values())}
     for process in processes.values():
@@ -294,9 +310,12 @@ def summary(
 
     packed = fastest(("peer_packed_mask", "peer_packed_documents"))
     kept = fastest(("peer_packed_mask_keep", "peer_packed_documents_keep"))
+    compiled = fastest(tuple(name for name in SIDES if name.startswith("peer_packed") and not name.endswith("keep")))
     pairs = {
         "packed_over_fastest_packed_peer": (packed, "ours_packed"),
         "packed_over_fastest_packed_peer_both_keep": (kept, "ours_packed_keep"),
+        "packed_compiled_over_fastest_packed_peer": (compiled, "ours_packed_compiled"),
+        "packed_prepacked_over_fastest_packed_peer": (compiled, "ours_packed_prepacked"),
         "packed_compiled_over_packed": ("ours_packed", "ours_packed_compiled"),
         "joined_over_padded_peer": ("peer_padded", "ours_joined"),
         "joined_over_grouped_peer": ("peer_grouped", "ours_joined"),
@@ -314,6 +333,8 @@ def summary(
         },
         "matmul_gigaflops_per_second": round(statistics.median(rates) / 1e9, 1),
         "fastest_packed_peer": packed,
+        "fastest_packed_peer_compiled_or_not": compiled,
+        "seconds_before_measuring": {name: round(given[0]["seconds"], 1) for name, given in answers.items()},
         "peak_mib": {name: round(max(a["peak_mib"] for a in given)) for name, given in answers.items()},
         "first_loss": {name: round(given[0]["loss"], 3) for name, given in answers.items()},
     }

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,18 @@ def script(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_all_sides_of_training_train_the_same(script):
-    result = script("train", "--quick", "--threads", "1", "--mode", "lora")["lora"]
+    """But the compiled peer, whose kernels take a minute to compile: a test of its own compiles it without kernels."""
+    compiled = ["ours_packed_compiled", "ours_packed_prepacked"] * COMPILES
+    sides = ["ours_joined", "ours_packed", "ours_packed_keep", *compiled, "peer_padded", "peer_grouped"]
+    sides += [f"peer_packed_{attention}{kept}" for attention in ("mask", "documents") for kept in ("", "_keep")]
+    result = script("train", "--quick", "--threads", "1", "--mode", "lora", "--sides", *sides)["lora"]
     losses = result["first_loss"]
-    assert set(losses) == set(result["tokens_per_second"])
-    assert len(losses) == 9 + COMPILES
+    assert set(losses) == set(result["tokens_per_second"]) == set(sides)
     # bf16, and the sides take their first steps one after another on two models.
     assert list(losses.values()) == pytest.approx([losses["ours_joined"]] * len(losses), rel=1e-2)
     assert result["packed_over_fastest_packed_peer"] > 0
+    assert ("packed_compiled_over_fastest_packed_peer" in result) == COMPILES
+    assert result["fastest_packed_peer"] in ("peer_packed_mask", "peer_packed_documents")
     assert all(share > 0 for share in result["share_of_matmul_rate"].values())
 
 
@@ -137,8 +143,26 @@ def test_the_peers_packed_batches_keep_documents_apart(modules, toy_llama):
     documents = peer.document_batch(samples)
     assert torch.allclose(logits(peer.packed_batch(samples))[0], apart, atol=1e-4)
     assert torch.allclose(logits(documents, peer.PER_DOCUMENT)[0], apart, atol=1e-4)
-    documents["document_lengths"] = [sum(documents["document_lengths"])]
+    documents["document_lengths"] = documents["document_lengths"].sum(0, keepdim=True)
     assert not torch.allclose(logits(documents, peer.PER_DOCUMENT)[0], apart, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_the_compiled_peer_trains_the_same_and_is_compiled_once(modules, toy_llama, monkeypatch):
+    lengths, _, peer = modules
+    monkeypatch.setattr(peer, "BACKEND", "aot_eager")
+    first, second, third = ([peer.document_batch(lengths.draw_samples(count, 997, seed=count))] for count in (6, 4, 9))
+
+    def losses(steps, compiled=False):
+        side = peer.Peer(str(toy_llama), ("q_proj", "down_proj"), 4, learning_rate=1e-2, compiled=compiled)
+        found = [side.step(steps[0], peer.PER_DOCUMENT)]
+        # Rows of other documents are no reason to compile again.
+        with torch.compiler.set_stance("fail_on_recompile") if compiled else nullcontext():
+            return found + [side.step(step, peer.PER_DOCUMENT) for step in steps[1:]]
+
+    plain = losses((first, second, third))
+    assert losses((first, second, third), compiled=True) == pytest.approx(plain, rel=2e-3)
+    assert losses((first, third, second)) != pytest.approx(plain, rel=2e-3)
 
 
 def test_sides_take_turns(modules):
