@@ -294,6 +294,16 @@ def test_adam_refuses_what_it_does_not_do():
             te.pytorch.optimizers.FusedAdam(adam_problem(), **wrong)
 
 
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_a_norm_gives_the_dtype_of_its_weight(kind):
+    norm = getattr(te.pytorch, kind)(8, params_dtype=torch.bfloat16)
+    x = torch.randn(3, 8, requires_grad=True)
+    out = norm(x)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, norm(x.bfloat16()))
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
 MADE = {
     "Linear": lambda **o: te.pytorch.Linear(4, 6, parallel_mode="row", **o),
     "LayerNormLinear": lambda **o: te.pytorch.LayerNormLinear(4, 6, parallel_mode="column", **o),

@@ -64,6 +64,8 @@ class _Norm(nn.Module):
             parameter.sequence_parallel = self.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)  # as Transformer Engine's, whatever the dtype of its input
         return normalize(self.kind, x, self.weight, self.bias, self.eps, self.zero_centered_gamma)
 
 
