@@ -86,6 +86,11 @@ def _recompute_problems(config: RunConfig) -> list[str]:
             "--recompute-method and --recompute-num-layers have a meaning with --recompute-granularity full only",
         ),
         (
+            full and not (r.recompute_method and r.recompute_num_layers),
+            "--recompute-granularity full needs --recompute-method and --recompute-num-layers; "
+            "try: --recompute-method uniform --recompute-num-layers 1",
+        ),
+        (
             full and r.recompute_method != "block" and given,
             f"{', '.join(all_options()[n].flags[0] for n in given)}: no meaning with --recompute-granularity full, "
             "which recomputes every layer as a whole; legal: --recompute-method block, for the layers behind those",

@@ -34,7 +34,7 @@ from mindspeed_llm.plan.recorded_adapters import recorded_adapters, settings_in
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
 from mindspeed_llm.plan.source import find_adapters
 from mindspeed_llm.plan.trained import TrainedParts
-from mindspeed_llm.plan.weights import find_sources, stored_shape_of, without_predictions
+from mindspeed_llm.plan.weights import find_sources, stored_shape_of, why_weights_alone, without_predictions
 
 LONGEST_DEFAULT_SEQUENCE = 4096
 
@@ -168,6 +168,8 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     plan.notes += overridden
+    if not config.checkpoint.finetune and (why := why_weights_alone(config, adapter_source or weights)):
+        plan.notes.append(why)
     if _try(problems, lambda: plan.trained, None) is None:
         raise UserError("\n".join(problems))
     if plan.trained.selects:

@@ -60,9 +60,10 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
         if adapter_source is not None:
             raise UserError("lora: --load holds adapters and so does --lora-load; give the base model with --load")
         adapter_source, weights = weights, _base_of(weights)
-    elif adapter_source is not None and adapter_source is restart and weights is None:
+    elif adapter_source is not None and weights is None:
         weights = _base_of(adapter_source)
-    resume = _resumed(adapter_source if adapter_source is not None else weights) if going_on else None
+    started = adapter_source if adapter_source is not None else weights
+    resume = _resumed(started) if going_on and why_weights_alone(config, started) is None else None
     writes = c.save is not None and not config.training.eval_only
     if writes and (there := find_source(c.save, fall_back=True)) is not None:
         if resume is None or Path(c.save).resolve() != resume.path.resolve():
@@ -72,6 +73,21 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
                 "--auto-resume to go on from there whenever the same command is started again, or another directory"
             )
     return weights, adapter_source, resume
+
+
+def why_weights_alone(config: RunConfig, started: Found | None) -> str | None:
+    """Why a checkpoint of a training is not gone on from although nothing forbids it; None where it is, or is none.
+
+    Its optimizer, schedule and place in the data are another training's, so only its weights are of use.
+    """
+    if config.door == "inference" or started is None or "continuity" not in started.record:
+        return None
+    trained = "posttrain" if "stage" in started.record["continuity"] else "pretrain"
+    if trained != config.door:
+        return f"{started.directory} was saved by {trained}: this run starts anew from its weights"
+    if started.format == "torch_dist" and (config.lora.lora_r or config.lora.lora_target_modules):
+        return f"{started.directory} is a whole model and adapters are asked for: they start anew on its weights"
+    return None
 
 
 def _resumed(started: Found | None) -> Found | None:

@@ -27,6 +27,8 @@ FACTOR = 1.1
     ("--swap-modules mlp", "--swap-modules has no meaning without --swap-attention"),
     ("--swap-budget 4", "--swap-budget has no meaning without --swap-attention or --swap-layer-input"),
     ("--swap-layer-input", "--swap-layer-input has a meaning with --recompute-granularity full only"),
+    ("--recompute-granularity full", "full needs --recompute-method and --recompute-num-layers; try"),
+    ("--recompute-granularity full --recompute-method uniform", "full needs --recompute-method and"),
     (f"--swap-attention {FULL} uniform", "legal: --swap-layer-input, or --recompute-method block"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(plan, words, said):

@@ -73,6 +73,19 @@ def test_a_checkpoint_is_evaluated_as_in_its_training(door, saved, rows, monkeyp
     assert other.trained_tokens != alone.trained_tokens
 
 
+def test_another_kind_of_training_starts_anew_from_the_weights(door, saved, rows, corpus, tmp_path, capsys):
+    """Adapters on a tuned model, or pre-training of one, are no resume; adapters alone name their base."""
+    once = f"--load {saved[1]} --train-iters 1 --eval-iters 0"
+    door("posttrain", once, f"--data-path {rows} --lora-r 2 --save {tmp_path / 'lora'}")
+    assert "adapters are asked for: they start anew" in capsys.readouterr().out
+    more = door("posttrain", f"--lora-load {tmp_path / 'lora'} --train-iters 2")
+    assert [iteration for iteration, _ in more.history.train] == [2]
+    capsys.readouterr()
+    result = door("pretrain", once, f"--data-path {corpus} --seq-length 64")
+    assert "was saved by posttrain: this run starts anew" in capsys.readouterr().out
+    assert [iteration for iteration, _ in result.history.train] == [1]
+
+
 def test_a_state_that_is_not_restored_is_noticed(saved, resume):
     """Negative controls of the tests above, one for each part of the state that is not a tensor."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
