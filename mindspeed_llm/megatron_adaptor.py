@@ -5,8 +5,9 @@ It may come before or after megatron's own imports. In the modules of the progra
   - compiled packages that are not installed (Transformer Engine, Apex's and Megatron's extensions) are answered by our
     operators (models.stand_ins);
   - megatron-core is patched where it has no extension point (patches).
-The modules of the program are megatron's, the script, what MINDSPEED_LLM_PROGRAM names (a list with commas), and those
-that lie beside the program's own copy of megatron: Megatron-LM's scripts and tests, where it runs from a checkout.
+The modules of the program are those of megatron and nvidia_resiliency_ext, the script, what MINDSPEED_LLM_PROGRAM names
+(a list with commas), and those that lie beside the program's own copy of megatron: Megatron-LM's scripts and tests, where
+it runs from a checkout.
 `patch(config)` adds the patches that depend on the configuration; `unpatch()` puts everything back.
 """
 
@@ -22,8 +23,9 @@ from mindspeed_llm.accelerator import torch_facade
 
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_PROGRAM"
 
-# megatron, and the script: as it is started, and as processes that it spawns name it.
-PROGRAM = ("megatron", "__main__", "__mp_main__")
+# megatron, and the script: as it is started, and as processes that it spawns name it; and the package by which megatron
+# writes local checkpoints, which asks torch.cuda for its device.
+PROGRAM = ("megatron", "__main__", "__mp_main__", "nvidia_resiliency_ext")
 
 
 def program_directories() -> tuple[str, ...]:
