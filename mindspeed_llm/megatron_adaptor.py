@@ -6,8 +6,8 @@ It may come before or after megatron's own imports. In the modules of the progra
     operators (models.stand_ins);
   - megatron-core is patched where it has no extension point (patches).
 The modules of the program are those of megatron and nvidia_resiliency_ext, the script, what MINDSPEED_LLM_PROGRAM names
-(a list with commas), and those that lie beside the program's own copy of megatron: Megatron-LM's scripts and tests, where
-it runs from a checkout.
+(a list with commas), and those that lie beside the program's own copy of megatron: Megatron-LM's scripts and tests,
+where it runs from a checkout.
 `patch(config)` adds the patches that depend on the configuration; `unpatch()` puts everything back.
 """
 
