@@ -63,7 +63,7 @@ def test_the_dry_run_says_what_goes(plan, capsys, monkeypatch):
 
 def estimated(**changes):
     arguments = dict(
-        padded_vocab=1009, dtype_bytes=4, adapter_parameters=None, tokens_per_microbatch=TOKENS, micro_batches=1,
+        padded_vocab=1009, dtype_bytes=4, adapter_parameters=0, tokens_per_microbatch=TOKENS, micro_batches=1,
         sequence_parallel=False, distributed_optimizer=False, recompute=None, loss_chunk=TOKENS,
     )  # fmt: skip
     return estimate(SHAPE, ParallelLayout(layer_map(SHAPE.num_layers, 1, None), 1), **arguments | changes)
