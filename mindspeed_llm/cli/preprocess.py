@@ -51,6 +51,7 @@ def _show(config: RunConfig) -> None:
     packing = ", cut and packed" if data.neat_pack else ", packed" if data.pack else ""
     print(f"read:      {data.input} ({there})")
     print(f"tokenizer: {config.tokenizer.tokenizer_name_or_path or config.tokenizer.tokenizer_model}")
-    print(f"handler:   {handler}{template}{packing}, at most {data.seq_length or 'any number of'} tokens a row")
+    length = f"at most {data.seq_length} tokens a row" if data.seq_length else "rows of any length"
+    print(f"handler:   {handler}{template}{packing}, {length}")
     print(f"write:     {data.output_prefix}_*.bin/.idx with {data.workers} processes")
     print("nothing was written")

@@ -50,7 +50,8 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     if c.load is not None and weights is None:
         if not c.allow_random_init:
             found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None
-            state = "does not exist" if found is None else f"found: {', '.join(found) or 'an empty directory'}"
+            absent = "is a file" if Path(c.load).is_file() else "does not exist"
+            state = absent if found is None else f"found: {', '.join(found) or 'an empty directory'}"
             raise UserError(
                 f"checkpoint: nothing loadable in {c.load} ({state}); "
                 "legal: a Hugging Face directory, a Megatron checkpoint, a directory written by --save"

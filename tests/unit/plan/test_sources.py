@@ -11,6 +11,7 @@ from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.continuity import continue_run, is_allowed
 from mindspeed_llm.plan.identity import FACTS, contradictions, shape_from_options
 from mindspeed_llm.plan.source import find_source
+from mindspeed_llm.plan.weights import find_sources
 
 SHAPE = ModelShape(
     "llama", 4, 48, 80, 6, 2, 12, 131, 256, window_size=64, add_qkv_bias=True,
@@ -138,6 +139,12 @@ def test_an_earlier_iteration_can_be_asked_for(tmp_path):
     assert find_source(root, 1).path == root
     with pytest.raises(UserError, match="--ckpt-step 5: .* is not there; legal: iter_0000001, iter_0000002"):
         find_source(root, 5)
+
+
+def test_a_file_of_weights_is_not_said_to_be_absent(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors \(is a file\); legal: a Hugging Face directory"):
+        find_sources(config(f"--load {tmp_path / 'model.safetensors'}"), [])
 
 
 def test_nothing_is_none_and_broken_is_an_error(tmp_path):
