@@ -90,6 +90,7 @@ class DataConfig:
         1234,
         help="seed of data order, initial weights and dropout",
         kind="continuity",
+        check=at_least(0),
         doors=(*EVERY_DATA_DOOR, "inference"),
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -80,7 +80,7 @@ def read_templates(path: str | Path = SHIPPED) -> dict[str, TemplateSpec]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"prompt-type-path: '{path}' does not exist; legal: a YAML file laid out like {SHIPPED}")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = _read_entries(path)
     legal = {f.name for f in dataclasses.fields(TemplateSpec)}
     specs = {}
     for name, entry in entries.items():
@@ -95,6 +95,20 @@ def read_templates(path: str | Path = SHIPPED) -> dict[str, TemplateSpec]:
         if spec.replace_eos and not spec.stop_words:
             raise UserError(f"template: {name!r} in '{path}' replaces eos but has no stop_words")
     return specs
+
+
+def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """What a template file holds: for each name an object of fields. YAML reads JSON too."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"prompt-type-path: '{path}' cannot be read, because {reason}; legal: a YAML file") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise UserError(
+            f"prompt-type-path: '{path}' is no table of templates by name; legal: a YAML file laid out like {SHIPPED}"
+        )
+    return entries
 
 
 def _check_slot(name: str, slot: Slot) -> None:

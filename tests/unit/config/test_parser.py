@@ -53,6 +53,10 @@ def test_upstream_flags_without_meaning_are_noted_with_their_values():
     assert parsed.config.training.train_iters == 3
 
 
+def test_a_seed_is_not_negative():
+    assert parse("pretrain", ["--seed", "-1"]).problems == ["--seed: -1 is wrong; legal: 0 or more"]
+
+
 def test_flags_of_other_doors_are_refused_with_the_doors_that_have_them():
     said = "--lr is no option of preprocess; legal with: pretrain, posttrain"
     assert parse("preprocess", ["--lr", "1"]).problems == [said]

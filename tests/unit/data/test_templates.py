@@ -208,3 +208,13 @@ def test_refusals_name_the_nearest(tokenizer, sentencepiece_model):
 
 def test_all_shipped_templates_can_be_read():
     assert {"empty", "default", "alpaca", "llama2", "llama3", "chatml", "qwen"} <= set(read_templates())
+
+
+@pytest.mark.parametrize("text", ['[{"name": "mine", "format_user": {}}]', "mine: chat", "", "a: [", "\x00"])
+def test_a_file_that_holds_no_templates_is_refused_in_a_line(tmp_path, text):
+    """A list is how MindSpeed-LLM's own file begins."""
+    path = tmp_path / "templates.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="prompt-type-path: .*legal: a YAML file") as refused:
+        read_templates(path)
+    assert "\n" not in str(refused.value)
