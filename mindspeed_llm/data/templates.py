@@ -141,12 +141,21 @@ def load_template(
         if path is not None:
             raise UserError("prompt-type-path: has no use with --prompt-type hf, which takes the tokenizer's template")
         return HfChatTemplate(tokenizer, enable_thinking)
+    return SlotTemplate(prompt_type, named_template(prompt_type, path), tokenizer, enable_thinking)
+
+
+def named_template(name: str, path: str | Path | None = None) -> TemplateSpec:
+    """The entry `name` of a template file, by default the shipped one.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     specs = read_templates(SHIPPED if path is None else path)
-    if prompt_type not in specs:
-        near = difflib.get_close_matches(prompt_type, [*specs, HF], 1)
+    if name not in specs:
+        near = difflib.get_close_matches(name, [*specs, HF], 1)
         hint = f"; try: {near[0]}" if near else ""
-        raise UserError(f"prompt-type: {prompt_type!r} is unknown; legal: {', '.join(sorted([*specs, HF]))}{hint}")
-    return SlotTemplate(prompt_type, specs[prompt_type], tokenizer, enable_thinking)
+        raise UserError(f"prompt-type: {name!r} is unknown; legal: {', '.join(sorted([*specs, HF]))}{hint}")
+    return specs[name]
 
 
 class Span(NamedTuple):

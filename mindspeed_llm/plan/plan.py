@@ -10,6 +10,8 @@ from mindspeed_llm.checkpoint.detect import Found
 from mindspeed_llm.checkpoint.load import truncated_shape
 from mindspeed_llm.config.run import RunConfig, all_options
 from mindspeed_llm.data.blend import parse_data_path
+from mindspeed_llm.data.hf_template import HF
+from mindspeed_llm.data.templates import named_template
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
@@ -154,6 +156,8 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         continue_run(config, evaluated.record)  # what was not given is as in training; the rest may differ
     problems += changed + combination_problems(config)
     _try(problems, lambda: parse_data_path(config.data.data_path or ()), None)
+    if "prompt_type" in config.given and config.data.prompt_type != HF:
+        _try(problems, lambda: named_template(config.data.prompt_type, config.data.prompt_type_path), None)
     shape, hf_files = _try(problems, lambda: stored_shape_of(config, weights, problems, tokenizer_size), (None, None))
     if shape is None:
         raise UserError("\n".join(problems))

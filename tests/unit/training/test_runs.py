@@ -182,6 +182,7 @@ def test_a_loss_curve_and_tensorboard_are_written(door, toy_llama, corpus, tmp_p
         ("--load {toy} --data-path x --bf16 --fp16", "exclude each other"),
         ("--load {toy} --data-path x --lora-alpha 4", "no meaning without --lora-r"),
         ("--load {toy} --data-path x --lora-target-modules w_proj", "target 'w_proj' matches no linear"),
+        ("--load {toy} --data-path x --prompt-type lama2 --dry-run", "prompt-type: 'lama2' is unknown; .* try: llama2"),
         ("--load {toy}", "--data-path is missing"),
     ],
 )
