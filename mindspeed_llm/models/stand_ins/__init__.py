@@ -11,6 +11,7 @@ _HERE = __name__
 # Name a Megatron program imports -> the module that answers.
 MODULES = {
     "transformer_engine": f"{_HERE}.transformer_engine",
+    "transformer_engine_torch": f"{_HERE}.transformer_engine_torch",
     "grouped_gemm": f"{_HERE}.grouped_gemm",
     "fused_weight_gradient_mlp_cuda": f"{_HERE}.weight_gradient",
     "scaled_softmax_cuda": f"{_HERE}.scaled_softmax",
@@ -19,10 +20,16 @@ MODULES = {
     "triton": f"{_HERE}.triton",
 }
 
-# Other modules of megatron do without triton when it is absent; these import it whether they need it or not.
+# Other modules of megatron do without triton when it is absent; these import it whether they need it or not. Of
+# Transformer Engine's compiled module only what splits packed rows is there, which these use.
 ONLY = {
+    "transformer_engine_torch": (
+        "megatron.core.models.multimodal.llava_model",
+        "megatron.core.ssm.mamba_context_parallel",
+        "megatron.core.utils",
+    ),
     "triton": (
         "megatron.core.inference.contexts.attention_context.triton.tensor_ops",
         "megatron.core.transformer.custom_layers.batch_invariant_kernels",
-    )
+    ),
 }
