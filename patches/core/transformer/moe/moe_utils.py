@@ -36,7 +36,18 @@ def _plain_product_without_transformer_engine(original: Callable[..., Tensor]) -
     return router_gating_linear
 
 
+def _has_kernels() -> bool:
+    """Whether Transformer Engine itself is there, with its kernels for the order of tokens."""
+    from megatron.core.transformer.moe import moe_utils
+
+    kernel = getattr(moe_utils, "fused_permute", None)
+    return kernel is not None and kernel.__module__.startswith("transformer_engine")
+
+
 def _permute_by_operator(original: Callable[..., Any]) -> Callable[..., Any]:
+    if _has_kernels():
+        return original
+
     @functools.wraps(original)
     def permute(
         tokens: Tensor,
@@ -56,6 +67,9 @@ def _permute_by_operator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unpermute_by_operator(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    if _has_kernels():
+        return original
+
     @functools.wraps(original)
     def unpermute(
         permuted_tokens: Tensor,
@@ -81,6 +95,9 @@ def _unpermute_by_operator(original: Callable[..., Tensor]) -> Callable[..., Ten
 
 
 def _chunks_without_transformer_engine(original: Callable[..., Any]) -> Callable[..., Any]:
+    if _has_kernels():
+        return original
+
     @functools.wraps(original)
     def sort_chunks_by_idxs(
         input: Tensor,
