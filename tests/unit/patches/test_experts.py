@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.patches.core.transformer.moe import moe_utils as patches
 
 ORDERING = ("moe-permute", "moe-unpermute", "moe-sort-chunks")
@@ -18,8 +19,16 @@ def wrapped():
     return {getattr(moe_utils, names[name]): found[name].wrap(getattr(moe_utils, names[name])) for name in ORDERING}
 
 
-@pytest.mark.parametrize("module, keeps", [("transformer_engine.pytorch.permutation", True), ("of.a.stand_in", False)])
-def test_kernels_of_transformer_engine_itself_are_kept(module, keeps, monkeypatch):
+@pytest.mark.parametrize(
+    "module, device, keeps",
+    [
+        ("transformer_engine.pytorch.permutation", "cuda", True),
+        ("transformer_engine.pytorch.permutation", "cpu", False),
+        ("of.a.stand_in", "cuda", False),
+    ],
+)
+def test_kernels_of_transformer_engine_itself_are_kept(module, device, keeps, monkeypatch):
+    monkeypatch.setattr(accelerator, "current", lambda: types.SimpleNamespace(name=device))
     kernel = types.FunctionType((lambda *a: None).__code__, {"__name__": module})
     monkeypatch.setattr(moe_utils, "fused_permute", kernel, raising=False)
     assert kernel.__module__ == module

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.patching import Patch
 
 
@@ -37,11 +38,12 @@ def _plain_product_without_transformer_engine(original: Callable[..., Tensor]) -
 
 
 def _has_kernels() -> bool:
-    """Whether Transformer Engine itself is there, with its kernels for the order of tokens."""
+    """Whether Transformer Engine itself is there, with its kernels for the order of tokens, and the device they need."""
     from megatron.core.transformer.moe import moe_utils
 
     kernel = getattr(moe_utils, "fused_permute", None)
-    return kernel is not None and kernel.__module__.startswith("transformer_engine")
+    own = kernel is not None and kernel.__module__.startswith("transformer_engine")
+    return own and accelerator.current().name == "cuda"
 
 
 def _permute_by_operator(original: Callable[..., Any]) -> Callable[..., Any]:
