@@ -38,7 +38,7 @@ def _plain_product_without_transformer_engine(original: Callable[..., Tensor]) -
 
 
 def _has_kernels() -> bool:
-    """Whether Transformer Engine itself is there, with its kernels for the order of tokens, and the device they need."""
+    """Whether Transformer Engine itself is there, whose kernels order tokens, and the device they need."""
     from megatron.core.transformer.moe import moe_utils
 
     kernel = getattr(moe_utils, "fused_permute", None)
