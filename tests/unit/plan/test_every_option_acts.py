@@ -8,6 +8,7 @@ parameters are trained, operators, processes, preprocessing, the batches, and wh
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import re
 import types
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.config.run import all_options, door_options
@@ -289,7 +291,7 @@ CASES: dict[str, Case] = {
     "loraplus_lr_ratio": case(4.0, lora_r=4),
     "lora_prepack": case(True, lora_r=4, bf16=True),
     "lora_kernels": case("triton", refused="after", lora_r=4),  # no GPU here; tests/cuda runs the kernels
-    "lora_load": case(["@peft"]),
+    "lora_load": case(["@peft"], load="@toy_llama", **NO_SHAPE),
     # checkpoint and logging
     "load": case("@toy_llama", **NO_SHAPE, hf_config="@toy_qwen"),
     "save": case("@new"),
@@ -415,7 +417,8 @@ def places(toy_llama, toy_qwen, rows, tmp_path_factory):
     from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
 
     root = tmp_path_factory.mktemp("places")
-    made = {name: root / name for name in ("other_rows", "templates", "hf_params", "strange", "peft", "run", "new")}
+    made = {name: root / name for name in ("other_rows", "templates", "hf_params", "strange", "peft", "new")}
+    made |= {f"run of {door}": root / door for door in ("pretrain", "posttrain")}
     made |= {"cache": root / "cache", "rows": rows, "toy_llama": toy_llama, "toy_qwen": toy_qwen}
     made["other_rows"] = root / "other_rows.json"
     made["other_rows"].write_text(rows.read_text())
@@ -427,18 +430,21 @@ def places(toy_llama, toy_qwen, rows, tmp_path_factory):
     made["peft"].mkdir()
     peft = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (made["peft"] / "adapter_config.json").write_text(json.dumps(peft))
+    save_file({}, made["peft"] / "adapter_model.safetensors")  # a plan reads the settings alone
     record = {
         "format": "torch_dist", "resumable": True, "shape": shape_from_hf(read_hf_config(toy_llama)).to_json(),
         "adapters": None, "continuity": {"seed": 1234},
     }  # fmt: skip
-    for step in (1, 2):
-        directory = made["run"] / f"iter_{step:07d}"
+    for door, step in itertools.product(("pretrain", "posttrain"), (1, 2)):
+        directory = made[f"run of {door}"] / f"iter_{step:07d}"
         directory.mkdir(parents=True)
         (directory / ".metadata").write_bytes(b"")
+        progress = {"iteration": step, "consumed_samples": 4 * step}
+        continuity = record["continuity"] | ({"stage": "sft"} if door == "posttrain" else {})
         (directory / "mindspeed_llm.json").write_text(
-            json.dumps({**record, "iteration": step, "progress": {"iteration": step, "consumed_samples": 4 * step}})
+            json.dumps({**record, "continuity": continuity, "iteration": step, "progress": progress})
         )
-    (made["run"] / "latest_checkpointed_iteration.txt").write_text("2")
+        (directory.parent / "latest_checkpointed_iteration.txt").write_text("2")
     return made
 
 
@@ -598,6 +604,7 @@ def observe(door, options, places, prefix, recorder, monkeypatch, capsys):
 def test_option_acts(door, name, places, prepared, toy_llama, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     recorder = Recorder(monkeypatch, toy_llama)
+    places = {**places, "run": places.get(f"run of {door}")}
     base = {**SHAPE, "train_iters": 6, "tokenizer_name_or_path": "@toy_llama", "seq_length": 128}
     base |= {"data_path": ["@rows"], "global_batch_size": 4, "split": "80,20"}
     chosen = CASES[name]
