@@ -12,6 +12,7 @@ from mindspeed_llm.config.inference import InferenceConfig
 from mindspeed_llm.config.lora import weight_problems
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
+from mindspeed_llm.models.shape import ModelShape
 
 WHAT = "Answer prompts with a trained or tuned model, or chat with it."
 
@@ -48,7 +49,7 @@ def run(parsed: Parsed) -> int:
     check_layout(plan)
     settle_precision(plan)
     prompts = _prompts(config)
-    say_notes([*parsed.notes, *plan.notes])
+    say_notes([*parsed.notes, *plan.notes, *_beyond_the_context(config, plan.shape)])
     if config.logging.dry_run:
         show_plan(plan)
         return 0
@@ -90,6 +91,19 @@ def _problems(config: RunConfig) -> list[str]:
     if searches and i.num_beams < 2:
         problems.append(f"--num-beams: {i.num_beams} is wrong, because beam search keeps several; legal: 2 or more")
     return problems
+
+
+def _beyond_the_context(config: RunConfig, shape: ModelShape) -> list[str]:
+    """Lengths that were asked for and that the model has no positions for."""
+    from mindspeed_llm.inference.engine import context_length
+
+    longest = context_length(shape)
+    asked = {name: config.get(name) for name in ("max_new_tokens", "max_length", "seq_length") if name in config.given}
+    return [
+        f"--{name.replace('_', '-')}: the model has {longest} positions, prompt included; answers end there at the latest"
+        for name, tokens in asked.items()
+        if tokens > longest
+    ]
 
 
 def _without_meaning(config: RunConfig) -> list[str]:

@@ -210,6 +210,14 @@ def test_the_door_refuses_in_a_line(toys, capsys, words, message):
     assert any(message in line for line in lines), lines
 
 
+def test_lengths_beyond_the_context_are_told(toys, capsys):
+    words = ["--load", str(toys["llama"]), "--task", "greedy", "--prompt", "a", "--dry-run"]
+    assert main([*words, "--max-new-tokens", "256"]) == 0
+    assert "--max-new-tokens: the model has" not in capsys.readouterr().out
+    assert main([*words, "--max-new-tokens", "257"]) == 0
+    assert "--max-new-tokens: the model has 256 positions, prompt included" in capsys.readouterr().out
+
+
 def test_the_dry_run_shows_the_checkpoints_precision(toys, capsys):
     assert main(["--load", str(toys["llama"]), "--dry-run"]) == 0
     shown = capsys.readouterr().out
