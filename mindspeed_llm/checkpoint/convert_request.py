@@ -69,7 +69,7 @@ def config_files_of(found: Found, save_dir: Path, save_type: str, hf_cfg_dir: st
         return save_dir
     if found.hf_files is None and save_type == "hf":
         raise UserError(
-            f"convert: {found.path} carries no config.json and tokenizer; try: --hf-cfg-dir DIR of the original model"
+            f"convert: {found.path} carries no config.json and tokenizer; try: --hf-cfg-dir DIR that has them"
         )
     return found.hf_files
 

@@ -100,7 +100,7 @@ def _beyond_the_context(config: RunConfig, shape: ModelShape) -> list[str]:
     longest = context_length(shape)
     asked = {name: config.get(name) for name in ("max_new_tokens", "max_length", "seq_length") if name in config.given}
     return [
-        f"--{name.replace('_', '-')}: the model has {longest} positions, prompt included; answers end there at the latest"
+        f"--{name.replace('_', '-')}: the model has {longest} positions, prompt included; answers end there"
         for name, tokens in asked.items()
         if tokens > longest
     ]

@@ -13,6 +13,7 @@ from mindspeed_llm.data.blend import parse_data_path
 from mindspeed_llm.data.hf_template import HF
 from mindspeed_llm.data.templates import named_template
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.hf_config_writer import hf_config_of
 from mindspeed_llm.models.layouts import padded_vocab_size
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layer_map import layers_of_options
@@ -226,7 +227,10 @@ def _export_problems(plan: Plan) -> list[str]:
     if plan.adapters is not None and plan.weights is None:
         return ["--save-hf: the base of the adapters is random and nowhere on disk; try: --load"]
     if plan.hf_files is None:
-        return ["--save-hf: no config.json of a Hugging Face model is known; try: --hf-config DIR"]
+        try:
+            hf_config_of(plan.shape)
+        except UserError as wrong:
+            return [f"--save-hf: {wrong}"]
     return []
 
 

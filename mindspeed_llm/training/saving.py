@@ -26,6 +26,7 @@ from mindspeed_llm.training.build_options import DTYPES
 from mindspeed_llm.training.data import TrainingData
 from mindspeed_llm.training.hf_export import HfExport
 from mindspeed_llm.training.hooks import LoopHook, Wish
+from mindspeed_llm.training.own_hf_files import make_hf_files
 from mindspeed_llm.training.setup import TrainingModel, gather_parameters, is_leader
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Saver(LoopHook):
         self.plan, self.model, self.optimizer, self.scheduler, self.data = plan, model, optimizer, scheduler, data
         self.root = Path(plan.config.checkpoint.save)
         self.last: Path | None = None
+        self.made = make_hf_files(plan) if is_leader() else None
         self.health: Callable[[], dict[str, Any]] | None = None
         self.base = base_record_of(plan) if is_leader() else None
         self.started_from = started_from(plan)
@@ -214,8 +216,11 @@ class Saver(LoopHook):
         )
 
     def hf_files(self) -> Path | None:
-        """Config and tokenizer files: the plan's, or the last checkpoint's copy once the resumed one is removed."""
+        """Config and tokenizer files: the plan's, or the last checkpoint's copy once the resumed one is removed; those
+        made from flags where the plan has none."""
         files = self.plan.hf_files
+        if files is None:
+            return None if self.made is None else Path(self.made.name)
         return files if files is None or files.is_dir() or self.last is None else self.last / HF_FILES
 
     def record(self, progress: Progress) -> dict[str, Any]:
