@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from mindspeed_llm.config.schema import TRAINING_DOORS, at_least, option, section
 
 EVERY_DATA_DOOR = ("preprocess", *TRAINING_DOORS)
+PARTS = 3
+
+
+def proportions(text: str) -> list[float] | None:
+    """Shares of training, validation and test data, one to three of them; None for what is no list of such."""
+    try:
+        shares = [float(piece) for piece in text.split(",")]
+    except ValueError:
+        return None
+    return shares if len(shares) <= PARTS and min(shares) >= 0 and 0 < sum(shares) < math.inf else None
+
+
+def _check_split(text: str) -> str | None:
+    return None if proportions(text) else "legal: up to three numbers >= 0, such as 949,50,1"
 
 
 @section
@@ -84,7 +100,11 @@ class DataConfig:
         help="preprocess again although the cache has these data, or replace finished output", level="advanced"
     )
     split: str = option(
-        "949,50,1", help="proportions of training, validation and test data", kind="continuity", doors=TRAINING_DOORS
+        "949,50,1",
+        help="proportions of training, validation and test data",
+        kind="continuity",
+        check=_check_split,
+        doors=TRAINING_DOORS,
     )
     seed: int = option(
         1234,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mindspeed_llm.config.data import PARTS, proportions
 from mindspeed_llm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -22,15 +23,12 @@ def split_bounds(split: str, total: int, name: str) -> tuple[int, int]:
     Raises:
         UserError: the proportions cannot be read.
     """
-    try:
-        weights = [float(piece) for piece in split.split(",")]
-    except ValueError:
-        weights = []
-    if not 1 <= len(weights) <= len(SPLITS) or min(weights) < 0 or sum(weights) <= 0:
+    weights = proportions(split)
+    if weights is None:
         raise UserError(
             f"split: {split!r} is no list of proportions; legal: up to three numbers >= 0, such as 949,50,1"
         )
-    weights += [0.0] * (len(SPLITS) - len(weights))
+    weights += [0.0] * (PARTS - len(weights))
     # Cumulated fractions are rounded, so that the parts cover everything exactly once.
     index = SPLITS.index(name)
     before, upto = sum(weights[:index]) / sum(weights), sum(weights[: index + 1]) / sum(weights)

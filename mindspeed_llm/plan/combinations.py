@@ -45,6 +45,7 @@ def _training_problems(config: RunConfig) -> list[str]:
     t, o, p, r = config.training, config.optimizer, config.parallel, config.runtime
     lengths = [n for n in ("train_iters", "train_epochs", "train_samples") if config.get(n) is not None]
     needs_length = config.door in ("pretrain", "posttrain") and not t.eval_only
+    decay = o.lr_decay_iters or t.train_iters
     return _lines(
         (r.bf16 and r.fp16, "--bf16 and --fp16 exclude each other; give one"),
         (len(lengths) > 1, f"{', '.join(all_options()[n].flags[0] for n in lengths)} exclude each other; give one"),
@@ -60,6 +61,11 @@ def _training_problems(config: RunConfig) -> list[str]:
         (
             o.lr_warmup_fraction is not None and o.lr_warmup_iters > 0,
             "--lr-warmup-fraction and --lr-warmup-iters exclude each other; give one",
+        ),
+        (
+            needs_length and decay is not None and o.lr_warmup_iters >= decay,
+            f"--lr-warmup-iters {o.lr_warmup_iters} does not fit into {decay} iterations of decay; legal: less; try: a "
+            "smaller one, or more --lr-decay-iters",
         ),
         (o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr} is above --lr {o.lr}"),
         (

@@ -207,3 +207,22 @@ def test_log_throughput_adds_to_the_line(door, toy_llama, capsys):
     assert "throughput per GPU (TFLOP/s/GPU)" in capsys.readouterr().out
     door(f"--load {toy_llama} --train-iters 1 --progress lines")
     assert "throughput per GPU (TFLOP/s/GPU)" not in capsys.readouterr().out
+
+
+def test_a_plan_refuses_at_once_what_would_fail_when_the_run_begins(door, toy_llama):
+    words = f"--load {toy_llama} --train-iters 4 --dry-run"
+    with pytest.raises(UserError) as refused:
+        door(words.replace("--load", "--lr-warmup-iters 4 --load"))
+    assert str(refused.value).startswith("--lr-warmup-iters 4 does not fit into 4 iterations of decay")
+    assert door(f"{words} --lr-warmup-iters 3") is None
+    with pytest.raises(UserError, match="--lr-warmup-iters 7 does not fit into 5 iterations of decay.*\n?.*"):
+        door(f"{words} --lr-warmup-iters 7 --lr-decay-iters 5")
+
+
+@pytest.mark.parametrize("split", ["a,b", "0,0", "1,1,1,1", "nan"])
+def test_proportions_are_read_with_the_command_line(split):
+    from mindspeed_llm.config.parser import parse
+
+    (problem,) = parse("pretrain", ["--split", split]).problems
+    assert "--split" in problem and "legal: up to three numbers >= 0" in problem
+    assert not parse("pretrain", ["--split", "98,2"]).problems
