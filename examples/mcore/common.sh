@@ -13,7 +13,8 @@
 #   PYTHON                              interpreter (default: python)
 #   LOG_DIR                             where <recipe>.log goes (default: logs)
 #   DRY_RUN=1                           print what would be done, in one process and on any machine
-# Arguments of a recipe are further flags of its program: bash tune_llama2_7b_full_ptd.sh --log-throughput
+# Arguments of a recipe are flags of its program, and win over the recipe's own:
+#   bash tune_llama2_7b_full_ptd.sh --log-throughput --prompt-type chatml --no-sequence-parallel
 # Paths are relative to the repository's root, wherever a recipe is called from.
 
 set -euo pipefail
@@ -37,17 +38,43 @@ export PYTHONUNBUFFERED=1
 # megatron-core calls collectives by names that torch 2.13 renames.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
 
+# What the recipe was called with; it stands at the end of what the recipe runs.
+GIVEN=("$@")
+
+# settle WORD...: set WORDS to these, without those flags of the recipe, and their values, that were given to it as well.
+settle() {
+    local own=$(($# - ${#GIVEN[@]})) word flag names=" " dropping=0
+    for word in ${GIVEN[@]+"${GIVEN[@]}"}; do
+        flag=${word%%=*}
+        if [[ $word == --* ]]; then names+="${flag/#--no-/--} "; fi
+    done
+    WORDS=()
+    for word in "${@:1:own}"; do
+        if [[ $word == --* ]]; then
+            flag=${word%%=*}
+            dropping=0
+            if [[ $names == *" ${flag/#--no-/--} "* ]]; then dropping=1; fi
+        fi
+        if ((dropping == 0)); then WORDS+=("$word"); fi
+    done
+    WORDS+=(${GIVEN[@]+"${GIVEN[@]}"})
+    GIVEN=()
+}
+
 # run_one PROGRAM FLAG...: one process; its output also goes to LOG_DIR/<recipe>.log.
 run_one() {
     local dry_run=
     if [[ ${DRY_RUN:-0} == 1 ]]; then dry_run=--dry-run; fi
+    settle "$@"
     mkdir -p "$LOG_DIR"
-    "$PYTHON" "$@" ${dry_run:+"$dry_run"} 2>&1 | tee "$LOG_DIR/$(basename "$0" .sh).log"
+    "$PYTHON" "${WORDS[@]}" ${dry_run:+"$dry_run"} 2>&1 | tee "$LOG_DIR/$(basename "$0" .sh).log"
 }
 
 # run_ranks PROGRAM FLAG...: NPROC_PER_NODE processes on each of NNODES hosts.
 run_ranks() {
     local world_size=$((NPROC_PER_NODE * NNODES))
+    settle "$@"
+    set -- "${WORDS[@]}"
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         WORLD_SIZE=$world_size run_one "$@"
     elif ((world_size == 1)); then

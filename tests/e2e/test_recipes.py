@@ -33,7 +33,9 @@ ckpt_convert_llama2_mcore2hf pretrain_llama2_7b_ptd tune_llama2_7b_full_ptd tune
 generate_llama2_7b_ptd generate_llama2_7b_lora_ptd chat_llama2_7b_ptd""".split()
 
 
-def recorded_call(recipe: Path, tmp_path: Path, **environment: str) -> tuple[str, list[str], dict[str, str]]:
+def recorded_call(
+    recipe: Path, tmp_path: Path, *given: str, **environment: str
+) -> tuple[str, list[str], dict[str, str]]:
     """(program, its flags, launcher's flags) of a recipe, run with an interpreter that only writes down its words."""
     recorder = tmp_path / "python"
     recorder.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$RECORD"\n')
@@ -41,7 +43,7 @@ def recorded_call(recipe: Path, tmp_path: Path, **environment: str) -> tuple[str
     record = tmp_path / "words"
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME")}
     subprocess.run(
-        ["bash", str(recipe)],
+        ["bash", str(recipe), *given],
         env={**clean, "PYTHON": str(recorder), "RECORD": str(record), "LOG_DIR": str(tmp_path), **environment},
         check=True,
         cwd=ROOT,
@@ -50,6 +52,19 @@ def recorded_call(recipe: Path, tmp_path: Path, **environment: str) -> tuple[str
     at = next(i for i, word in enumerate(words) if word in DOORS)
     launcher = words[2:at] if words[:2] == ["-m", "torch.distributed.run"] else []
     return words[at], words[at + 1 :], dict(zip(launcher[::2], launcher[1::2]))
+
+
+@pytest.mark.parametrize("processes", ["1", "8"])
+def test_what_a_recipe_is_given_wins_over_its_own_flags(processes, tmp_path):
+    recipe = next(path for path in RECIPES if path.stem == "tune_llama2_7b_lora_ptd")
+    _, plain, _ = recorded_call(recipe, tmp_path, NPROC_PER_NODE=processes)
+    given = "--lora-target-modules q_proj --prompt-type=chatml --no-sequence-parallel --seed 7 --save a b".split()[:-1]
+    given[-1] = "a directory"
+    _, words, _ = recorded_call(recipe, tmp_path, *given, NPROC_PER_NODE=processes)
+    replaced = "--prompt-type llama2 --save ./ckpt/ --sequence-parallel --lora-target-modules linear_qkv linear_proj "
+    gone = [*replaced.split(), "linear_fc1", "linear_fc2"]
+    assert set(gone) <= set(plain)
+    assert words == [word for word in plain if word not in gone] + given
 
 
 def test_there_is_a_recipe_and_a_yaml_file_for_every_name():
