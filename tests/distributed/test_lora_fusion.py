@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import layers, mappings
 
 from mindspeed_llm.lora.function import FrozenLinearWithAdapter, LinearKind, Schedule
@@ -56,12 +57,13 @@ def watched(late=False, forget=False):
             stack.enter_context(mock.patch.object(dist, name, call))
             if late:
                 stack.enter_context(mock.patch.object(dist, "irecv", late_receive(dist.irecv, waits=not forget)))
-            for module in (mappings, layers):  # megatron-core's own names for two of them
+            # megatron-core's own names for two of them; those of its buffers it waits for as a bundle, not one by one
+            for module, stands_in in ((mappings, call), (layers, call), (param_and_grad_buffer, original)):
                 if own := {
                     "all_gather_into_tensor": "dist_all_gather_func",
                     "reduce_scatter_tensor": "dist_reduce_scatter_func",
                 }.get(name):
-                    stack.enter_context(mock.patch.object(module, own, call))
+                    stack.enter_context(mock.patch.object(module, own, stands_in))
         yield counts
 
 
