@@ -156,11 +156,16 @@ def test_recomputed_layers_count_their_losses_and_loads_once(toy, rows, alone):
     assert_same(found, alone)
 
 
-def models_left(model, words, rows):
-    """How many models are in memory after one was trained and nobody refers to it any more."""
-    train(model, words, rows, steps=1)
+def models_in_memory():
     gc.collect()
-    return sum(isinstance(thing, LanguageModel) for thing in gc.get_objects())
+    return [thing for thing in gc.get_objects() if isinstance(thing, LanguageModel)]
+
+
+def models_left(model, words, rows):
+    """How many models more are in memory after one was trained and nobody refers to it any more."""
+    older = models_in_memory()
+    train(model, words, rows, steps=1)
+    return len(models_in_memory()) - len(older)
 
 
 def test_a_model_that_is_not_used_is_freed(toy, rows):

@@ -164,6 +164,7 @@ def _threads_of_groups_of_one():
         before = _threads()
         groups = [new_group(of_rank, backend="gloo") for _ in range(10) for of_rank in ranks]
         found.append(_threads() - before)
+        torch.distributed.barrier()  # a rank that ends a group closes the connection that another still makes
         for group in groups:
             if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
                 torch.distributed.destroy_process_group(group)
