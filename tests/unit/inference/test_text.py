@@ -147,7 +147,8 @@ def test_chat_remembers_turns_forgets_on_clear_and_leaves(load):
 
 def test_a_history_too_long_for_the_context_loses_its_oldest_turns(load):
     model = load("qwen3", prompt_type="hf")
-    _, asked = talk(model, ["word " * 40, "word " * 40, "short"], turns=5)
+    long = "word " * round(120 * 40 / len(model.tokenizer.encode("word " * 40)))  # 120 of 256 tokens
+    _, asked = talk(model, [long, long, "short"], turns=5)
     # The second question does not fit beside the first; the third fits beside the second.
     assert [len(conversation.messages) for conversation in asked] == [1, 3, 1, 3]
 
