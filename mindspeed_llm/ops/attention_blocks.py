@@ -57,7 +57,7 @@ class _BlockAttention(torch.autograd.Function):
         for start, stop in blocks_of(s):
             rows = query[:, start:stop].flatten(1, 2).to(wide)
             scores = torch.bmm(rows, scaled_key[..., :stop]).unflatten(1, (stop - start, -1))
-            scores[..., start:].add_(_hidden(stop - start, n // g, wide))
+            scores[..., start:].add_(_hidden(n // g, wide)[: stop - start, :, : stop - start])
             weights.append(scores.softmax(-1).to(value.dtype).flatten(1, 2))
             write_rows(out[start:stop], torch.bmm(weights[-1], value[:, :stop]))
         ctx.scale, ctx.sizes = scale, (s, b, n, d)
@@ -93,12 +93,14 @@ def blocks_of(s: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, s)) for start in range(0, s, step))
 
 
-@lru_cache(maxsize=BLOCK_ROWS * 2)
-def _hidden(rows: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """What hides later columns, [rows, heads, rows]: -inf where a column is after its row, 0 elsewhere.
+@lru_cache(maxsize=8)
+def _hidden(heads: int, dtype: torch.dtype) -> Tensor:
+    """What hides later columns of a block, [rows, heads, rows]: -inf where a column is after its row, 0 elsewhere.
 
-    Adding it is a fifth of the work of filling where a boolean of [rows, 1, rows] says so.
+    A smaller block's is its corner. Adding it is a fifth of the work of filling where a boolean of [rows, 1, rows]
+    says so.
     """
+    rows = 2 * BLOCK_ROWS  # none is as long, see `blocks_of`
     later = torch.full((rows, rows), float("-inf"), dtype=dtype).triu_(1)
     return later[:, None, :].expand(rows, heads, rows).contiguous()
 

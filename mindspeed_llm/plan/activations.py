@@ -168,7 +168,9 @@ class LayerActivations:
             return set()
         if self.trained.has(EMBEDDING) or (self.adapted is not None and "word_embeddings" in self.adapted.targets):
             return set()
-        learning = {layer_index(p.mcore) for p in tensor_pairs(self.shape) if self.trained.has_tensor(p.mcore)} - {None}
+        # A large model has tens of thousands of tensors, and advice estimates it many times.
+        tensors = [] if self.trained.nothing else [pair.mcore for pair in tensor_pairs(self.shape)]
+        learning = {layer_index(name) for name in tensors if self.trained.has_tensor(name)} - {None}
         if self.adapted is not None:
             learning.update(
                 layer

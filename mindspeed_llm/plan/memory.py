@@ -221,7 +221,7 @@ def estimate_stages(
         mask_bytes,
     )
     numbers = _numbers_by_stage(shape, layout, padded_vocab, adapter_parameters, quantized, trained)
-    laid_out = parameters_by_stage(shape, layout, padded_vocab, lambda name: name in prepacked)
+    laid_out = parameters_by_stage(shape, layout, padded_vocab, lambda name: name in prepacked) if prepacked else None
     dense_copy = largest_quantized(shape, layout) * dtype_bytes if quantized else 0
     tokens = -(-tokens_per_microbatch // layout.cp)
     rows = padded_vocab // layout.tp
@@ -236,7 +236,8 @@ def estimate_stages(
         own, activations = of_stage.stepped(layout, distributed_optimizer), sum(parts.values())
         estimates.append(
             MemoryEstimate(
-                weights=of_stage.weight_bytes(dtype_bytes) + 2 * laid_out[stage].total * dtype_bytes,
+                weights=of_stage.weight_bytes(dtype_bytes)
+                + (2 * laid_out[stage].total * dtype_bytes if laid_out else 0),
                 gradients=of_stage.trained.total * GRADIENT_BYTES,
                 optimizer=optimizer.resident(own, dtype_bytes),
                 activations=activations,
@@ -286,7 +287,11 @@ def _numbers_by_stage(
 ) -> list[_StageNumbers]:
     model = parameters_by_stage(shape, layout, padded_vocab)
     in_nf4 = parameters_by_stage(shape, layout, padded_vocab, is_quantized if quantized else lambda name: False)
-    stepped = model if trained.everything else parameters_by_stage(shape, layout, padded_vocab, trained.has_tensor)
+    stepped = model
+    if trained.nothing:
+        stepped = [LocalParameters() for _ in model]
+    elif not trained.everything:
+        stepped = parameters_by_stage(shape, layout, padded_vocab, trained.has_tensor)
     adapters = LocalParameters(dense=adapter_parameters // (layout.tp * layout.pp))
     return [
         _StageNumbers(own, coded, adapters, LocalParameters(part.dense + adapters.dense, part.expert))

@@ -61,28 +61,40 @@ class TrainedParts:
         """Whether an option chose what of the model is trained."""
         return self not in (TrainedParts(), TrainedParts(frozen_base=True))
 
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing of the model is trained: adapters alone are."""
+        return self.frozen_base and not self.trainable
+
     def has(self, name: str) -> bool:
         """Whether a parameter is trained, by its mcore name in the whole model."""
-        if self.frozen_base and not self.trainable:
-            return False
-        layer = layer_index(name)
-        wanted = not self.trainable or any(re.search(pattern, name) for pattern in self.trainable)
-        wanted &= not any(re.search(pattern, name) for pattern in self.freeze)
-        return wanted and (self.layers is None or layer in self.layers) and layer not in self.frozen_layers
+        return self._has_one_called((name,))
 
     def has_tensor(self, name: str) -> bool:
-        """As `has`, for a tensor that a stack of all experts may hold, under the stack's name or its own."""
-        return self.has(name) or (expert_index(name) is not None and self.has(stacked_expert_name(name)))
+        """As `has`, for a tensor that may be in a stack of all experts: a selection means it by either name."""
+        return not self.nothing and self._has_one_called(_names_of(name))
+
+    def _has_one_called(self, names: tuple[str, ...]) -> bool:
+        if self.nothing:
+            return False
+        layer = layer_index(names[0])
+        wanted = not self.trainable or any(re.search(pattern, name) for pattern in self.trainable for name in names)
+        wanted &= not any(re.search(pattern, name) for pattern in self.freeze for name in names)
+        return wanted and (self.layers is None or layer in self.layers) and layer not in self.frozen_layers
 
     def patterns_of(self, name: str) -> set[str]:
         """The regular expressions that match a name."""
         return {pattern for pattern in (*self.trainable, *self.freeze) if re.search(pattern, name)}
 
-    def check_matched(self, matched: Collection[str]) -> None:
-        """Refuse regular expressions that are not among those that have matched a parameter.
+    def check_found(self, matched: Collection[str], some: bool) -> None:
+        """Refuse a selection by what was found for it.
+
+        Args:
+            matched: regular expressions that have matched a parameter.
+            some: whether anything is trained.
 
         Raises:
-            UserError: the first of them.
+            UserError: a regular expression has matched none, or nothing is left to train.
         """
         for pattern in (*self.trainable, *self.freeze):
             if pattern not in matched:
@@ -90,6 +102,8 @@ class TrainedParts:
                     f"--trainable/--freeze: {pattern!r} matches no parameter; names look like "
                     "decoder.layers.0.mlp.linear_fc1.weight"
                 )
+        if not some:
+            raise UserError("training: every parameter is frozen; leave something to train")
 
     def check(self, shape: ModelShape) -> None:
         """Refuse what leaves nothing of a model to train, or a pattern that says nothing of it.
@@ -99,13 +113,9 @@ class TrainedParts:
         """
         matched, some = set(), self.frozen_base
         for name in (pair.mcore for pair in tensor_pairs(shape)):
-            matched |= self.patterns_of(name)
-            if expert_index(name) is not None:
-                matched |= self.patterns_of(stacked_expert_name(name))
+            matched.update(*map(self.patterns_of, _names_of(name)))
             some = some or self.has_tensor(name)
-        self.check_matched(matched)
-        if not some:
-            raise UserError("training: every parameter is frozen; leave something to train")
+        self.check_found(matched, some)
 
 
 EVERYTHING = TrainedParts()
@@ -114,6 +124,11 @@ EVERYTHING = TrainedParts()
 def head_name(shape: ModelShape) -> str:
     """The matrix that makes logits."""
     return EMBEDDING if shape.tie_word_embeddings else OUTPUT_LAYER
+
+
+def _names_of(tensor: str) -> tuple[str, ...]:
+    """A tensor's own name, and that of the stack which may hold it."""
+    return (tensor,) if expert_index(tensor) is None else (tensor, stacked_expert_name(tensor))
 
 
 def _patterns(texts: list[str] | None, flag: str) -> tuple[str, ...]:

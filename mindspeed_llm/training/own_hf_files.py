@@ -44,6 +44,7 @@ def _with_tokenizer(plan: Plan, target: Path) -> dict[str, int]:
     """Copy the tokenizer's files; its special tokens' ids, without which transformers takes its own defaults."""
     t, source = plan.config.tokenizer, plan.tokenizer
     if source is None or not Path(source).exists():
+        print(f"note: checkpoints carry no tokenizer: {source or 'none is named'} is no local one", flush=True)
         return {}
     path = Path(source)
     for pattern in TOKENIZER_FILES if path.is_dir() else ():

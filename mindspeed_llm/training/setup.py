@@ -15,7 +15,6 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import host_allocator
 from mindspeed_llm.config.hccl_groups import parse_buffers
 from mindspeed_llm.config.parallel import RuntimeConfig
-from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.training.build_options import build_options, communication_chunks
 from mindspeed_llm.training.gradient_sums import add_gradients_by_rows
@@ -263,14 +262,12 @@ def choose_trained(plan: Plan, chunks: list[torch.nn.Module]) -> list[list[str]]
             name = here.stored_name(local, plan.shape)
             parameter.requires_grad_(parts.has(name))
             matched |= parts.patterns_of(name)
-    if parts.frozen_base and not parts.trainable:
+    if parts.nothing:
         return [[] for _ in chunks]
     trained = [sorted(name for name, p in chunk.named_parameters() if p.requires_grad) for chunk in chunks]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (sorted(matched), any(trained)))
-    parts.check_matched({pattern for seen, _ in everywhere for pattern in seen})
-    if not any(some for _, some in everywhere):
-        raise UserError("training: every parameter is frozen; leave something to train")
+    parts.check_found({pattern for seen, _ in everywhere for pattern in seen}, any(some for _, some in everywhere))
     return trained
 
 

@@ -47,6 +47,8 @@ def test_an_expert_is_known_by_its_own_name_and_by_its_stack():
     assert TrainedParts(trainable=(r"experts\.weight2",)).has_tensor(expert)
     assert TrainedParts(trainable=(r"local_experts\.3\.",)).has_tensor(expert)
     assert not TrainedParts(trainable=(r"experts\.weight1",)).has_tensor(expert)
+    assert not TrainedParts(freeze=(r"experts\.weight2",)).has_tensor(expert)
+    assert not TrainedParts(freeze=(r"local_experts\.3\.",)).has_tensor(expert)
 
 
 def plan_of(directory, *words):
