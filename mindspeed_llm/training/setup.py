@@ -169,7 +169,9 @@ def build(plan: Plan) -> TrainingModel:
         UserError: weights do not fit, or a --trainable / --freeze pattern matches no parameter.
     """
     from mindspeed_llm.models.build import build_chunks
+    from mindspeed_llm.models.moe.auxiliary_loss import forget_loss_scale
 
+    forget_loss_scale()
     if plan.weights is None and is_leader():
         print(f" weights: random, drawn with seed {plan.config.data.seed}; nothing is loaded", flush=True)
     chunks = build_chunks(plan.shape, build_options(plan, initialize=plan.weights is None))

@@ -49,6 +49,15 @@ class AuxiliaryLosses:
         return MoEAuxLossAutoScaler.apply(output, loss * (coefficient * self.weight))
 
 
+def forget_loss_scale() -> None:
+    """Let the next forward pass set the scale of attached losses in its own form.
+
+    megatron keeps one for the whole process and copies every later one into it; a backward pass before the first
+    schedule leaves one of shape [], into which a schedule's [1] does not fit.
+    """
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
 def load_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, topk: int, num_tokens: Tensor | int) -> Tensor:
     """num_experts * sum over experts of (share of the choices) * (mean score), of this rank's tokens.
 

@@ -44,7 +44,8 @@ def test_a_mask_that_is_off_by_one_is_noticed(monkeypatch):
     exact = with_gradients(reference, tensors, grad)
     assert error(with_gradients(blocks, tensors, grad), exact) < 1e-12
 
-    def one_too_many(rows, heads, dtype):
+    def one_too_many(heads, dtype):
+        rows = 2 * BLOCK_ROWS
         return torch.full((rows, rows), float("-inf"), dtype=dtype).triu_(2)[:, None, :].expand(rows, heads, rows)
 
     monkeypatch.setattr(attention_blocks, "_hidden", one_too_many)

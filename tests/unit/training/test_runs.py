@@ -242,3 +242,19 @@ def test_the_one_command_of_the_readme_needs_no_more_than_data_and_a_model(
     assert "--prompt-type is not given: using hf" in capsys.readouterr().out
     assert result.progress.consumed_samples == result.progress.iteration > 40
     assert (out / "latest_checkpointed_iteration.txt").read_text() == str(result.progress.iteration)
+
+
+def test_a_backward_pass_before_the_run_leaves_nothing_in_it(door, corpus, tmp_path):
+    """megatron keeps the scale of routers' losses for the whole process, in the shape it had first."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from mindspeed_llm.checkpoint.toy import make_toy
+
+    base = make_toy("mixtral", tmp_path / "base", num_hidden_layers=1)
+    once = f"--load {base} --data-path {corpus} --train-iters 2 --moe-aux-loss-coeff 0.1 --eval-iters 0"
+    alone = losses(door("pretrain", TEXT, once))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    output, loss = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
+    MoEAuxLossAutoScaler.apply(output, loss).sum().backward()
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale.shape == ()
+    assert losses(door("pretrain", TEXT, once)) == alone
