@@ -88,7 +88,8 @@ class _Installation:
             return []
         meshes = (facade.distributed.device_mesh, torch.distributed.device_mesh)
         inner = [(facade.cuda, torch.cuda), (facade.distributed, torch.distributed), meshes]
-        return [(facade, torch), *inner, (facade.jit, torch.jit), (facade.amp, torch.amp)]
+        outer = [(getattr(facade, name), getattr(torch, name)) for name in ("jit", "amp", "accelerator")]
+        return [(facade, torch), *inner, *((ours, theirs) for ours, theirs in outer if ours is not theirs)]
 
     def functions(self) -> Iterator[tuple[str, Any, Any]]:
         """Each function and class of a stand-in with its name and what it stands for."""

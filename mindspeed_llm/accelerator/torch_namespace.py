@@ -63,6 +63,7 @@ class TorchFacade(types.ModuleType):
         if accelerator.device_type == "cpu":
             self.__dict__.update(host_random.names())
             self.__dict__["random"] = Overlay(torch.random, **host_random.names())
+            self.__dict__["accelerator"] = _no_accelerator()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -104,6 +105,20 @@ def _autocast(accelerator: Accelerator, device_type: str, *args: Any, **kwargs: 
 def _no_compile(function: Callable | None = None, **_options: Any) -> Callable:
     """torch.compile without compiling: it would need a C++ compiler on a CPU and seconds per function."""
     return function if function is not None else _no_compile
+
+
+def _no_accelerator() -> Overlay:
+    """`torch.accelerator` of a job on the CPU.
+
+    torch's own names the device its build was made for, whether the machine has it or not: a CUDA build says `cuda` on a
+    machine without one, and what megatron registers for that device (its batch-invariant kernels) is never called.
+    """
+    return Overlay(
+        torch.accelerator,
+        current_accelerator=lambda check_available=False: None,
+        is_available=lambda: False,
+        device_count=lambda: 0,
+    )
 
 
 def _load(accelerator: Accelerator) -> Callable:

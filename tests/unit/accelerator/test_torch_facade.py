@@ -30,6 +30,9 @@ def make_like(tensor): return tensor.new_zeros(2, device="cuda"), tensor.new_ful
 def mesh(): return DeviceMesh("cuda", [0]), torch.distributed.device_mesh.init_device_mesh("cuda", (1,)), DeviceMesh
 def type_of(tensor): return tensor.type(), tensor.type(torch.float64)
 def available(): return torch.cuda.is_available()
+def accelerator():
+    from torch import accelerator
+    return torch.accelerator.current_accelerator(), accelerator.is_available(), torch.accelerator.device_count()
 def import_within():
     import torch
     import torch.cuda
@@ -116,6 +119,15 @@ def test_meshes_are_of_the_cpu(subject, install_first, tmp_path):
 
 
 @needs_no_cuda
+@pytest.mark.parametrize("install_first", [True, False])
+def test_a_build_for_cuda_is_no_accelerator(subject, install_first, monkeypatch):
+    """A CUDA build of torch names cuda on a machine without it; a job on the CPU has none."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    assert subject(install_first).accelerator() == (None, False, 0)
+    torch_facade.uninstall()
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+
+
 def test_imports_inside_functions_are_answered_too(subject):
     assert subject(install_first=True).import_within()
 

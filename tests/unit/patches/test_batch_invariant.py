@@ -59,7 +59,10 @@ def test_products_are_and_plain_ones_are_not(kernels, dtype, transposed):
     assert dtype != torch.float32 or not all(plain)
 
 
-def test_the_mode_redirects_torch_and_ends(kernels):
+@pytest.mark.parametrize("built_for", [None, torch.device("cuda")])
+def test_the_mode_redirects_torch_and_ends(kernels, monkeypatch, built_for):
+    """With any build of torch: one for CUDA names that device on a machine that has none."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: built_for)
     weight, bias = torch.randn(257, 129), torch.randn(257)
     functions = {
         "linear": lambda x: F.linear(x, weight, bias),
@@ -76,6 +79,14 @@ def test_the_mode_redirects_torch_and_ends(kernels):
         torch.testing.assert_close(x.mean(0), x.sum(0) / 49)
     assert all(torch.equal(function(x), before[name]) for name, function in functions.items())
     assert not is_invariant(functions["linear"], 129, torch.float32)
+
+
+def test_kernels_of_another_device_are_noticed(kernels, monkeypatch):
+    """The control: registered for the device of the build, they are never called."""
+    weight, bias = torch.randn(257, 129), torch.randn(257)
+    monkeypatch.setattr(kernels.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with kernels.set_batch_invariant_mode(True):
+        assert not is_invariant(lambda x: F.linear(x, weight, bias), 129, torch.float32)
 
 
 def test_a_vector_is_one_row(kernels):
