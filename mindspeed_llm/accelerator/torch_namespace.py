@@ -110,8 +110,8 @@ def _no_compile(function: Callable | None = None, **_options: Any) -> Callable:
 def _no_accelerator() -> Overlay:
     """`torch.accelerator` of a job on the CPU.
 
-    torch's own names the device its build was made for, whether the machine has it or not: a CUDA build says `cuda` on a
-    machine without one, and what megatron registers for that device (its batch-invariant kernels) is never called.
+    torch's own names the device its build was made for, whether the machine has it or not: a CUDA build says `cuda` on
+    a machine without one, and what megatron registers for that device (its batch-invariant kernels) is never called.
     """
     return Overlay(
         torch.accelerator,
