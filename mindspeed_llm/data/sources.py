@@ -19,6 +19,8 @@ METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 4 << 20
 ARROW_BATCH = 1000
+# Characters of a csv field. The csv module refuses more than 131072 unless told otherwise; a document may be longer.
+LARGEST_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,23 @@ def _file_chunks(file: Path, columns: list[str] | None) -> Iterator[Chunk]:
     if file.suffix in (".parquet", ".arrow"):
         return _arrow_chunks(file, columns)
     if file.suffix == ".csv":
-        return _chunk_numbered(file, "line", _csv_rows(file))
+        return _chunk_numbered(file, "line", _in_utf8(file, _csv_rows(file)))
     if file.suffix == ".txt":
-        return _chunk_numbered(file, "line", _text_rows(file))
+        return _chunk_numbered(file, "line", _in_utf8(file, _text_rows(file)))
     if file.suffix == ".json" and _first_character(file) == b"[":
-        return _chunk_numbered(file, "line", _json_array_rows(file))
+        return _chunk_numbered(file, "line", _in_utf8(file, _json_array_rows(file)))
     return _chunk_numbered(file, "line", _json_lines(file))
+
+
+def _in_utf8(file: Path, rows: Iterator[tuple[int, Any, int]]) -> Iterator[tuple[int, Any, int]]:
+    """The rows of a file that is read as text; where a byte of another encoding stands, rows cannot be told apart."""
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"input: '{file}' is not UTF-8, because of byte 0x{error.object[error.start]:02x} ({error.reason}); legal: "
+            "UTF-8; try: iconv -f GB18030 -t UTF-8, or from the encoding that it has"
+        ) from error
 
 
 def _first_character(file: Path) -> bytes:
@@ -203,12 +216,16 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        first = 2  # the header is line 1
-        for row in reader:
-            yield first, row, sum(len(value or "") for value in row.values() if isinstance(value, str))
-            first = reader.line_num + 1
+    limit = csv.field_size_limit(LARGEST_FIELD)
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            first = 2  # the header is line 1
+            for row in reader:
+                yield first, row, sum(len(value) for value in row.values() if isinstance(value, str))
+                first = reader.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _text_rows(file: Path) -> Iterator[tuple[int, dict[str, Any], int]]:

@@ -152,3 +152,22 @@ def test_a_data_set_that_cannot_be_reached_says_so(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="'nobody/nothing' is no path, and as a data set it could not be loaded"):
         read("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "name, text", [("a.csv", "text\n你好\n"), ("a.txt", "你好\n"), ("a.json", '[{"text": "你好"}]')]
+)
+def test_text_in_another_encoding_is_refused_in_one_line(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode("gb18030"))
+    with pytest.raises(UserError, match=f"{name}' is not UTF-8, because of byte 0xc4") as refusal:
+        rows_of(tmp_path / name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_csv_field_may_be_as_long_as_a_document(tmp_path):
+    limit, text = csv.field_size_limit(), "word " * 40_000
+    with open(tmp_path / "a.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([["text"], [text], ["short"]])
+    assert len(text) > limit
+    assert rows_of(tmp_path / "a.csv") == [{"text": text}, {"text": "short"}]
+    assert csv.field_size_limit() == limit
