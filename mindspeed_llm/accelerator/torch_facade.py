@@ -17,12 +17,12 @@ from __future__ import annotations
 import builtins
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from mindspeed_llm.accelerator import tensor_methods
+from mindspeed_llm.accelerator import device_type, tensor_methods
 from mindspeed_llm.accelerator.members import Finder, Members
 from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.accelerator.stand_ins import StandIns
@@ -80,6 +80,7 @@ class _Installation:
         self.answers_all = False
         self.rebound: list[tuple[types.ModuleType, str, Any]] = []
         self.methods: list[tuple[type, str, Any]] = []
+        self.restore_device_type: Callable[[], None] | None = None
 
     def pairs(self) -> list[tuple[types.ModuleType, types.ModuleType]]:
         """Each stand-in with what it stands for."""
@@ -119,9 +120,11 @@ class _Installation:
                 self.rebind(module)
 
     def answer_all(self) -> None:
-        """Answer the imports of modules that were loaded by the ordinary loader."""
+        """Answer the imports of modules that were loaded by the ordinary loader, and what a program asks of devices."""
         self.answers_all = True
         builtins.__import__ = _import_of_all
+        if self.facade is not None and self.restore_device_type is None:
+            self.restore_device_type = device_type.install(self.accelerator, self.is_ours)
 
     def rebind(self, module: types.ModuleType) -> None:
         """Point the names of an already loaded module that mean torch, or things of it, at the facade's."""
@@ -151,6 +154,8 @@ class _Installation:
     def stop(self) -> None:
         if self.answers_all:
             builtins.__import__ = _plain_import
+        if self.restore_device_type is not None:
+            self.restore_device_type()
         self.stand_ins.withdraw()
         sys.meta_path.remove(self.finder)
         for owner, name, value in reversed(self.rebound):
@@ -190,8 +195,9 @@ def install(
 
     Args:
         directories: absolute paths; modules whose file lies in one of them see the facade whatever their name.
-        imports: answer `import torch` in modules that were loaded before, and in `__main__`, too; it takes replacing
-            `builtins.__import__`, which passes on what other modules import.
+        imports: for somebody else's program: answer `import torch` in modules that were loaded before, and in
+            `__main__`, too, which takes replacing `builtins.__import__` (it passes on what other modules import); and
+            let `device.type` equal "cuda", see `device_type`.
 
     Raises:
         RuntimeError: installed already for another accelerator; `uninstall` first.

@@ -16,7 +16,7 @@ PROGRAM = """
         owners = [owner for owner in owners if isinstance(owner, types.ModuleType)]
         owners += [v for m in owners for v in list(vars(m).values())
                    if isinstance(v, type) and v.__module__.split(".")[0] == "megatron"]
-        owners += [builtins, torch.Tensor, torch.nn.Module]
+        owners += [builtins, torch.Tensor, torch.nn.Module, torch.device]
         return {id(o): (o, dict(vars(o))) for o in owners}
 
     if BEFORE:
