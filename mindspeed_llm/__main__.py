@@ -147,7 +147,8 @@ def _list_models(_: argparse.Namespace) -> None:
 def _toy(arguments: argparse.Namespace) -> None:
     from mindspeed_llm.checkpoint.toy import make_toy
 
-    print(f"wrote {make_toy(arguments.family, arguments.directory, seed=arguments.seed)}")
+    made = make_toy(arguments.family, arguments.directory, seed=arguments.seed, published_tokens=True)
+    print(f"wrote {made}")
 
 
 def _list_patches(_: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,24 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+_PLAIN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+# tokenizer_config.json of meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1 and deepseek-ai/DeepSeek-V3. Qwen's base
+# models have what is plain here.
+_SENTENCEPIECE = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_DEEPSEEK = {
+    "bos_token": "<｜begin▁of▁sentence｜>",
+    "eos_token": "<｜end▁of▁sentence｜>",
+    "pad_token": "<｜end▁of▁sentence｜>",
+}
+_PUBLISHED: dict[str, dict[str, str]] = {
+    "llama": _SENTENCEPIECE,
+    "mistral": _SENTENCEPIECE,
+    "mixtral": _SENTENCEPIECE,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+}
 
 # 4 layers, groups < heads, head_dim * heads != hidden: what a wrong layout cannot get right by luck
 _DIMENSIONS = {
@@ -55,13 +73,17 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
-def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+def make_toy(
+    model_type: str, directory: str | Path, *, seed: int = 0, published_tokens: bool = False, **overrides: Any
+) -> Path:
     """Write a tiny model of random weights with config, tokenizer, chat template and generation config.
 
     Args:
         model_type: HF model type, e.g. "llama", "mistral", "qwen2", "qwen3".
         directory: where to; created.
         seed: of the weights; the same arguments give the same bytes.
+        published_tokens: the tokenizer begins, ends and pads texts with the special tokens of the published models of
+            this type, so that their templates fit; otherwise every type's has `<|endoftext|>` alone.
         overrides: fields of config.json, e.g. `num_hidden_layers=2`, `tie_word_embeddings=True`; `dtype` (a string)
             for the type of the weights. With `num_nextn_predict_layers` the file gets the weights of such layers too,
             which transformers' class does not have.
@@ -78,9 +100,10 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_toy_tokenizer(overrides.get("vocab_size", VOCAB_SIZE))
+    special = _PUBLISHED.get(model_type, _PLAIN) if published_tokens else _PLAIN
+    tokenizer = train_toy_tokenizer(overrides.get("vocab_size", VOCAB_SIZE), special)
     dtype = overrides.pop("dtype", "float32")
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(model_type, **{**_DIMENSIONS, **_OF_TYPE.get(model_type, {}), **ids, **overrides})
     except (ValueError, StrictDataclassError) as error:
@@ -95,23 +118,23 @@ def make_toy(model_type: str, directory: str | Path, *, seed: int = 0, **overrid
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     _add_prediction_layers(directory, seed)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    GenerationConfig(eos_token_id=[stop, tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id).save_pretrained(
-        directory
-    )
+    GenerationConfig(**ids | {"eos_token_id": [stop, tokenizer.eos_token_id]}).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def train_toy_tokenizer(vocab_size: int = VOCAB_SIZE) -> Any:
+def train_toy_tokenizer(vocab_size: int = VOCAB_SIZE, special_tokens: Mapping[str, str] = _PLAIN) -> Any:
     """A byte-level BPE tokenizer trained on the texts of Python's `help()`, as a transformers tokenizer.
 
     Args:
         vocab_size: tokens including the 256 bytes and the special ones.
+        special_tokens: `eos_token` and, where there are such, `bos_token`, with which each text then begins,
+            `pad_token` and `unk_token`.
 
     Raises:
         UserError: vocab_size is below 300.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 300:
@@ -121,16 +144,19 @@ def train_toy_tokenizer(vocab_size: int = VOCAB_SIZE) -> Any:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(dict.fromkeys((*special_tokens.values(), *CHAT_TOKENS))),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     topics = pydoc_data.topics.topics
     bpe.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=256
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    begin = special_tokens.get("bos_token")
+    if begin is not None:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"], special_tokens=[(begin, bpe.token_to_id(begin))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=256, **special_tokens)
+    tokenizer.chat_template = CHAT_TEMPLATE if begin is None else "{{ bos_token }}" + CHAT_TEMPLATE
     return tokenizer
 
 

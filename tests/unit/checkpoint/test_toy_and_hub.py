@@ -1,5 +1,6 @@
 """Toy checkpoints are real and reproducible; names resolve to local directories or a clear error."""
 
+import json
 import subprocess
 import sys
 
@@ -48,6 +49,32 @@ def test_its_tokenizer_is_lossless_and_chats(toys):
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_the_command_gives_the_tokens_that_the_familys_templates_need(tmp_path, published, capsys):
+    """And the plain toy, which has no token that begins a text, is the control."""
+    from transformers import AutoTokenizer
+
+    from mindspeed_llm.__main__ import main
+    from mindspeed_llm.data.templates import load_template
+    from mindspeed_llm.data.tokenizer import load_tokenizer
+
+    if published:
+        main(["models", "toy", "llama", str(tmp_path)])
+        assert capsys.readouterr().out == f"wrote {tmp_path}\n"
+    else:
+        make_toy("llama", tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    if not published:
+        with pytest.raises(UserError, match="'llama2' needs bos_token"):
+            load_template("llama2", load_tokenizer(tmp_path))
+        return
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<s>", "</s>", None)
+    assert theirs("a b")["input_ids"][0] == theirs.bos_token_id
+    load_template("llama2", load_tokenizer(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] == [1, 2, None]
 
 
 def test_unknown_model_types_are_refused(tmp_path):
