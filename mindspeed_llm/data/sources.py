@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindspeed_llm.data.hub import cached_only, endpoint, hub_answers
 from mindspeed_llm.data.indexed import natural_key
 from mindspeed_llm.errors import UserError
 
@@ -293,13 +295,20 @@ def _chunk_rows(name: str, unit: str, rows: Iterator[dict[str, Any]]) -> Iterato
 def _dataset_rows(name: str, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import datasets
 
+    # Files of one's own, read by one of the builders of `datasets` ("json", "parquet"), need no hub.
+    own_files = Path(name).exists() or ("/" not in name and bool(params.keys() & {"data_files", "data_dir"}))
+    reachable = own_files or datasets.config.HF_HUB_OFFLINE or hub_answers()
     try:
-        loaded = datasets.load_dataset(name, **{"split": "train", **params})
+        with contextlib.nullcontext() if reachable else cached_only():
+            loaded = datasets.load_dataset(name, **{"split": "train", **params})
     except Exception as error:  # `datasets` raises a dozen types; the reason it gives is what helps
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not reachable and isinstance(error, ConnectionError):
+            reason = f"{endpoint()} does not answer and the cache does not have it"
         raise UserError(
             f"input: '{name}' is no path, and as a data set it could not be loaded, because {reason}; legal: a file, a "
-            "directory, or a data set name while the hub is reachable; try: --hf-datasets-params for its configuration"
+            "directory, or a data set name while the hub is reachable; try: HF_ENDPOINT with a mirror, files that were "
+            "downloaded elsewhere, or --hf-datasets-params for its configuration"
         ) from error
     if isinstance(loaded, dict):
         raise UserError(f"input: '{name}' gives several splits {sorted(loaded)}; try: 'split' in --hf-datasets-params")

@@ -10,14 +10,12 @@ import hashlib
 import json
 import os
 import re
-import socket
-import urllib.request
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from mindspeed_llm.data.hub import hub_answers
 from mindspeed_llm.errors import UserError
 
 SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "GPTSentencePieceTokenizer")
@@ -291,17 +289,6 @@ def _load_directory(directory: Path, sentencepiece_only: bool, trust_remote_code
     return _load_with_transformers(str(directory), trust_remote_code)
 
 
-def _hub_has_an_address() -> bool:
-    """Whether the hub's host name means something here; without a network one would wait a minute for that answer."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname, None)
-    except OSError:
-        return False
-    return True
-
-
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "tokenizer_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -345,7 +332,7 @@ def _load_with_transformers(name: str, trust_remote_code: bool) -> Tokenizer:
 
     try:
         loaded = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name) or not _hub_has_an_address()
+            name, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name) or not hub_answers()
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

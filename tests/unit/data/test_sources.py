@@ -154,6 +154,34 @@ def test_a_data_set_that_cannot_be_reached_says_so(monkeypatch):
         read("nobody/nothing")
 
 
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_looked_into(monkeypatch):
+    """Not six times over 24 seconds, as `datasets` does by itself."""
+    import datasets
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    modes = []
+    plain = datasets.load_dataset
+
+    def load_dataset(*args, **kwargs):
+        modes.append(datasets.config.HF_HUB_OFFLINE)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="http://127.0.0.1:9 does not answer .* try: HF_ENDPOINT"):
+        read("nobody/nothing")
+    assert modes == [True] and datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_files_of_ones_own_need_no_hub(monkeypatch, tmp_path):
+    """With `datasets` reading them. That it is not asked shows that the hub is not in the way."""
+    monkeypatch.setattr("mindspeed_llm.data.sources.hub_answers", lambda: pytest.fail("asked"))
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "x"}]')
+    options = {"data_files": str(file), "cache_dir": str(tmp_path / "cache")}
+    assert rows_of("json", hf_params=options) == [{"text": "x"}]
+
+
 @pytest.mark.parametrize(
     "name, text", [("a.csv", "text\n你好\n"), ("a.txt", "你好\n"), ("a.json", '[{"text": "你好"}]')]
 )
