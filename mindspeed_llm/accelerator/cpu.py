@@ -110,6 +110,12 @@ class CPU:
     def stream(self, stream: object) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext(stream)
 
+    def stream_type(self) -> type:
+        return HostStream
+
+    def event_type(self) -> type:
+        return HostEvent
+
     def new_stream(self) -> HostStream:
         return HostStream()
 

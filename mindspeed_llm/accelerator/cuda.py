@@ -51,6 +51,12 @@ class CUDA:
     def stream(self, stream: torch.cuda.Stream | None) -> AbstractContextManager:
         return torch.cuda.stream(stream)
 
+    def stream_type(self) -> type:
+        return torch.cuda.Stream
+
+    def event_type(self) -> type:
+        return torch.cuda.Event
+
     def new_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
 

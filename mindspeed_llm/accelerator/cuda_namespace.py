@@ -155,16 +155,19 @@ def _graphs() -> dict[str, Any]:
     return refused | {"graph_pool_handle": refused["CUDAGraph"], "graphs": types.SimpleNamespace(**refused)}
 
 
-def _properties(accelerator: Accelerator) -> dict[str, Callable]:
-    properties = types.SimpleNamespace(
+def _device_properties(accelerator: Accelerator) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
         name=accelerator.name,
         major=CAPABILITY[0],
         minor=CAPABILITY[1],
         total_memory=accelerator.memory_total(),
         multi_processor_count=1,
     )
+
+
+def _properties(accelerator: Accelerator) -> dict[str, Callable]:
     return {
-        "get_device_properties": lambda device=None: properties,
+        "get_device_properties": lambda device=None: _device_properties(accelerator),
         "get_device_name": lambda device=None: accelerator.name,
         "nccl": types.SimpleNamespace(version=lambda: (0, 0, 0), is_available=lambda tensors: False),
     }
@@ -172,8 +175,8 @@ def _properties(accelerator: Accelerator) -> dict[str, Callable]:
 
 def _streams(accelerator: Accelerator) -> dict[str, Any]:
     return {
-        "Stream": type(accelerator.new_stream()),
-        "Event": type(accelerator.new_event()),
+        "Stream": accelerator.stream_type(),
+        "Event": accelerator.event_type(),
         "stream": accelerator.stream,
         "StreamContext": accelerator.stream,
         "current_stream": lambda device=None: accelerator.current_stream(),
@@ -192,7 +195,10 @@ _TENSOR_TYPES = ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor", 
 
 
 def names(accelerator: Accelerator) -> dict[str, Any]:
-    """The attributes of `torch.cuda` that the accelerator answers."""
+    """The attributes of `torch.cuda` that the accelerator answers.
+
+    Making them asks the device nothing: before a rank has chosen its own, an answer would open the first one for all.
+    """
     nothing = types.SimpleNamespace(
         range_push=lambda message: 0,
         range_pop=lambda: 0,

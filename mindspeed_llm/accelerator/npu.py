@@ -78,6 +78,12 @@ class NPU:
     def stream(self, stream: Any) -> AbstractContextManager:
         return torch.npu.stream(stream)
 
+    def stream_type(self) -> type:
+        return torch.npu.Stream
+
+    def event_type(self) -> type:
+        return torch.npu.Event
+
     def new_stream(self) -> Any:
         return torch.npu.Stream()
 

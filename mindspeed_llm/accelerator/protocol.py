@@ -48,6 +48,12 @@ class Accelerator(Protocol):
     def stream(self, stream: Any) -> AbstractContextManager:
         """Context in which work is submitted to `stream` (None: unchanged)."""
 
+    def stream_type(self) -> type:
+        """The class of `new_stream`; initialises nothing."""
+
+    def event_type(self) -> type:
+        """The class of `new_event`; initialises nothing."""
+
     def new_stream(self) -> Any:
         """A new work queue with wait_stream, wait_event, record_event, synchronize."""
 

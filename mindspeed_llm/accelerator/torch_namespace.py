@@ -85,11 +85,17 @@ class TorchFacade(types.ModuleType):
 
 
 def _device_class(accelerator: Accelerator) -> type:
-    """`torch.device`, except that constructing a CUDA device gives the accelerator's; isinstance is torch.device's."""
+    """`torch.device`, except that constructing a CUDA device gives the accelerator's; isinstance is torch.device's.
+
+    Without an index it means, as CUDA's does, the device that is current when it is used: megatron has it in defaults
+    of arguments, which are computed before a rank has chosen its device.
+    """
 
     class DeviceType(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> torch.device:
             first = args[0] if args else kwargs.get("type", kwargs.get("device"))
+            if first == "cuda" and len(args) + len(kwargs) == 1:
+                return torch.device(accelerator.device_type)
             return accelerator.current_device() if is_cuda(first) else torch.device(*args, **kwargs)
 
         def __instancecheck__(cls, instance: object) -> bool:

@@ -14,8 +14,15 @@ def join_on_npu(rank: int, world_size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.npu.set_device(rank)
     os.environ["MINDSPEED_LLM_DEVICE"] = "npu"
+    from mindspeed_llm import patches
+    from mindspeed_llm.accelerator import show_to_megatron
+
+    show_to_megatron("npu")
+    patches.apply()
+    # Otherwise every rank of a host would hold memory on the first device.
+    assert not torch.npu.is_initialized(), "loading megatron opened a device before this rank chose its own"
+    torch.npu.set_device(rank)
     dist.init_process_group("hccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
 
 

@@ -150,6 +150,7 @@ def test_megatron_sees_the_device_where_it_says_cuda(device):
     facade = torch_facade.installed()
     assert facade.cuda.is_available() and facade.cuda.current_device() == torch.device("npu", 0)
     assert facade.empty(3, device="cuda").device.type == "npu"
+    assert facade.device("cuda") == torch.device("npu") and facade.device("cuda:1") == torch.device("npu", 0)
     assert facade.get_rng_state is torch.get_rng_state  # the host's stream is another than the device's
     assert isinstance(torch.zeros(1, device="npu"), facade.cuda.FloatTensor)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mindspeed_llm import accelerator
-from mindspeed_llm.accelerator.cpu import CPU
+from mindspeed_llm.accelerator.cpu import CPU, HostEvent, HostStream
 from mindspeed_llm.errors import UserError
 
 
@@ -79,3 +79,15 @@ def test_memory_is_of_this_process():
 
 def test_no_number_is_invented_for_the_speed_of_a_cpu():
     assert CPU().peak_flops(torch.bfloat16) is None
+
+
+def test_the_facade_asks_a_device_nothing_before_it_is_used(monkeypatch):
+    from mindspeed_llm.accelerator.cuda_namespace import CudaNamespace
+
+    asked = []
+    for name in ("memory_total", "memory_allocated", "new_stream", "new_event", "current_stream", "generator"):
+        monkeypatch.setattr(CPU, name, lambda self, *args, name=name: asked.append(name) or 0)
+    namespace = CudaNamespace(CPU())
+    assert asked == []
+    assert namespace.Stream is HostStream and namespace.Event is HostEvent
+    assert namespace.get_device_properties(0).total_memory == 0 and asked == ["memory_total"]
