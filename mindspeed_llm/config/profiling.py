@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mindspeed_llm.config.schema import at_least, option, section
 
+EVERY_RANK = -1
+
 
 @section
 class ProfilingConfig:
@@ -16,7 +18,9 @@ class ProfilingConfig:
     profile_step_end: int = option(
         12, help="iterations before the trace ends; -1 for the end of training", level="advanced", check=at_least(-1)
     )
-    profile_ranks: list[int] = option([0], help="ranks that trace; -1 for all", level="advanced", check=at_least(-1))
+    profile_ranks: list[int] = option(
+        [0], help="ranks that trace; -1 for all", level="advanced", check=at_least(EVERY_RANK)
+    )
     profile_save_path: str = option("./profile_dir", help="folder of the traces", level="advanced")
     profile_with_cpu: bool = option(help="what the host does, too", level="advanced")
     profile_with_stack: bool = option(help="the Python calls behind each operator, too", level="advanced")

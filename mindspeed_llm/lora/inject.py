@@ -10,7 +10,6 @@ from torch import nn
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.lora.experts import ADAPTED as ADAPTED_EXPERTS
 from mindspeed_llm.lora.experts import WEIGHTS, ExpertFactors
-from mindspeed_llm.lora.function import FrozenWeight
 from mindspeed_llm.lora.initial import initial_a
 from mindspeed_llm.lora.layers import LoraColumnParallelLinear, LoraMixin, LoraRowParallelLinear
 from mindspeed_llm.lora.replicated import LoraReplicatedLinear, LoraRouter
@@ -68,8 +67,6 @@ def inject_adapters(model: nn.Module, settings: AdapterSettings, seed: int = 123
             names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
             continue
         module.__class__ = adapted_class(module, path)
-        if settings.use_dora:
-            check_frozen(module.weight, path)
         module.add_adapter(linears[kind], settings)
         initialize_adapter(module, name, seed)
         names += [f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith("lora_")]
@@ -90,27 +87,12 @@ def inject_into_experts(
             continue
         if type(experts) in ADAPTED_EXPERTS:
             experts.__class__ = ADAPTED_EXPERTS[type(experts)]
-        if settings.use_dora:
-            check_frozen(experts.base_weight(name), f"{path}.{name}")
         factors = experts.add_adapter(linears[kind], settings)
         factors.initialize_adapter(whole + name, seed)
         if factors.uses_dora:
             factors.initialize_magnitudes(factors.row_norms(partial(experts.dense_weight, name)))
         names += [f"{path}.{name}.{n}" for n, _ in factors.named_parameters()]
     return names
-
-
-def check_frozen(weight: torch.Tensor | FrozenWeight, path: str) -> None:
-    """Refuse magnitudes (DoRA) beside a weight that is trained too.
-
-    Raises:
-        UserError: it is.
-    """
-    if isinstance(weight, torch.Tensor) and weight.requires_grad:
-        raise UserError(
-            f"--use-dora: {path} is trained itself (--trainable), so its direction is not the adapter's alone; "
-            "legal: --trainable for other parameters; try: leave --use-dora out"
-        )
 
 
 def layer_of(path: str, shape: ModelShape) -> int:

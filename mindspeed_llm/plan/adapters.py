@@ -14,6 +14,7 @@ from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.parallel.layout import ParallelLayout
 from mindspeed_llm.plan.adaptable import Adaptable, adaptable_linears
 from mindspeed_llm.plan.targets import ALL_LINEAR, check_excluded, resolve_pattern, resolve_targets
+from mindspeed_llm.plan.trained import TrainedParts
 
 Number = TypeVar("Number", int, float)
 
@@ -152,6 +153,22 @@ def check_copied_embedding(shape: ModelShape, settings: AdapterSettings, layout:
             "lora: word_embeddings has an adapter, and with multi-token prediction the first and the last stage hold "
             "the embedding; legal: one stage, or --mtp-num-layers 0; try: other targets"
         )
+
+
+def check_directions(shape: ModelShape, settings: AdapterSettings, trained: TrainedParts) -> None:
+    """Refuse magnitudes (DoRA) beside a weight that is trained too.
+
+    Raises:
+        UserError: there is one.
+    """
+    for linear in adaptable_linears(shape):
+        for layer, expert in linear.places():
+            path = linear.path(layer, expert)
+            if settings.adapts(linear.module, layer) and trained.has_tensor(f"{path}.weight"):
+                raise UserError(
+                    f"--use-dora: {path} is trained itself (--trainable), so its direction is not the adapter's alone; "
+                    "legal: --trainable for other parameters; try: leave --use-dora out"
+                )
 
 
 def check_dense(settings: AdapterSettings, flag: str) -> None:

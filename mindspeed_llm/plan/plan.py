@@ -24,6 +24,7 @@ from mindspeed_llm.plan.adapters import (
     adapters_asked_for,
     check_copied_embedding,
     check_dense,
+    check_directions,
     check_tied_embedding,
 )
 from mindspeed_llm.plan.base import check_base
@@ -35,6 +36,7 @@ from mindspeed_llm.plan.quantization import quantization_rules, quantized_base
 from mindspeed_llm.plan.recompute import recompute_problems
 from mindspeed_llm.plan.recorded_adapters import recorded_adapters, settings_in
 from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleaving_rules, layout_rules, sequence_rules
+from mindspeed_llm.plan.running import run_problems
 from mindspeed_llm.plan.source import find_adapters
 from mindspeed_llm.plan.trained import TrainedParts
 from mindspeed_llm.plan.weights import find_sources, stored_shape_of, why_weights_alone, without_predictions
@@ -195,6 +197,14 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
             _try(problems, lambda: check_dense(adapters, "--lora-prepack"), None)
         if config.lora.lora_kernels != "torch":
             _try(problems, lambda: check_dense(adapters, f"--lora-kernels {config.lora.lora_kernels}"), None)
+        if adapters.use_dora:
+            _try(problems, lambda: check_directions(shape, adapters, plan.trained), None)
+    problems += run_problems(
+        config,
+        global_batch_size=plan.global_batch_size,
+        world_size=layout.world_size,
+        adapted=adapters is not None,
+    )
     problems += _export_problems(plan)
     problems += expert_problems(config, shape, layout)
     problems += recompute_problems(config, shape)

@@ -14,8 +14,6 @@ from mindspeed_llm.config.training import OptimizerConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.ops.adamw import FusedAdamW
 
-FULL_TUNING_LR = 1e-5
-DEFAULT_LR = 1e-4
 # What LoRA+ trains faster. PEFT's create_loraplus_optimizer puts vectors, which DoRA's magnitudes are, beside B too.
 MAGNITUDES = "*.lora_magnitude.*"
 FASTER = ("*.lora_B.*", MAGNITUDES)

@@ -19,6 +19,7 @@ from mindspeed_llm.parallel.launch import check_agreement
 from mindspeed_llm.parallel.shards import local_values
 from mindspeed_llm.parallel.watch import Watch, watched
 from mindspeed_llm.plan.plan import Plan
+from mindspeed_llm.plan.running import peak_learning_rate
 from mindspeed_llm.plan.show import show_adapters
 from mindspeed_llm.training.build_options import DTYPES
 from mindspeed_llm.training.data import TrainingData, evaluation_iterations
@@ -34,7 +35,7 @@ from mindspeed_llm.training.memory_report import MemoryReport
 from mindspeed_llm.training.monitor.monitor import Monitor
 from mindspeed_llm.training.monitor.saves import SaveEvents
 from mindspeed_llm.training.monitor.sinks import open_sinks
-from mindspeed_llm.training.optimizer import DEFAULT_LR, FULL_TUNING_LR, build_optimizer, build_scheduler
+from mindspeed_llm.training.optimizer import build_optimizer, build_scheduler
 from mindspeed_llm.training.out_of_memory import OutOfMemoryAdvice
 from mindspeed_llm.training.profiling import Profiler
 from mindspeed_llm.training.report import LossHistory, Reporter
@@ -189,10 +190,7 @@ def make_reporter(plan: Plan, train_iters: int, done: int) -> Reporter:
 def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[Any, Any]:
     """Optimizer and schedule over what is trained."""
     c = plan.config
-    full_tuning = c.door == "posttrain" and plan.adapters is None
-    learning_rate = c.optimizer.lr or (FULL_TUNING_LR if full_tuning else DEFAULT_LR)
-    if c.optimizer.min_lr > learning_rate:
-        raise UserError(f"--min-lr: {c.optimizer.min_lr} is above the default --lr {learning_rate}; give --lr")
+    learning_rate = peak_learning_rate(c, adapted=plan.adapters is not None)
     optimizer = build_optimizer(
         c.optimizer,
         model.wrapped,

@@ -10,7 +10,6 @@ from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator import profiling, ranges
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.config.profiling import ProfilingConfig
-from mindspeed_llm.errors import UserError
 from mindspeed_llm.plan.profiling import profiling_problems
 from mindspeed_llm.training.profiling import Profiler
 
@@ -102,8 +101,6 @@ def test_other_ranks_and_other_iterations_are_not_traced(monkeypatch, capsys):
     goes_on_behind = Profiler(options(profile_ranks=[-1]))
     assert Watched(monkeypatch).train(goes_on_behind, 12, 15) == []
     assert "nothing was traced: training ended after iteration 15" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--profile-ranks: 2 is wrong, because the run has 2 ranks; legal: 0 to 1"):
-        Profiler(options(profile_ranks=[0, 2]))
 
 
 def trace(folder, **changed):
