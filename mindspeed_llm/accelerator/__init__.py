@@ -46,7 +46,7 @@ def current() -> Accelerator:
         UserError: the named device does not exist or is not available here.
     """
     if wanted := os.environ.get(ENVIRONMENT_VARIABLE):
-        return _available(wanted, ENVIRONMENT_VARIABLE)
+        return available(wanted, ENVIRONMENT_VARIABLE)
     return next(get(name) for name in NAMES if get(name).is_available())
 
 
@@ -60,7 +60,7 @@ def select(name: str) -> Accelerator:
     """
     from mindspeed_llm.accelerator import torch_facade
 
-    chosen = _available(name, "device")
+    chosen = available(name, "device")
     # The environment is how processes started by this one learn of it.
     os.environ[ENVIRONMENT_VARIABLE] = name
     current.cache_clear()
@@ -85,7 +85,15 @@ def show_to_megatron(name: str = "auto") -> None:
         select(name)  # which shows it too
 
 
-def _available(name: str, asked_by: str) -> Accelerator:
+def available(name: str, asked_by: str) -> Accelerator:
+    """The accelerator called `name`.
+
+    Args:
+        asked_by: where the name is from, for the message.
+
+    Raises:
+        UserError: there is none of that name, or not here.
+    """
     chosen = get(name)
     if not chosen.is_available():
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 from mindspeed_llm.errors import UserError
@@ -53,6 +54,20 @@ def space_problem(root: Path, needed: int, what: str) -> str | None:
     )
 
 
+def writing_problem(root: Path) -> str | None:
+    """Why nothing can be written below a directory, which need not exist; None when it can. Nothing is left there."""
+    try:
+        there = nearest_existing(root)
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        # Only writing shows it: permissions say nothing of a volume that is read-only, and nothing to root.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as wrong:
+        return _not_written(root, wrong)
+    return None
+
+
 def probe(root: Path) -> None:
     """Make a directory and write a small file into it, as a checkpoint will: read-only volumes and quotas fail here.
 
@@ -70,10 +85,12 @@ def probe(root: Path) -> None:
         finally:
             file.unlink(missing_ok=True)
     except OSError as wrong:
-        reason = "the quota is used up" if wrong.errno == errno.EDQUOT else wrong.strerror
-        raise UserError(
-            f"save: --save {root} cannot be written to, because of: {reason}; legal: a directory this user may write"
-        ) from wrong
+        raise UserError(_not_written(root, wrong)) from wrong
+
+
+def _not_written(root: Path, wrong: OSError) -> str:
+    reason = "the quota is used up" if wrong.errno == errno.EDQUOT else wrong.strerror
+    return f"save: --save {root} cannot be written to, because of: {reason}; legal: a directory this user may write"
 
 
 def in_units(num_bytes: float) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm import accelerator
+from mindspeed_llm.checkpoint.space import writing_problem
 from mindspeed_llm.cli.door import say_notes
 from mindspeed_llm.cli.hub import download_models
 from mindspeed_llm.config.parser import Parsed
@@ -33,6 +35,7 @@ def run_door(parsed: Parsed) -> RunResult | None:
     resumes = config.checkpoint.load is not None or config.lora.lora_load is not None
     if not config.data.data_path and not config.logging.dry_run and not resumes:
         problems.append("--data-path is missing: preprocessed files or raw data to train on")
+    problems += _not_possible_here(config)
     download_models(config, problems)
     plan = resolve(config, problems, tokenizer_size=_size_of_named_tokenizer(parsed))
     say_notes([*parsed.notes, *plan.notes])
@@ -58,6 +61,21 @@ def run_door(parsed: Parsed) -> RunResult | None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             export_as_hf(plan)
     return result
+
+
+def _not_possible_here(config: RunConfig) -> list[str]:
+    """What this machine lacks for the job, a line each: found out before anything is started, and by a dry run too."""
+    problems = []
+    device = config.runtime.device
+    if device != "auto":
+        try:
+            accelerator.available(device, "device")
+        except UserError as wrong:
+            problems.append(str(wrong))
+    if config.checkpoint.save is not None and not config.training.eval_only:
+        wrong_place = writing_problem(Path(config.checkpoint.save))
+        problems += [] if wrong_place is None else [wrong_place]
+    return problems
 
 
 def _dry_run(plan: Plan) -> None:

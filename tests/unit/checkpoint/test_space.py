@@ -28,6 +28,17 @@ def test_a_volume_that_cannot_be_written_to_is_found_out_at_once(tmp_path):
         space.probe(tmp_path / "file" / "below")
 
 
+def test_a_place_that_does_not_exist_yet_is_tried_without_making_it(tmp_path):
+    assert space.writing_problem(tmp_path / "new" / "directory") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for inside in (tmp_path / "file", tmp_path / "file" / "below", space.Path("/proc/new")):
+        problem = space.writing_problem(inside)
+        assert problem.startswith(f"save: --save {inside} cannot be written to") and "\n" not in problem
+        with pytest.raises(UserError, match=f"--save {inside} cannot be written to"):
+            space.probe(inside)
+
+
 def test_a_quota_is_named(tmp_path, monkeypatch):
     import errno
 
