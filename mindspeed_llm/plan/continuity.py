@@ -25,6 +25,11 @@ TOGETHER = (
     ("bf16", "fp16"),
     ("trainable", "freeze", "trainable_layers", "frozen_layers"),
     ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    # Numbers of layers or tokens have no flag that takes them back.
+    ("recompute_norm", "recompute_norm_num_layers"),
+    ("recompute_activation_function", "recompute_activation_function_num_layers"),
+    ("moe_zero_memory", "moe_zero_memory_num_layers"),
+    ("cross_entropy_loss_fusion", "loss_compute_mode", "loss_chunk_size"),
     ("padding_free", "pad_to_seq_length"),
     ("pack", "neat_pack"),
     ("tokenizer_name_or_path", "tokenizer_model"),

@@ -8,6 +8,7 @@ from mindspeed_llm.config.parser import parse
 from mindspeed_llm.config.run import all_options, door_options
 from mindspeed_llm.config.schema import TRAINING_DOORS
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.plan.combinations import combination_problems
 from mindspeed_llm.plan.continuity import TOGETHER, continue_run, recorded_options, unknown_changes
 from mindspeed_llm.training.data import TrainingData
 
@@ -114,12 +115,36 @@ def test_what_belongs_to_a_start_is_not_taken_over():
         ("--lr-warmup-fraction 0.1", "--lr-warmup-iters 3", {"lr_warmup_fraction": None, "lr_warmup_iters": 3}),
         ("--trainable-layers last:1", "--freeze norm", {"trainable_layers": None, "freeze": ["norm"]}),
         ("--pack", "--neat-pack", {"pack": False, "neat_pack": True}),
+        ("--recompute-norm --recompute-norm-num-layers 1", "--no-recompute-norm", {"recompute_norm_num_layers": None}),
     ],
 )
 def test_options_that_exclude_each_other_are_decided_together(before, words, expected):
     after = config(words)
     continue_run(after, {"continuity": {}, "options": recorded_options(config(before))})
     assert {name: after.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "before, off",
+    [
+        ("--recompute-norm --recompute-norm-num-layers 1", "--no-recompute-norm"),
+        (
+            "--recompute-activation-function --recompute-activation-function-num-layers 1",
+            "--no-recompute-activation-function",
+        ),
+        ("--moe-zero-memory level0 --moe-zero-memory-num-layers 1", "--moe-zero-memory disable"),
+        ("--loss-compute-mode chunk --loss-chunk-size 5", "--no-cross-entropy-loss-fusion"),
+    ],
+)
+def test_a_resume_switches_off_what_has_a_number(before, off):
+    """The number that was saved with it would otherwise be refused as meaningless, and nothing could take it back."""
+    record = {"continuity": {}, "options": recorded_options(config(before))}
+    as_before, after = config(""), config(off)
+    for each in (as_before, after):
+        assert continue_run(each, record)[0] == []
+    assert combination_problems(as_before) == [] == combination_problems(after)
+    after.set(before.split()[-2].removeprefix("--").replace("-", "_"), 1)
+    assert len(combination_problems(after)) == 1
 
 
 def test_groups_hold_options_that_exist():
