@@ -14,8 +14,10 @@ from mindspeed_llm.accelerator.out_of_memory import SEGMENT_BYTES
 from mindspeed_llm.config.profiling import ProfilingConfig
 
 # Dense tensor-core FLOP/s of bf16/fp16 from NVIDIA's data sheets (without sparsity), keyed by a word of the device
-# name; the SXM parts, since PCIe parts carry "PCIe" in theirs and are left out rather than guessed.
+# name; the SXM parts, since those in slots are slower, say so in theirs, and are left out rather than guessed.
 PEAK_HALF_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}
+
+IN_SLOTS = ("PCI", "NVL")
 
 
 class CUDA:
@@ -110,6 +112,6 @@ class CUDA:
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         name = torch.cuda.get_device_name()
-        if dtype not in (torch.bfloat16, torch.float16) or "PCIe" in name:
+        if dtype not in (torch.bfloat16, torch.float16) or any(word in name for word in IN_SLOTS):
             return None
         return next((flops for word, flops in PEAK_HALF_FLOPS.items() if word in name), None)

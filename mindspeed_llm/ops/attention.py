@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mindspeed_llm import accelerator
 from mindspeed_llm.ops.registry import REFERENCE, implementation, implementations, register
@@ -85,13 +87,27 @@ def attention(
         return run(query, key, value, window_size, dropout, scale, **extra)
     if query.shape[1] != 1:
         raise ValueError(f"packed attention takes a batch of 1, not {query.shape[1]}")
-    lengths = cu_seqlens.diff().tolist()
+    lengths = [stop - start for start, stop in pairwise(bounds_of(cu_seqlens))]
     if sum(lengths) != query.shape[0] or query.shape[0] != key.shape[0]:
         raise ValueError(f"cu_seqlens ends at {sum(lengths)}, the packed row has {query.shape[0]} tokens")
     lengths = [length for length in lengths if length]
     if extra:
         return by_document(query, key, value, lengths, window_size, dropout, scale, **extra)
     return implementation("packed_attention")(query, key, value, lengths, window_size, dropout, scale)
+
+
+# Bounds that were read, with the version of the tensor.
+_bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def bounds_of(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The numbers in `cu_seqlens`, read once for all layers: to read them is to wait for the device."""
+    if cu_seqlens.is_inference():  # whose changes are not counted
+        return tuple(cu_seqlens.tolist())
+    known = _bounds.get(cu_seqlens)
+    if known is None or known[0] != cu_seqlens._version:
+        known = _bounds[cu_seqlens] = cu_seqlens._version, tuple(cu_seqlens.tolist())
+    return known[1]
 
 
 def able(dropout: float, extra: Iterable[str] = ()) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mindspeed_llm.ops.attention import attention
+from mindspeed_llm.ops.attention import attention, bounds_of
 from mindspeed_llm.ops.attention_masked import check_mask, masked_attention
 from mindspeed_llm.parallel.context_exchange import gather_heads, gather_tokens, repeat_key_heads
 from mindspeed_llm.parallel.context_ring import Ring, RingProblem, ring_attention
@@ -79,7 +79,7 @@ class ContextParallelAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
         if self.ring is None:
             return attention(query, key, value, cu_seqlens=cu_seqlens, window_size=self.window_size, scale=self.scale)
-        bounds = (0, length) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        bounds = (0, length) if cu_seqlens is None else bounds_of(cu_seqlens)
         if bounds[-1] != length:
             raise ValueError(f"cu_seqlens ends at {bounds[-1]}, the ranks together hold {length} tokens")
         if cu_seqlens is not None and query.shape[1] != 1:

@@ -9,6 +9,9 @@ torch.nn.attention.varlen.varlen_attn.
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -19,13 +22,23 @@ DEVICES = ("cuda",)
 TYPES = (torch.float16, torch.bfloat16)
 # Limits of FlashAttention-2: largest head, its steps, and one size for queries, keys and values.
 LARGEST_HEAD, HEAD_STEP = 256, 8
+# The first generation of GPU that FlashAttention-2 has kernels for (A100).
+OLDEST_GPU = (8, 0)
+# What is asked of varlen_attn; torch 2.13 has all of it, the first releases of the kernel do not.
+VARLEN_OPTIONS = ("scale", "window_size", "enable_gqa")
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether FlashAttention-2 takes tensors [..., heads, channels] of this type and these sizes."""
     d = query.shape[-1]
     sizes = d == key.shape[-1] == value.shape[-1] <= LARGEST_HEAD and d % HEAD_STEP == 0
-    return query.is_cuda and sizes and query.dtype in TYPES and query.dtype == key.dtype == value.dtype
+    types = query.dtype in TYPES and query.dtype == key.dtype == value.dtype
+    return query.is_cuda and sizes and types and _has_kernels(query.get_device())
+
+
+@functools.cache
+def _has_kernels(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= OLDEST_GPU
 
 
 def _window(window_size: int | None) -> tuple[int, int]:
@@ -71,7 +84,22 @@ def _ends(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 
-@register("packed_attention", "varlen_attn", devices=DEVICES, requires=("torch.nn.attention.varlen",), priority=1)
+def why_no_varlen() -> str | None:
+    """Why torch's kernel for documents cannot be called; None when it can."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lacking = [name for name in VARLEN_OPTIONS if name not in inspect.signature(varlen_attn).parameters]
+    return f"varlen_attn of torch {torch.__version__} has no {', '.join(lacking)}" if lacking else None
+
+
+@register(
+    "packed_attention",
+    "varlen_attn",
+    devices=DEVICES,
+    requires=("torch.nn.attention.varlen",),
+    priority=1,
+    unless=why_no_varlen,
+)
 def torch_packed_attention(
     query: Tensor,
     key: Tensor,

@@ -66,6 +66,20 @@ def test_events_measure_milliseconds():
         start.elapsed_time(cpu.new_event())
 
 
+@pytest.mark.parametrize(
+    "name, flops",
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)]
+    + [
+        (name, None)
+        for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-PCIE-40GB", "Tesla V100-SXM2-32GB")
+    ],
+)
+def test_a_gpu_whose_peak_is_not_known_has_none(monkeypatch, name, flops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert accelerator.get("cuda").peak_flops(torch.bfloat16) == flops
+    assert accelerator.get("cuda").peak_flops(torch.float32) is None
+
+
 def test_memory_is_of_this_process():
     cpu = CPU()
     before = cpu.resident_memory()

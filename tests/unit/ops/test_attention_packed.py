@@ -89,3 +89,21 @@ def test_rows_are_arranged_and_put_back():
 def test_a_row_without_documents_is_empty():
     tensors, _ = inputs(0)
     assert attention(*tensors, cu_seqlens=bounds((0,))).shape == (0, 1, 32)
+
+
+def test_bounds_are_read_once_for_all_layers_and_again_when_they_change(monkeypatch):
+    read, tolist = [], torch.Tensor.tolist
+    ends = bounds(LENGTHS)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (read.append(x) if x is ends else None) or tolist(x))
+    tensors, _ = inputs(sum(LENGTHS))
+    first = attention(*tensors, cu_seqlens=ends)
+    assert torch.equal(attention(*tensors, cu_seqlens=ends), first) and len(read) == 1
+    ends[1] -= 5
+    changed = attention(*tensors, cu_seqlens=ends)
+    assert len(read) == 2 and not torch.equal(changed, first)
+    torch.testing.assert_close(changed, reference(*tensors, cu_seqlens=ends))
+    with torch.inference_mode():
+        ends = bounds(LENGTHS)
+        torch.testing.assert_close(attention(*tensors, cu_seqlens=ends), first)
+        ends[1] -= 5
+        torch.testing.assert_close(attention(*tensors, cu_seqlens=ends), changed)

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from mindspeed_llm.ops import registry
 from mindspeed_llm.ops.attention import reference
 from mindspeed_llm.ops.cuda import attention as cuda
 
@@ -98,3 +99,20 @@ def test_torchs_kernel_has_no_dropout(kernels):
 def test_limits_of_the_kernels():
     q = torch.zeros(2, 1, 2, 8, dtype=torch.bfloat16)
     assert not cuda.fits(q, q, q)  # not on a GPU
+
+
+def test_a_torch_whose_kernel_takes_less_is_not_called(monkeypatch):
+    (entry,) = (e for e in registry.implementations("packed_attention") if e.name == "varlen_attn")
+    assert entry.missing("cuda") is None
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    assert entry.missing("cuda").endswith("has no scale, window_size, enable_gqa")
+
+
+@pytest.mark.parametrize("generation, has_kernels", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_older_gpus_take_torchs_own_attention(monkeypatch, generation, has_kernels):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: generation)
+    assert cuda._has_kernels.__wrapped__(0) is has_kernels
