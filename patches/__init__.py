@@ -15,7 +15,7 @@ from mindspeed_llm.patches.core.fusions import (
 )
 from mindspeed_llm.patches.core.inference.contexts.attention_context.triton import tensor_ops
 from mindspeed_llm.patches.core.optimizer import distrib_optimizer, hybrid_optimizer
-from mindspeed_llm.patches.core.tensor_parallel import layers, mappings
+from mindspeed_llm.patches.core.tensor_parallel import layers, mappings, random
 from mindspeed_llm.patches.core.transformer import dot_product_attention, torch_norm
 from mindspeed_llm.patches.core.transformer.custom_layers import batch_invariant_kernels
 from mindspeed_llm.patches.core.transformer.experimental_attention_variant import dsa
@@ -36,6 +36,7 @@ def catalogue() -> tuple[Patch, ...]:
         fused_pad_routing_map,
         layers,
         mappings,
+        random,
         distrib_optimizer,
         hybrid_optimizer,
         torch_norm,
