@@ -51,7 +51,9 @@ class TorchFacade(types.ModuleType):
         self.__spec__ = torch.__spec__
         self.__dict__["cuda"] = CudaNamespace(accelerator)
         self.__dict__["distributed"] = DistributedNamespace(accelerator)
-        self.__dict__.update({name: self._on_device(getattr(torch, name), accelerator) for name in _DEVICE_FUNCTIONS})
+        self._accelerator = accelerator
+        self._functions = {name: self._on_device(getattr(torch, name), accelerator) for name in _DEVICE_FUNCTIONS}
+        self.__dict__.update(self._functions)
         self.__dict__["device"] = _device_class(accelerator)
         self.__dict__["autocast"] = functools.partial(_autocast, accelerator)
         self.__dict__["compile"] = _no_compile
@@ -82,6 +84,31 @@ class TorchFacade(types.ModuleType):
             return function(*args, **kwargs)
 
         return on_device
+
+
+class _DeviceFunction:
+    """A name of the facade: what it was given, and while torch's own name is bound to another function, that one.
+
+    Somebody who replaces `torch.empty` for a while (unittest.mock, accelerate) replaces it for the program as well.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, facade: TorchFacade | None, owner: type) -> Any:
+        if facade is None:
+            return self
+        given, theirs = vars(facade)[self.name], getattr(torch, self.name)
+        if given is not facade._functions[self.name] or given.__wrapped__ is theirs:
+            return given
+        return facade._on_device(theirs, facade._accelerator)
+
+    def __set__(self, facade: TorchFacade, value: Any) -> None:
+        vars(facade)[self.name] = value
+
+
+for _name in _DEVICE_FUNCTIONS:
+    setattr(TorchFacade, _name, _DeviceFunction(_name))
 
 
 def _device_class(accelerator: Accelerator) -> type:

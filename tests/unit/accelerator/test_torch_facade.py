@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import pytest
 import torch
@@ -85,6 +86,19 @@ def test_a_module_that_assumes_cuda_runs_on_the_cpu(subject, install_first):
     code.run_lazily(calls)
     assert calls == [1]
     assert not hasattr(code.compiled, "_torchdynamo_orig_callable") and code.compiled(1) == 2
+
+
+@needs_no_cuda
+def test_a_function_of_torch_that_is_replaced_is_replaced_for_the_program(subject):
+    code = subject(install_first=True)
+    held = code.torch.zeros  # as a program holds what it is about to replace
+    with mock.patch("torch.zeros", new=lambda *args, **kwargs: held(*args, **kwargs) + 1):
+        assert code.make()[0].tolist() == [1.0, 1.0] and code.make()[1].tolist() == [0.0]
+        assert held(1).tolist() == [0.0] and torch.zeros(1).tolist() == [1.0]
+    assert code.torch.zeros is held and code.make()[0].tolist() == [0.0, 0.0]
+    with mock.patch.object(code.torch, "zeros", new=lambda *args, **kwargs: "the program's own"):
+        assert code.make()[0] == "the program's own" and torch.zeros(1).tolist() == [0.0]
+    assert code.torch.zeros is held
 
 
 @needs_no_cuda
