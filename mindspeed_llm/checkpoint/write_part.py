@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.box_frame import MAX_BOX_BYTES, frame
 from mindspeed_llm.checkpoint.boxes import Box, not_a_partition, split_boxes
 from mindspeed_llm.checkpoint.checksum import CHUNK_BYTES, FileSum, new_checksum
@@ -63,7 +64,8 @@ def write_part(
     """Write what one rank contributes, durably, and then say so in the directory.
 
     Args:
-        boxes: on any device; those not in host memory are copied there one after the other.
+        boxes: on any device; those not in host memory are copied there one after the other, in the queue that the
+            calling thread submits to.
         objects: megatron-core's unique key -> what torch.save made of a list with the object in it.
         facts: see `Part`; plain values.
 
@@ -73,9 +75,12 @@ def write_part(
     part = Part(facts=dict(facts))
     pieces = [piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES)]
     shares = [(f"__{rank}_{number}.distcp", share) for number, share in enumerate(_shares(pieces))]
+    # A writer's own queue would wait for all that training has submitted, a collective that never ends included.
+    away = any(piece.tensor.device.type != "cpu" for piece in pieces)
+    queue = accelerator.current().current_stream() if away else None
     with ThreadPoolExecutor(len(shares)) as writers:
         started = [
-            writers.submit(_write_file, directory / name, share, objects if number == 0 else {})
+            writers.submit(_write_file, directory / name, share, objects if number == 0 else {}, queue)
             for number, (name, share) in enumerate(shares)
         ]
     for written in started:
@@ -100,10 +105,10 @@ def _shares(pieces: list[Box]) -> list[list[Box]]:
     return shares
 
 
-def _write_file(path: Path, pieces: list[Box], objects: Mapping[str, bytes]) -> Part:
-    """Write one file durably."""
+def _write_file(path: Path, pieces: list[Box], objects: Mapping[str, bytes], queue: Any) -> Part:
+    """Write one file durably, copying from the device in `queue`, if there is anything to copy."""
     part, name = Part(), path.name
-    with path.open("wb", buffering=_BUFFER_BYTES) as file:
+    with accelerator.current().stream(queue), path.open("wb", buffering=_BUFFER_BYTES) as file:
         needed = bytes_of_part(pieces, objects)
         reserve(file.fileno(), needed)
         stream = _Summed(file)

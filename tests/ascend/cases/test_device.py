@@ -126,6 +126,18 @@ def test_random_numbers_repeat_from_a_state_and_leave_the_hosts_alone(device):
     assert 20 < float((second > 0).sum()) < 80
 
 
+def test_writers_of_a_checkpoint_copy_in_the_queue_of_the_thread_that_asked(device, tmp_path, monkeypatch):
+    from mindspeed_llm.checkpoint import write_part
+    from mindspeed_llm.checkpoint.boxes import Box
+
+    used, as_bytes = [], write_part.as_bytes
+    monkeypatch.setattr(write_part, "as_bytes", lambda x: used.append(torch.npu.current_stream()) or as_bytes(x))
+    queue, box = device.new_stream(), Box("weight", (4,), (0,), torch.ones(4, device="npu"))
+    with device.stream(queue):
+        write_part.write_part(tmp_path, 0, [box], {}, {})
+    assert used == [queue] and queue != device.current_stream()
+
+
 def test_tensors_of_two_devices_do_not_mix():
     weight, on_device = torch.randn(4, 4), torch.randn(4, 4, device="npu")
     with pytest.raises(RuntimeError, match="same device"):
