@@ -11,6 +11,8 @@ from mindspeed_llm.errors import UserError
 
 _CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# The same weights once more, as their makers' own programs read them: in a folder (`original/`), or beside the others.
+_OTHER_FORMS = ("*/*", "consolidated*")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUBS = ("hf", "modelscope")
 
@@ -41,7 +43,8 @@ def _from_hugging_face(name: str) -> Path:
     try:
         # One format of weights is enough; which one exists is only known after asking.
         for weights in _WEIGHT_PATTERNS:
-            directory = Path(snapshot_download(name, allow_patterns=[*_CONFIG_PATTERNS, weights]))
+            wanted = [*_CONFIG_PATTERNS, weights]
+            directory = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(_OTHER_FORMS)))
             if any(directory.glob(weights)):
                 return directory
     except Exception as error:  # requests, httpx, OSError and the hub's own types, by version

@@ -110,3 +110,21 @@ def test_without_a_network_the_error_names_the_endpoint_and_the_ways_out():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert "owner/name cannot be had from http://127.0.0.1:9" in last and "HF_ENDPOINT" in last
+
+
+@pytest.mark.parametrize("weights", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_weights_are_downloaded_in_one_form(tmp_path, monkeypatch, weights):
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "tokenizer.model", weights, "consolidated.00.pth", "original/model.safetensors"]
+    there += ["consolidated.safetensors", "original/tokenizer.model"] if weights.endswith(".safetensors") else []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        for file in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model("owner/name") == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["config.json", "tokenizer.model", weights])
