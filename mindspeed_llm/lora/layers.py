@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mindspeed_llm.lora.function import LinearKind, adapted_linear, dense
 from mindspeed_llm.lora.prepacked import PrepackedWeight
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
+from mindspeed_llm.models.recompute import stream_of_rank
 from mindspeed_llm.ops.adapter import CounterMask, masks_by_counter
 from mindspeed_llm.plan.adaptable import Adaptable
 from mindspeed_llm.plan.adapters import AdapterSettings
@@ -168,7 +169,7 @@ class LoraMixin:
             return None
         if self.kind.column and not self.kind.sequence_parallel:
             return draw(x, self.dropout)
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        with stream_of_rank(self.config):
             return draw(x, self.dropout)
 
     def prepacked(self) -> PrepackedWeight | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ColumnParallelLinear, RowParallelLinear
 from mindspeed_llm.models.norm import RMSNorm
-from mindspeed_llm.models.recompute import keep, without_output
+from mindspeed_llm.models.recompute import keep, stream_of_rank, without_output
 from mindspeed_llm.models.rope import softmax_scale
 from mindspeed_llm.ops.attention import attention
 from mindspeed_llm.ops.attention_masked import masked_attention
@@ -43,6 +43,7 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale(config.shape)
         self.softcap = config.shape.attention_softcap
         self.dropout = config.attention_dropout
+        self.config = config
 
     def forward(
         self,
@@ -60,7 +61,7 @@ class CoreAttention(nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         # Heads differ between tensor-parallel ranks, so their masks come from the stream that differs too.
-        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        with stream_of_rank(self.config) if dropout else nullcontext():
             if hidden is not None:
                 if self.softcap is not None:
                     raise ValueError("attention with a mask has no soft cap")

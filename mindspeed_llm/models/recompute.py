@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,16 @@ def count_over_rank(decoder: nn.Module, config: ModelConfig, vp_stage: int | Non
         return
     decoder.config = copy.copy(config)
     decoder.config.recompute_num_layers = max(config.recompute_num_layers - layers_before(config, vp_stage), 0)
+
+
+def stream_of_rank(config: ModelConfig) -> AbstractContextManager:
+    """The context inside a layer in which tensor-parallel ranks draw different dropout masks.
+
+    Under sequence parallelism megatron's block runs all of its layers in that stream. To enter it once more would draw
+    the same numbers, but not when the layer is recomputed: that happens outside of the block, with the random state of
+    within, while megatron's tracker still has the one with which the block began.
+    """
+    return nullcontext() if config.sequence_parallel else tensor_parallel.get_cuda_rng_tracker().fork()
 
 
 def keep(_later: Tensor) -> None:
