@@ -231,6 +231,14 @@ def test_fused_balancing_loss_is_megatrons_own(score_function):
     torch.testing.assert_close(loss, moe_utils.switch_load_balancing_loss_func(expected, counts, 16, 2, 8, 0.1))
 
 
+def test_the_buffers_that_megatrons_start_makes_for_overlap_are_refused_in_one_line():
+    from mindspeed_llm.models.stand_ins.transformer_engine.pytorch.module import base
+
+    modes = [base.UserBufferQuantizationMode.NONE]  # as megatron.training.initialize says, before it asks for buffers
+    with pytest.raises(UserError, match="--tp-comm-overlap.* is wrong, because .*; legal: .*; try: "):
+        base.initialize_ub(shape=[8, 4], tp_size=2, quantization_modes=modes, ub_cfgs={}, bootstrap_backend="nccl")
+
+
 def test_routing_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="score_function 'tanh' is wrong; legal"):
         router.fused_topk_with_score_function(torch.randn(2, 4), 1, score_function="tanh")

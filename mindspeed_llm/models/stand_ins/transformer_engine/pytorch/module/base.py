@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,22 @@ def device_of(device: Any) -> torch.device:
     if isinstance(device, torch.device | str) and torch.device(device).type != "cuda":
         return torch.device(device)
     return accelerator.current().current_device()
+
+
+class UserBufferQuantizationMode(enum.Enum):
+    """In which bits user buffers hold what they send; named by whoever asks for such buffers, see `initialize_ub`."""
+
+    NONE = "none"
+    FP8 = "fp8"
+
+
+def initialize_ub(*_arguments: Any, **_options: Any) -> None:
+    """Make the buffers in CUDA memory through which tensor-parallel ranks would send while they compute.
+
+    Raises:
+        UserError: there are none here.
+    """
+    raise refuse("communication over user buffers (--tp-comm-overlap)", "training without it")
 
 
 class _Recorded(torch.autograd.Function):
