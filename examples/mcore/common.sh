@@ -13,6 +13,7 @@
 #   PYTHON                              interpreter (default: python)
 #   LOG_DIR                             where <recipe>.log goes (default: logs)
 #   DRY_RUN=1                           print what would be done, in one process and on any machine
+#   HF_CONFIG                           config.json that a dry run plans by where the model is not there (Llama-2-7b's)
 # Arguments of a recipe are flags of its program, and win over the recipe's own:
 #   bash tune_llama2_7b_full_ptd.sh --log-throughput --prompt-type chatml --no-sequence-parallel
 # Paths are relative to the repository's root, wherever a recipe is called from.
@@ -29,6 +30,7 @@ MASTER_PORT=${MASTER_PORT:-6000}
 MIN_NNODES=${MIN_NNODES:-$NNODES}
 SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-600}
 DTYPE_FLAG=${DTYPE_FLAG---bf16}
+HF_CONFIG=${HF_CONFIG:-configs/llama2/config.json}
 # shellcheck disable=SC2034  # the recipes use it
 TOKENIZER=${TOKENIZER_PATH:-${TOKENIZER_MODEL:-./model_from_hf/llama-2-7b-hf/}}
 
@@ -70,13 +72,24 @@ run_one() {
     "$PYTHON" "${WORDS[@]}" ${dry_run:+"$dry_run"} 2>&1 | tee "$LOG_DIR/$(basename "$0" .sh).log"
 }
 
+# describe WORD...: set SHAPE to the flag that describes the model of these where it is not there to describe itself.
+describe() {
+    local before='' word
+    SHAPE=()
+    for word in "$@"; do
+        if [[ $before == --load && ! -e $word && " $* " != *" --hf-config"* ]]; then SHAPE=(--hf-config "$HF_CONFIG"); fi
+        before=$word
+    done
+}
+
 # run_ranks PROGRAM FLAG...: NPROC_PER_NODE processes on each of NNODES hosts.
 run_ranks() {
     local world_size=$((NPROC_PER_NODE * NNODES))
     settle "$@"
     set -- "${WORDS[@]}"
     if [[ ${DRY_RUN:-0} == 1 ]]; then
-        WORLD_SIZE=$world_size run_one "$@"
+        describe "$@"
+        WORLD_SIZE=$world_size run_one "$@" ${SHAPE[@]+"${SHAPE[@]}"}
     elif ((world_size == 1)); then
         run_one "$@"
     else

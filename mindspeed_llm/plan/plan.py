@@ -39,7 +39,13 @@ from mindspeed_llm.plan.rules import Rule, batch_rules, context_rules, interleav
 from mindspeed_llm.plan.running import run_problems
 from mindspeed_llm.plan.source import find_adapters
 from mindspeed_llm.plan.trained import TrainedParts
-from mindspeed_llm.plan.weights import find_sources, stored_shape_of, why_weights_alone, without_predictions
+from mindspeed_llm.plan.weights import (
+    find_sources,
+    not_there_yet,
+    stored_shape_of,
+    why_weights_alone,
+    without_predictions,
+)
 
 LONGEST_DEFAULT_SEQUENCE = 4096
 
@@ -175,6 +181,8 @@ def resolve(config: RunConfig, problems: list[str], tokenizer_size: int | None =
         raise UserError("\n".join(problems))
     plan = _assemble(config, layout, shape, stored_shape, weights, adapter_source, resume, adapters, hf_files)
     plan.notes += overridden
+    absent = not_there_yet(config).items()
+    plan.notes += [f"{flag} {path} is not there yet: the plan is made without it" for flag, path in absent]
     if not config.checkpoint.finetune and (why := why_weights_alone(config, adapter_source or weights)):
         plan.notes.append(why)
     if _try(problems, lambda: plan.trained, None) is None:

@@ -24,6 +24,7 @@ from mindspeed_llm.plan.optimizer_memory import OptimizerForm
 from mindspeed_llm.plan.plan import Plan
 from mindspeed_llm.plan.recompute import recompute_modules, recompute_options, whole_layers
 from mindspeed_llm.plan.trained import head_name
+from mindspeed_llm.plan.weights import not_there_yet
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -232,7 +233,9 @@ def _expert_row(s: ModelShape) -> list[tuple[str, str]]:
 
 def _weights(plan: Plan) -> list[tuple[str, str]]:
     source = plan.weights
-    rows = [("from", f"{source.path} ({source.format})" if source else f"random, seed {plan.config.data.seed}")]
+    absent = not_there_yet(plan.config)
+    otherwise = f"{absent['--load']} (not there yet)" if "--load" in absent else f"random, seed {plan.config.data.seed}"
+    rows = [("from", f"{source.path} ({source.format})" if source else otherwise)]
     if plan.adapter_source is not None:
         rows.append(("adapters from", f"{plan.adapter_source.path} ({plan.adapter_source.format})"))
     if plan.resume is not None:

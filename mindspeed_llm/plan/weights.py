@@ -44,10 +44,10 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
     if c.load is not None and weights is None:
         step, healthy = (None, False) if restart is not None else (c.ckpt_step, picks and c.load_healthy)
         weights = find_source(c.load, step, fall_back=picks and restart is None, healthy=healthy)
-    if config.lora.lora_load is not None and restart is None:
+    if config.lora.lora_load is not None and restart is None and "--lora-load" not in not_there_yet(config):
         first, healthy = config.lora.lora_load[0], picks and c.load_healthy
         adapter_source = find_adapters(first, fall_back=picks, healthy=healthy)
-    if c.load is not None and weights is None:
+    if c.load is not None and weights is None and "--load" not in not_there_yet(config):
         if not c.allow_random_init:
             found = sorted(p.name for p in Path(c.load).iterdir())[:5] if Path(c.load).is_dir() else None
             absent = "is a file" if Path(c.load).is_file() else "does not exist"
@@ -55,7 +55,7 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
             raise UserError(
                 f"checkpoint: nothing loadable in {c.load} ({state}); "
                 "legal: a Hugging Face directory, a Megatron checkpoint, a directory written by --save"
-                + ("; try: --allow-random-init to start from random weights" if config.door != "inference" else "")
+                + _instead_of_weights(config)
             )
     if weights is not None and weights.format in ADAPTER_FORMATS:
         if adapter_source is not None:
@@ -74,6 +74,25 @@ def find_sources(config: RunConfig, problems: list[str]) -> tuple[Found | None, 
                 "--auto-resume to go on from there whenever the same command is started again, or another directory"
             )
     return weights, adapter_source, resume
+
+
+def not_there_yet(config: RunConfig) -> dict[str, str]:
+    """Flag -> path of what a dry run does without: `--hf-config` describes a model that this machine does not have.
+
+    Adapters are missed only where they would answer: what they are made of would otherwise be part of the plan.
+    """
+    if not config.logging.dry_run or config.model.hf_config is None:
+        return {}
+    paths = {"--load": config.checkpoint.load}
+    if config.door == "inference":
+        paths["--lora-load"] = (config.lora.lora_load or [None])[0]
+    return {flag: path for flag, path in paths.items() if path is not None and not Path(path).exists()}
+
+
+def _instead_of_weights(config: RunConfig) -> str:
+    ways = ["--allow-random-init to start from random weights"] if config.door != "inference" else []
+    ways += ["--hf-config FILE to plan by its shape"] if config.logging.dry_run else []
+    return "; try: " + ", ".join(ways) if ways else ""
 
 
 def why_weights_alone(config: RunConfig, started: Found | None) -> str | None:

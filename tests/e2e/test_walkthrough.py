@@ -38,7 +38,8 @@ class Clone:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        shutil.copytree(ROOT / "examples", root / "examples")
+        for directory in ("examples", "configs"):
+            shutil.copytree(ROOT / directory, root / directory)
         for program in DOORS:
             shutil.copy(ROOT / program, root)
         # Heads and positions for which the recipes' own TP=8 and 4096 tokens are legal.
@@ -134,6 +135,17 @@ def test_dry_run_shows_the_plan_with_every_default_as_it_is(prepared, name, says
     prepared.here(name, DRY_RUN="1")
     assert says in capsys.readouterr().out
     assert not (prepared.root / "ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrain_llama2_7b_ptd", "tune_llama2_7b_lora_ptd", "generate_llama2_7b_lora_ptd", "chat_llama2_7b_ptd"]
+)
+def test_dry_run_needs_no_model(clone, name, capsys):
+    """As right after cloning: the plan is of Llama-2-7b as it is published."""
+    nowhere = dict.fromkeys(("CKPT_LOAD_DIR", "CHECKPOINT", "CHECKPOINT_LORA"), "./not/converted/yet/")
+    clone.here(name, DRY_RUN="1", **nowhere)
+    said = capsys.readouterr().out
+    assert "note: --load ./not/converted/yet/ is not there yet" in said and "6,738,415,616" in said
 
 
 def test_pretrain_and_full_tuning_train(prepared, capfd):

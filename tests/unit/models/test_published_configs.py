@@ -1,17 +1,15 @@
 """config.json of published models, field for field as they are published, are read without any flag."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from mindspeed_llm.models.hf_config import shape_from_hf
 
-LLAMA_2_7B = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
-    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0",
-    "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
+ROOT = Path(__file__).parents[3]
+
+LLAMA_2_7B = json.loads((ROOT / "configs/llama2/config.json").read_text())
 
 LLAMA_32_1B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,

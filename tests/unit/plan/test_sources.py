@@ -10,6 +10,8 @@ from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.continuity import continue_run, is_allowed
 from mindspeed_llm.plan.identity import FACTS, contradictions, shape_from_options
+from mindspeed_llm.plan.plan import resolve
+from mindspeed_llm.plan.show import show_plan
 from mindspeed_llm.plan.source import find_source
 from mindspeed_llm.plan.weights import find_sources
 
@@ -145,6 +147,27 @@ def test_a_file_of_weights_is_not_said_to_be_absent(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"model.safetensors \(is a file\); legal: a Hugging Face directory"):
         find_sources(config(f"--load {tmp_path / 'model.safetensors'}"), [])
+
+
+@pytest.mark.parametrize("door, adapters", [("pretrain", ""), ("inference", ""), ("inference", "--lora-load")])
+def test_a_dry_run_plans_by_a_config_json_what_is_not_there_yet(tmp_path, toy_llama, capsys, door, adapters):
+    """A run does not, nor does a dry run where something is there that cannot be loaded, or without the config.json."""
+    nowhere = f"--load {tmp_path}/nowhere" + (f" {adapters} {tmp_path}/none" if adapters else "")
+    described = f"--hf-config {toy_llama}/config.json" + (" --train-iters 1" if door == "pretrain" else "")
+    plan = resolve(config(nowhere, described, "--dry-run", door=door), [])
+    assert plan.shape.num_layers == 4
+    said = [note.partition(" is not there yet")[0] for note in plan.notes]
+    assert said == nowhere.replace(" --lora", "\n--lora").splitlines()
+    show_plan(plan)
+    assert "random, seed" not in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([nowhere, described], "holds no adapters" if adapters else "nothing loadable in .*does not exist"),
+        ([nowhere, "--dry-run"], "holds no adapters" if adapters else "--hf-config FILE to plan by its shape"),
+        ([f"--load {tmp_path}/empty", described, "--dry-run"], "nothing loadable in .*an empty directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve(config(*words, door=door), [])
 
 
 def test_nothing_is_none_and_broken_is_an_error(tmp_path):
