@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from mindspeed_llm.config.training import TrainingConfig
 
@@ -19,5 +20,6 @@ def train_iterations(config: TrainingConfig, global_batch_size: int, samples_per
         return config.train_iters
     if config.train_samples is not None:
         return config.train_samples // global_batch_size
-    epochs = config.train_epochs or DEFAULT_EPOCHS
+    # As written: 0.07 of 100 samples are 7, and not the little more that its nearest float gives.
+    epochs = Fraction(str(config.train_epochs or DEFAULT_EPOCHS))
     return math.ceil(epochs * samples_per_epoch / global_batch_size)

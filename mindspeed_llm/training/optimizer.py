@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def warmup_iterations(config: OptimizerConfig, decay_iters: int) -> int:
         UserError: the warm-up is not shorter than the decay.
     """
     if config.lr_warmup_fraction is not None:
-        warmup = int(config.lr_warmup_fraction * decay_iters)
+        warmup = int(Fraction(str(config.lr_warmup_fraction)) * decay_iters)  # 0.29 of 100 are 29, not 28.99...
     else:
         warmup = config.lr_warmup_iters
     if warmup >= decay_iters:

@@ -19,12 +19,14 @@ def test_length_of_a_run():
     assert train_iterations(TrainingConfig(train_iters=7), 8, 100) == 7
     assert train_iterations(TrainingConfig(train_epochs=2), 8, 100) == 25
     assert train_iterations(TrainingConfig(train_epochs=0.5), 8, 100) == 7
+    assert train_iterations(TrainingConfig(train_epochs=0.07), 7, 100) == 1
     assert train_iterations(TrainingConfig(train_samples=33), 8, 100) == 4
     assert train_iterations(TrainingConfig(), 8, 100) == 13
 
 
 def test_warm_up():
     assert warmup_iterations(OptimizerConfig(lr_warmup_fraction=0.01), 500) == 5
+    assert warmup_iterations(OptimizerConfig(lr_warmup_fraction=0.29), 100) == 29
     assert warmup_iterations(OptimizerConfig(lr_warmup_iters=4), 500) == 4
     with pytest.raises(UserError, match="do not fit into 5 decay iterations; legal: at most 4"):
         warmup_iterations(OptimizerConfig(lr_warmup_iters=5), 5)
