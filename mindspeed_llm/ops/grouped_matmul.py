@@ -88,7 +88,12 @@ def by_group(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     return _ByGroup.apply(x, weight, group_sizes.tolist())
 
 
-@register("grouped_matmul", "grouped_mm", devices=("cuda", "cpu"), priority=1)
+def why_no_grouped_mm() -> str | None:
+    """Why torch's grouped kernel cannot be called; None when it can."""
+    return None if hasattr(torch, "_grouped_mm") else f"torch {torch.__version__} has no _grouped_mm"
+
+
+@register("grouped_matmul", "grouped_mm", devices=("cuda", "cpu"), priority=1, unless=why_no_grouped_mm)
 def grouped_mm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     """torch's grouped kernel, which takes bfloat16 with rows of a multiple of 16 bytes; anything else goes by group."""
     aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0

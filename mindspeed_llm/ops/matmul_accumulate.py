@@ -53,9 +53,15 @@ def by_addmm(total: Tensor, grad: Tensor, x: Tensor) -> None:
         add_widened(total, grad.t() @ x)
 
 
-@register("matmul_accumulate", "addmm_out_dtype", devices=("cuda",), priority=1)
+def why_no_wide_addmm() -> str | None:
+    """Why this torch cannot sum products of half-precision factors in fp32; None when it can (since 2.8)."""
+    there = hasattr(torch.ops.aten.addmm, "dtype_out")
+    return None if there else f"addmm of torch {torch.__version__} has no out_dtype"
+
+
+@register("matmul_accumulate", "addmm_out_dtype", devices=("cuda",), priority=1, unless=why_no_wide_addmm)
 def by_wide_addmm(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """cuBLAS with half-precision factors and fp32 sums, as torch offers it since 2.8."""
+    """cuBLAS with half-precision factors and fp32 sums, as torch offers it."""
     if total.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
         torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
     else:

@@ -51,3 +51,15 @@ def test_a_selected_one_is_used():
 def test_two_of_one_name_are_a_mistake():
     with pytest.raises(ValueError, match="already"):
         registry.register("rms_norm", "two-pass")(lambda x: x)
+
+
+def test_what_an_older_torch_lacks_is_not_called(monkeypatch):
+    def missing(operator, name):
+        (entry,) = (e for e in registry.implementations(operator) if e.name == name)
+        return entry.missing("cuda")
+
+    assert missing("grouped_matmul", "grouped_mm") is missing("matmul_accumulate", "addmm_out_dtype") is None
+    monkeypatch.delattr(torch, "_grouped_mm")
+    monkeypatch.setattr(torch.ops.aten, "addmm", object())
+    assert missing("grouped_matmul", "grouped_mm").endswith("has no _grouped_mm")
+    assert missing("matmul_accumulate", "addmm_out_dtype").endswith("has no out_dtype")
