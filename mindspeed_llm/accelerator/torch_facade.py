@@ -88,7 +88,8 @@ class _Installation:
         if facade is None:
             return []
         meshes = (facade.distributed.device_mesh, torch.distributed.device_mesh)
-        inner = [(facade.cuda, torch.cuda), (facade.distributed, torch.distributed), meshes]
+        inner = [(facade.cuda, torch.cuda), (facade.cuda.nvtx, torch.cuda.nvtx)]
+        inner += [(facade.distributed, torch.distributed), meshes]
         outer = [(getattr(facade, name), getattr(torch, name)) for name in ("jit", "amp", "accelerator")]
         return [(facade, torch), *inner, *((ours, theirs) for ours, theirs in outer if ours is not theirs)]
 

@@ -18,6 +18,7 @@ SOURCE = """
 import torch
 from torch import Tensor, device, zeros
 from torch.cuda import _lazy_call as lazy
+from torch.cuda.nvtx import range_pop, range_push
 from torch.distributed import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.jit import script
@@ -39,6 +40,10 @@ def import_within():
     import torch.cuda
     return torch.cuda.is_available()
 def is_device(x): return isinstance(x, torch.device) and isinstance(x, device)
+def mark_range():
+    range_push("a step")
+    torch.cuda.nvtx.mark("within")
+    return range_pop()
 def run_lazily(calls): lazy(lambda: calls.append(1))
 @torch.compile
 def compiled(x): return x + 1
@@ -86,6 +91,15 @@ def test_a_module_that_assumes_cuda_runs_on_the_cpu(subject, install_first):
     code.run_lazily(calls)
     assert calls == [1]
     assert not hasattr(code.compiled, "_torchdynamo_orig_callable") and code.compiled(1) == 2
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("install_first", [True, False])
+def test_ranges_of_nvidias_profiler_are_nobodys(subject, install_first):
+    code = subject(install_first)
+    assert code.mark_range() == 0
+    torch_facade.uninstall()
+    assert code.range_push is torch.cuda.nvtx.range_push
 
 
 @needs_no_cuda
