@@ -70,13 +70,9 @@ def check(version: str | None) -> int:
 
 def _report(version: str, root: Path, reference: Path) -> int:
     from mindspeed_llm.patches import catalogue
-    from mindspeed_llm.patching.drift import SAME, drift, source_in
+    from mindspeed_llm.patching.drift import SAME, drift, has_needs
 
-    concerned = [
-        patch
-        for patch in catalogue()
-        if patch.concerns(version) and not (patch.optional and source_in(root, patch) is None)
-    ]
+    concerned = [patch for patch in catalogue() if patch.concerns(version) and has_needs(root, patch)]
     found = drift(concerned, root, reference)
     rows = [("name", "target", version, "fingerprint", "lines")]
     rows += [(each.patch.name, each.patch.target, each.state, each.found or "-", each.summary) for each in found]
@@ -136,7 +132,7 @@ def _kind(patch: Patch) -> str:
 
 def _condition(patch: Patch) -> str:
     parts = [f"{DISTRIBUTION} {patch.versions}"] if patch.versions else []
-    parts += ["where installed"] if patch.optional else []
+    parts += [f"where {patch.needs} is"] if patch.needs else []
     parts += ["configuration"] if patch.condition is not None else []
     return ", ".join(parts) or "always"
 

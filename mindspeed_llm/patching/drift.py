@@ -89,6 +89,15 @@ def drift(catalogue: Sequence[Patch], root: Path, reference: Path | None = None)
     return [_drift_of(patch, root, reference) for patch in catalogue]
 
 
+def has_needs(root: Path, patch: Patch) -> bool:
+    """Whether the package that a patch needs is in the version below `root`.
+
+    One of another distribution has no part in this: the target's file lies there with it or without.
+    """
+    needs = patch.needs.split(".")
+    return needs[0] != patch.module_name.split(".")[0] or root.joinpath(*needs).is_dir()
+
+
 def _drift_of(patch: Patch, root: Path, reference: Path | None) -> Drift:
     there = source_in(root, patch)
     if there is None:

@@ -30,8 +30,8 @@ class Patch:
         fingerprints: package version -> `fingerprint` of the target's source the patch was written against. A version
             that is not listed is accepted when its source equals a listed one.
         versions: of the package that have the target, as a specifier (">=0.16"); in others there is nothing to change.
-        optional: the module is not part of every installation, or imports a package that is not; there is nothing to
-            change where it cannot be imported for that reason.
+        needs: a package that is not part of every installation, which holds the target's module or is imported by it;
+            where that package is absent there is nothing to change. A module that is absent beside it is missing.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Patch:
     condition: Callable[[Any], bool] | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     versions: str = ""
-    optional: bool = False
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if (self.replace is None) == (self.wrap is None):
@@ -57,13 +57,13 @@ class Patch:
         return not self.versions or SpecifierSet(self.versions, prereleases=True).contains(version)
 
     def is_installed(self) -> bool:
-        """Whether the module is there with all that it imports, or has to be."""
-        if not self.optional:
+        """Whether what the target needs is there. A module that went by another name is not excused by that."""
+        if not self.needs:
             return True
         try:
             importlib.import_module(self.module_name)
-        except ModuleNotFoundError:
-            return False
+        except ModuleNotFoundError as error:
+            return error.name != self.needs
         return True
 
     @property

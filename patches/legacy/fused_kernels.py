@@ -27,6 +27,6 @@ PATCHES = (
         why="it asks nvcc for its version and fails where there is none, although it compiles nothing any more",
         wrap=_nothing_without_the_toolkit,
         fingerprints={"0.15.3": "67264d957c82", "0.16.1": "67264d957c82"},
-        optional=True,
+        needs="megatron.legacy",
     ),
 )

@@ -22,7 +22,7 @@ def megatron_adaptor():
     patches.apply()
 
 
-@pytest.mark.parametrize("patch", [patch for patch in catalogue() if not patch.optional], ids=lambda patch: patch.name)
+@pytest.mark.parametrize("patch", [patch for patch in catalogue() if not patch.needs], ids=lambda patch: patch.name)
 def test_the_target_exists_with_the_source_it_was_written_against(megatron_adaptor, patch):
     check_fingerprint(patch, locate(patch).value, installed_version(patch.module_name))
     assert installed_version(patch.module_name) in patch.fingerprints

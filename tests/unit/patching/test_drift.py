@@ -4,7 +4,7 @@ import importlib
 import textwrap
 
 from mindspeed_llm.patching import Patch, fingerprint
-from mindspeed_llm.patching.drift import CHANGED, MISSING, SAME, drift, source_in
+from mindspeed_llm.patching.drift import CHANGED, MISSING, SAME, drift, has_needs, source_in
 
 SOURCE = """
 import functools
@@ -50,3 +50,18 @@ def test_changes_come_with_a_difference_and_absence_is_said(tmp_path):
     changed, gone, nowhere = drift(patches, new, old)
     assert changed.state == CHANGED and changed.summary == "+1 -1" and "+        return b + a" in changed.difference
     assert gone.state == nowhere.state == MISSING
+
+
+def test_a_package_that_a_version_lacks_excuses_its_modules_and_no_others(tmp_path):
+    root = write(tmp_path, SOURCE)
+    (root / "victim_of_drift" / "part").mkdir()
+
+    def concerns(module, needs):
+        patch = Patch("p", f"{module}:load", "why", replace=1, fingerprints={"1": "0"}, needs=needs)
+        assert [each.state for each in drift([patch], root)] == [MISSING]
+        return has_needs(root, patch)
+
+    assert not concerns("victim_of_drift.absent.kernels", "victim_of_drift.absent")
+    assert concerns("victim_of_drift.part.renamed", "victim_of_drift.part")
+    assert concerns("victim_of_drift.renamed", "no_such_package")
+    assert concerns("victim_of_drift.renamed", "")

@@ -136,6 +136,19 @@ def test_conditions_look_at_the_final_configuration(package):
     assert source.add(1, 2) == 6
 
 
+def test_an_absent_package_excuses_a_target_and_another_name_for_its_module_does_not(package, tmp_path):
+    """Otherwise a renamed module would be left as it is, without a word."""
+    (tmp_path / "victim" / "kernels.py").write_text("import no_such_package\n")
+
+    def needing(module, needs):
+        return Patch("p", f"victim.{module}:f", "a reason", replace=1, fingerprints={"unversioned": "0"}, needs=needs)
+
+    assert patching.apply([needing("kernels", "no_such_package"), needing("absent.kernels", "victim.absent")]) == []
+    for module, needs in (("renamed", "no_such_package"), ("kernels", "victim.absent"), ("source.f", "victim.source")):
+        with pytest.raises(UserError, match=f"victim.{module}:f is missing"):
+            patching.apply([needing(module, needs)])
+
+
 def test_a_missing_target_is_an_error_and_nothing_is_applied(package):
     source, _ = package
     good = patch(source, "add", "good", wrap=doubled)

@@ -108,7 +108,7 @@ def _patch(name: str, function: str, wrap: Callable[..., Any], fingerprint: str,
         wrap=wrap,
         versions=">=0.16",
         fingerprints={"0.16.1": fingerprint},
-        optional=True,
+        needs="triton",
     )
 
 

@@ -92,7 +92,7 @@ def _patch(name: str, function: str, wrap: Callable[..., Callable[..., None]], f
         wrap=wrap,
         versions=">=0.16",
         fingerprints={"0.16.1": fingerprint},
-        optional=True,
+        needs="triton",
     )
 
 
