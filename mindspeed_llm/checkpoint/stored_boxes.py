@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_llm import accelerator
 from mindspeed_llm.checkpoint.box_frame import can_frame, frame
 from mindspeed_llm.checkpoint.boxes import Box
 from mindspeed_llm.errors import UserError
@@ -119,7 +120,7 @@ class StoredBoxes:
         """
         boxes = list(boxes)
         self._check(boxes)
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(READERS, initializer=_stay_on, initargs=(boxes,)) as readers:
             for box, filled in zip(boxes, readers.map(self._fill_one, boxes)):
                 if filled != box.tensor.numel():
                     raise UserError(
@@ -214,6 +215,13 @@ class StoredBoxes:
             raise UserError(untrusted(path, error)) from error
         except Exception as error:  # zip, pickle and torch raise a dozen types for damaged files
             raise UserError(f"checkpoint: {path} cannot be read ({error}); it may be incomplete") from error
+
+
+def _stay_on(boxes: Iterable[Box]) -> None:
+    """Let this thread's device be the one that the boxes are on: by itself it would open the first one of the host."""
+    index = next((box.tensor.device.index for box in boxes if box.tensor.device.type != "cpu"), None)
+    if index is not None:
+        accelerator.current().set_device(index)
 
 
 def untrusted(path: Path, error: BaseException) -> str:

@@ -14,9 +14,9 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,8 @@ def write_part(
     part = Part(facts=dict(facts))
     pieces = [piece for box in boxes for piece in split_boxes(box, MAX_BOX_BYTES)]
     shares = [(f"__{rank}_{number}.distcp", share) for number, share in enumerate(_shares(pieces))]
-    # A writer's own queue would wait for all that training has submitted, a collective that never ends included.
     away = any(piece.tensor.device.type != "cpu" for piece in pieces)
-    queue = accelerator.current().current_stream() if away else None
+    queue = (accelerator.current().current_device().index, accelerator.current().current_stream()) if away else None
     with ThreadPoolExecutor(len(shares)) as writers:
         started = [
             writers.submit(_write_file, directory / name, share, objects if number == 0 else {}, queue)
@@ -105,10 +104,25 @@ def _shares(pieces: list[Box]) -> list[list[Box]]:
     return shares
 
 
-def _write_file(path: Path, pieces: list[Box], objects: Mapping[str, bytes], queue: Any) -> Part:
-    """Write one file durably, copying from the device in `queue`, if there is anything to copy."""
+@contextmanager
+def _copying_in(queue: tuple[int, Any] | None) -> Iterator[None]:
+    """Let this thread copy from device `queue[0]` in its queue `queue[1]`; None where there is nothing to copy.
+
+    A thread's own device is the first of the host, and its own queue would wait for all that training has submitted, a
+    collective that never ends included.
+    """
+    if queue is None:
+        yield
+        return
+    accelerator.current().set_device(queue[0])
+    with accelerator.current().stream(queue[1]):
+        yield
+
+
+def _write_file(path: Path, pieces: list[Box], objects: Mapping[str, bytes], queue: tuple[int, Any] | None) -> Part:
+    """Write one file durably; `queue` as in `_copying_in`."""
     part, name = Part(), path.name
-    with accelerator.current().stream(queue), path.open("wb", buffering=_BUFFER_BYTES) as file:
+    with _copying_in(queue), path.open("wb", buffering=_BUFFER_BYTES) as file:
         needed = bytes_of_part(pieces, objects)
         reserve(file.fileno(), needed)
         stream = _Summed(file)

@@ -126,16 +126,31 @@ def test_random_numbers_repeat_from_a_state_and_leave_the_hosts_alone(device):
     assert 20 < float((second > 0).sum()) < 80
 
 
-def test_writers_of_a_checkpoint_copy_in_the_queue_of_the_thread_that_asked(device, tmp_path, monkeypatch):
-    from mindspeed_llm.checkpoint import write_part
+@pytest.mark.parametrize("index", [0, 1])
+def test_threads_of_a_checkpoint_use_device_and_queue_of_the_thread_that_asked(device, tmp_path, monkeypatch, index):
+    from mindspeed_llm.checkpoint import stored_boxes, write_part
     from mindspeed_llm.checkpoint.boxes import Box
 
-    used, as_bytes = [], write_part.as_bytes
-    monkeypatch.setattr(write_part, "as_bytes", lambda x: used.append(torch.npu.current_stream()) or as_bytes(x))
-    queue, box = device.new_stream(), Box("weight", (4,), (0,), torch.ones(4, device="npu"))
-    with device.stream(queue):
-        write_part.write_part(tmp_path, 0, [box], {}, {})
-    assert used == [queue] and queue != device.current_stream()
+    used, as_bytes, read = [], write_part.as_bytes, stored_boxes._read_region
+
+    def noting(function):
+        return lambda *given: used.append((torch.npu.current_device(), torch.npu.current_stream())) or function(*given)
+
+    monkeypatch.setattr(write_part, "as_bytes", noting(as_bytes))
+    monkeypatch.setattr(stored_boxes, "_read_region", noting(read))
+    device.set_device(index)
+    try:
+        plain, queue = device.current_stream(), device.new_stream()
+        values = torch.arange(4.0, device="npu")
+        with device.stream(queue):
+            write_part.write_part(tmp_path, 0, [Box("weight", (4,), (0,), values)], {}, {})
+        write_part.merge_parts(tmp_path, [0], {}, lambda facts: {})
+        target = torch.zeros(4, device="npu")
+        stored_boxes.StoredBoxes(tmp_path).fill([Box("weight", (4,), (0,), target)])
+        assert torch.equal(target.cpu(), torch.arange(4.0))
+        assert used == [(index, queue), (index, plain)] and queue != plain
+    finally:
+        device.set_device(0)
 
 
 def test_tensors_of_two_devices_do_not_mix():
