@@ -28,7 +28,7 @@ from mindspeed_llm.models.moe.layer import forget_micro_batches, moe_specificati
 from mindspeed_llm.models.multi_token import prediction_layers
 from mindspeed_llm.models.norm import LayerNorm, RMSNorm
 from mindspeed_llm.models.prediction_targets import further_targets
-from mindspeed_llm.models.recompute import count_over_rank
+from mindspeed_llm.models.recompute import count_over_rank, pass_padding_mask
 from mindspeed_llm.models.rope import LENGTH_DEPENDENT, rope_frequencies
 from mindspeed_llm.ops.cross_entropy import linear_cross_entropy_sum
 from mindspeed_llm.ops.rotary import rotary_table
@@ -95,6 +95,7 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         count_over_rank(self.decoder, config, vp_stage)
+        pass_padding_mask(self.decoder)
         forget_micro_batches(self)
         if self.mtp_process and shape.tie_word_embeddings:
             # The embedding that the prediction layers need here is the output layer's weight too.

@@ -58,6 +58,30 @@ def count_over_rank(decoder: nn.Module, config: ModelConfig, vp_stage: int | Non
     decoder.config.recompute_num_layers = max(config.recompute_num_layers - layers_before(config, vp_stage), 0)
 
 
+def pass_padding_mask(decoder: nn.Module) -> None:
+    """Let the layers behind those that are recomputed as a whole get the padding mask too.
+
+    With --recompute-method block megatron-core 0.16 gives it to the recomputed layers alone, so that the routers of the
+    others would count padding in their losses and score biases.
+    """
+    if decoder.config.recompute_method != "block":
+        return
+    original, behind = decoder._checkpointed_forward, decoder.layers[decoder.config.recompute_num_layers :]
+
+    def forward(*, padding_mask: Tensor | None = None, **others: Any) -> Tensor:
+        def give(_layer: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return arguments, {**keywords, "padding_mask": padding_mask}
+
+        hooks = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in behind]
+        try:
+            return original(padding_mask=padding_mask, **others)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    decoder._checkpointed_forward = forward
+
+
 def stream_of_rank(config: ModelConfig) -> AbstractContextManager:
     """The context inside a layer in which tensor-parallel ranks draw different dropout masks.
 
