@@ -145,8 +145,13 @@ def _list_models(_: argparse.Namespace) -> None:
 
 
 def _toy(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from mindspeed_llm.checkpoint.space import writing_problem
     from mindspeed_llm.checkpoint.toy import make_toy
 
+    if problem := writing_problem(Path(arguments.directory), "directory"):
+        raise UserError(problem)
     made = make_toy(arguments.family, arguments.directory, seed=arguments.seed, published_tokens=True)
     print(f"wrote {made}")
 

@@ -54,8 +54,12 @@ def space_problem(root: Path, needed: int, what: str) -> str | None:
     )
 
 
-def writing_problem(root: Path) -> str | None:
-    """Why nothing can be written below a directory, which need not exist; None when it can. Nothing is left there."""
+def writing_problem(root: Path, flag: str = "--save") -> str | None:
+    """Why nothing can be written below a directory, which need not exist; None when it can. Nothing is left there.
+
+    Args:
+        flag: names the directory, for the message.
+    """
     try:
         there = nearest_existing(root)
         if not there.is_dir():
@@ -64,7 +68,7 @@ def writing_problem(root: Path) -> str | None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as wrong:
-        return _not_written(root, wrong)
+        return _not_written(root, wrong, flag)
     return None
 
 
@@ -88,9 +92,9 @@ def probe(root: Path) -> None:
         raise UserError(_not_written(root, wrong)) from wrong
 
 
-def _not_written(root: Path, wrong: OSError) -> str:
+def _not_written(root: Path, wrong: OSError, flag: str = "--save") -> str:
     reason = "the quota is used up" if wrong.errno == errno.EDQUOT else wrong.strerror
-    return f"save: --save {root} cannot be written to, because of: {reason}; legal: a directory this user may write"
+    return f"{flag}: {root} cannot be written to, because of: {reason}; legal: a directory this user may write"
 
 
 def in_units(num_bytes: float) -> str:

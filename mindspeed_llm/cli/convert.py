@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
+from mindspeed_llm.cli.places import unwritable_places
 from mindspeed_llm.config.lora import weight_problems
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
@@ -65,6 +66,7 @@ def _problems(config: RunConfig) -> list[str]:
     problems = [f"{flag} is missing" for flag, v in (("--load-dir", c.load_dir), ("--save-dir", c.save_dir)) if not v]
     if c.save_lora_to_hf and not lora.lora_load:
         problems.append("--save-lora-to-hf needs --lora-load with the adapters to export")
+    problems += unwritable_places(config)
     problems += weight_problems(lora)
     if not lora.lora_load and "qlora_merge_base" in config.given:
         problems.append("--qlora-merge-base has no meaning without --lora-load")

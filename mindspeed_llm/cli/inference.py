@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mindspeed_llm.cli.door import open_door, say_notes
+from mindspeed_llm.cli.places import unwritable_places
 from mindspeed_llm.config.inference import InferenceConfig
 from mindspeed_llm.config.lora import weight_problems
 from mindspeed_llm.config.parser import Parsed
@@ -87,6 +88,7 @@ def _problems(config: RunConfig) -> list[str]:
         if given:
             problems.append(f"{flags} have no meaning without --lora-load: there are no adapters to answer with")
     problems += _without_meaning(config)
+    problems += unwritable_places(config)
     searches = any(task.startswith("beam") for task in tasks)
     if searches and i.num_beams < 2:
         problems.append(f"--num-beams: {i.num_beams} is wrong, because beam search keeps several; legal: 2 or more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mindspeed_llm.cli.door import open_door, say_notes
+from mindspeed_llm.cli.places import unwritable_places
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
@@ -26,7 +27,7 @@ def run(parsed: Parsed) -> None:
     named = config.tokenizer.tokenizer_name_or_path or config.tokenizer.tokenizer_model
     if not named and not config.data.merge_group_keys:
         missing.append("--tokenizer-name-or-path")
-    parsed.raise_problems([f"{flag} is missing" for flag in missing])
+    parsed.raise_problems([*(f"{flag} is missing" for flag in missing), *unwritable_places(config)])
     say_notes(parsed.notes)
     if config.logging.dry_run:
         _show(config)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_llm import accelerator
-from mindspeed_llm.checkpoint.space import writing_problem
 from mindspeed_llm.cli.door import say_notes
 from mindspeed_llm.cli.hub import download_models
+from mindspeed_llm.cli.places import unwritable_places
 from mindspeed_llm.config.parser import Parsed
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.data.blend import parse_data_path
@@ -72,10 +71,7 @@ def _not_possible_here(config: RunConfig) -> list[str]:
             accelerator.available(device, "device")
         except UserError as wrong:
             problems.append(str(wrong))
-    if config.checkpoint.save is not None and not config.training.eval_only:
-        wrong_place = writing_problem(Path(config.checkpoint.save))
-        problems += [] if wrong_place is None else [wrong_place]
-    return problems
+    return problems + unwritable_places(config, without=("save",) if config.training.eval_only else ())
 
 
 def _dry_run(plan: Plan) -> None:

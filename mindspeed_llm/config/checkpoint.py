@@ -10,7 +10,7 @@ class CheckpointConfig:
     """Where weights come from and go to."""
 
     load: str | None = option(help="HF directory, Megatron checkpoint, a directory written by --save, or a hub name")
-    save: str | None = option(help="directory for checkpoints", doors=TRAINING_DOORS)
+    save: str | None = option(help="directory for checkpoints", doors=TRAINING_DOORS, writes="directory")
     save_interval: StepsOrMinutes | None = option(
         help="save every N iterations, or as 30m every so many minutes; default: at the end",
         check=StepsOrMinutes.problem,

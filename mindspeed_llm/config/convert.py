@@ -11,7 +11,8 @@ class ConvertConfig:
 
     load_dir: str | None = option(help="checkpoint to read: HF directory, Megatron directory, or hub name")
     save_dir: str | None = option(
-        help="directory to write; mg to hf with the original HF directory here writes into its mg2hf/"
+        help="directory to write; mg to hf with the original HF directory here writes into its mg2hf/",
+        writes="directory",
     )
     load_model_type: str | None = option(help="format of --load-dir; default: found out", choices=("hf", "mg"))
     save_model_type: str = option("mg", help="format to write", choices=("hf", "mg"))

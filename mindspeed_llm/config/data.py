@@ -32,7 +32,9 @@ class DataConfig:
         "data set name; with --merge-group-keys a directory of .bin/.idx files",
         doors=("preprocess",),
     )
-    output_prefix: str | None = option(help="path prefix of the written .bin/.idx files", doors=("preprocess",))
+    output_prefix: str | None = option(
+        help="path prefix of the written .bin/.idx files", doors=("preprocess",), writes="prefix"
+    )
     data_path: list[str] | None = option(
         help="prefix of preprocessed files (with or without its suffix), or raw data, which is preprocessed once into "
         "--cache-dir; several are blended: A B by size, 0.3 A 0.7 B by weight",
@@ -95,6 +97,7 @@ class DataConfig:
     cache_dir: str | None = option(
         help="where raw --data-path is preprocessed to; default: $MINDSPEED_LLM_CACHE or ~/.cache/mindspeed_llm",
         level="advanced",
+        writes="directory",
     )
     overwrite_cache: bool = option(
         help="preprocess again although the cache has these data, or replace finished output", level="advanced"

@@ -15,7 +15,7 @@ class InferenceConfig:
     )
     prompt: list[str] | None = option(help="prompts to answer")
     prompt_file: str | None = option(help="prompts from a txt (one a line), json or jsonl file")
-    output_file: str | None = option(help="write prompts and answers as jsonl instead of printing them")
+    output_file: str | None = option(help="write prompts and answers as jsonl instead of printing them", writes="file")
     max_new_tokens: int = option(128, help="longest answer in tokens", check=at_least(1))
     max_length: int | None = option(help="longest prompt plus answer in tokens", level="advanced", check=at_least(2))
     temperature: float = option(0.7, help="of sampling", check=above(0))

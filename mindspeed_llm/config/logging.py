@@ -21,14 +21,17 @@ class LoggingConfig:
         level="advanced",
     )
     metrics_jsonl: str | None = option(
-        help="file for the figures of every log line, one JSON object a line; default: metrics.jsonl in --save"
+        help="file for the figures of every log line, one JSON object a line; default: metrics.jsonl in --save",
+        writes="file",
     )
-    tensorboard_dir: str | None = option(help="directory for TensorBoard")
+    tensorboard_dir: str | None = option(help="directory for TensorBoard", writes="directory")
     wandb_project: str | None = option(help="send figures to this Weights & Biases project")
     wandb_exp_name: str | None = option(help="name of the run in --wandb-project")
     wandb_entity: str | None = option(help="user or team that --wandb-project belongs to", level="advanced")
     wandb_save_dir: str | None = option(
-        help="directory for W&B's own files; default: wandb in --save, or the working directory", level="advanced"
+        help="directory for W&B's own files; default: wandb in --save, or the working directory",
+        level="advanced",
+        writes="directory",
     )
     swanlab_project: str | None = option(help="send figures to this SwanLab project")
     swanlab_exp_name: str | None = option(help="name of the run in --swanlab-project")
@@ -36,6 +39,7 @@ class LoggingConfig:
     swanlab_save_dir: str | None = option(
         help="directory for SwanLab's own files; default: swanlab in --save, or the working directory",
         level="advanced",
+        writes="directory",
     )
     log_params_norm: bool = option(help="log the norm of all parameters", level="advanced")
     log_num_zeros_in_grad: bool = option(help="log how many elements of the gradient are zero", level="advanced")
@@ -68,7 +72,7 @@ class LoggingConfig:
         choices=("auto", "bar", "lines"),
         level="advanced",
     )
-    loss_curve: str | None = option(help="write the loss curve to this PNG file", level="advanced")
+    loss_curve: str | None = option(help="write the loss curve to this PNG file", level="advanced", writes="file")
     dry_run: bool = option(
         help="print the plan and exit: sizes, layout, batches, memory, legal values",
         doors=("preprocess", "convert", *TRAINING_DOORS, "inference"),

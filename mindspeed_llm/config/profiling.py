@@ -21,7 +21,7 @@ class ProfilingConfig:
     profile_ranks: list[int] = option(
         [0], help="ranks that trace; -1 for all", level="advanced", check=at_least(EVERY_RANK)
     )
-    profile_save_path: str = option("./profile_dir", help="folder of the traces", level="advanced")
+    profile_save_path: str = option("./profile_dir", help="folder of the traces", level="advanced", writes="directory")
     profile_with_cpu: bool = option(help="what the host does, too", level="advanced")
     profile_with_stack: bool = option(help="the Python calls behind each operator, too", level="advanced")
     profile_with_memory: bool = option(help="what operators allocate and free, too", level="advanced")

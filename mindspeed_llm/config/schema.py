@@ -12,6 +12,7 @@ from typing import Any
 
 LEVELS = ("basic", "advanced", "expert")
 KINDS = ("identity", "continuity", "free")
+WRITES = (None, "directory", "file", "prefix")
 DOORS = ("preprocess", "convert", "pretrain", "posttrain", "inference")
 TRAINING_DOORS = ("pretrain", "posttrain")
 
@@ -50,6 +51,7 @@ def option(
     also: tuple[str, ...] = (),
     off: str | None = None,
     metavar: str | None = None,
+    writes: str | None = None,
 ) -> Any:
     """Declare one option of a configuration section.
 
@@ -62,8 +64,9 @@ def option(
         check: returns what is wrong with a value (and what is legal), or None.
         also: further spellings of the flag, e.g. the older upstream name.
         off: spelling that switches a boolean off when it is not `--no-<name>`.
+        writes: what its path is written to as: "directory", "file", or "prefix" of files.
     """
-    assert level in LEVELS and kind in KINDS, (level, kind)
+    assert level in LEVELS and kind in KINDS and writes in WRITES, (level, kind, writes)
     metadata = dict(
         help=help,
         level=level,
@@ -74,6 +77,7 @@ def option(
         also=also,
         off=off,
         metavar=metavar,
+        writes=writes,
     )
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -95,6 +99,7 @@ class Option:
     Attributes:
         flags: spellings that set it (the first one is shown), e.g. ("--lora-r",).
         off_flags: spellings that set a boolean to False.
+        writes: what its path is written to as, if it names one; see `option`.
         scalar: type of one value: bool, int, float, str or dict (a JSON object).
         many: it takes one or more values.
     """
@@ -114,6 +119,7 @@ class Option:
     flags: tuple[str, ...]
     off_flags: tuple[str, ...]
     metavar: str | None
+    writes: str | None
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value` beyond its type, or None."""
@@ -169,6 +175,7 @@ def options_of(section: str, cls: type, doors: tuple[str, ...]) -> Iterator[Opti
             flags=(flag, *meta["also"]),
             off_flags=off,
             metavar=meta["metavar"],
+            writes=meta["writes"],
         )
 
 

@@ -34,8 +34,8 @@ def test_a_place_that_does_not_exist_yet_is_tried_without_making_it(tmp_path):
     (tmp_path / "file").write_text("")
     for inside in (tmp_path / "file", tmp_path / "file" / "below", space.Path("/proc/new")):
         problem = space.writing_problem(inside)
-        assert problem.startswith(f"save: --save {inside} cannot be written to") and "\n" not in problem
-        with pytest.raises(UserError, match=f"--save {inside} cannot be written to"):
+        assert problem.startswith(f"--save: {inside} cannot be written to") and "\n" not in problem
+        with pytest.raises(UserError, match=f"--save: {inside} cannot be written to"):
             space.probe(inside)
 
 

@@ -25,7 +25,7 @@ def refusal(toy_llama, tmp_path):
 def test_a_place_that_cannot_be_saved_to(refusal, tmp_path, dry, inside):
     (tmp_path / "file").write_text("")
     said = refusal("--save", tmp_path / inside, *dry)
-    assert f"--save {tmp_path / inside} cannot be written to" in said and len(said.splitlines()) > 1
+    assert f"--save: {tmp_path / inside} cannot be written to" in said and len(said.splitlines()) > 1
     assert "cannot be written to" not in refusal("--save", tmp_path / "new" / "one", *dry)
     assert "cannot be written to" not in refusal("--save", tmp_path / inside, "--eval-only", *dry)
     assert not (tmp_path / "new").exists()
