@@ -10,7 +10,8 @@ class ModelConfig:
     """The model's shape; every value left out comes from `--load`, `--hf-config` or the family's defaults."""
 
     hf_config: str | None = option(
-        help="config.json (or its directory) of the model to build from scratch", kind="identity"
+        help="config.json (or its directory) of the model to build from scratch; beside --load, of the same model",
+        kind="identity",
     )
     model_type_hf: str | None = option(
         help="family of tables when no config.json names it (llama, qwen); upstream names like llama2 and qwen25 work",

@@ -9,7 +9,7 @@ is one string. Paths are "decoder.layers.3.self_attention.linear_qkv" (a fused l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mindspeed_llm.errors import UserError
@@ -139,8 +139,13 @@ def check_excluded(words: Sequence[str], shape: ModelShape) -> None:
 def there(linears: Sequence[Adaptable]) -> str:
     """The names that a model has, for a message."""
     modules = [linear.module for linear in linears]
-    parts = dict.fromkeys(part for linear in linears for part in linear.parts)
-    return ", ".join([*modules, *parts, ALL_LINEAR, *([ALL_ROUTER] if ROUTER in modules else [])])
+    parts = [part for linear in linears for part in linear.parts]
+    return _listed([*modules, *parts, ALL_LINEAR, *([ALL_ROUTER] if ROUTER in modules else [])])
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names with commas, each once: dense layers, experts and shared experts call their parts alike."""
+    return ", ".join(dict.fromkeys(names))
 
 
 def _check_layers(layers: Sequence[int] | None, shape: ModelShape) -> None:
@@ -257,7 +262,7 @@ def resolve_pattern(
         else:
             values |= {f"{linear.module}/{part}": value for part, value in found.items()}
     if all_used and (unused := [key for key in pattern if key not in used]):
-        legal = ", ".join([*resolved.targets, *(part for parts in resolved.targets.values() for part in parts)])
+        legal = _listed([*resolved.targets, *(part for parts in resolved.targets.values() for part in parts)])
         raise UserError(
             f"lora: {what} pattern {unused[0]!r} matches no adapter, or none that is left by those in front of it; "
             f"legal: {legal}"

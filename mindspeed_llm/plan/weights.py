@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.detect import Found
-from mindspeed_llm.checkpoint.load import fewer_predictions
+from mindspeed_llm.checkpoint.load import fewer_predictions, truncated_shape
 from mindspeed_llm.config.run import RunConfig
 from mindspeed_llm.errors import UserError
 from mindspeed_llm.models.hf_config import read_hf_config, shape_from_hf
@@ -160,10 +160,12 @@ def stored_shape_of(
     if weights is not None and weights.format == "hf":
         shape = shape_from_hf(read_hf_config(weights.directory), ignore)
         problems += contradictions(config, shape, str(weights.path / "config.json"))
+        problems += _other_config(config, shape, str(weights.path / "config.json"))
         return shape, weights.directory
     if weights is not None and weights.record.get("shape"):
         shape = ModelShape.from_json(weights.record["shape"])
         problems += contradictions(config, shape, f"the record in {weights.directory}")
+        problems += _other_config(config, shape, f"the record in {weights.directory}")
         files = weights.directory / "hf"
         return shape, files if files.is_dir() else None
     if m.hf_config is not None:
@@ -181,6 +183,30 @@ def stored_shape_of(
     shape, missing = shape_from_options(config, UPSTREAM_FAMILIES.get(named, named), tokenizer_size or 0)
     problems += missing
     return shape, None
+
+
+def _other_config(config: RunConfig, shape: ModelShape, source: str) -> list[str]:
+    """A line where `--hf-config` describes another model than `source`, which is what the weights are of.
+
+    Raises:
+        UserError: the file is not there, or is refused.
+    """
+    m = config.model
+    if m.hf_config is None:
+        return []
+    described = shape_from_hf(read_hf_config(m.hf_config), m.ignore_config_field or ())
+    if m.truncate_layers == shape.num_layers < described.num_layers:  # the record of a run that truncated
+        described = truncated_shape(described, shape.num_layers)
+    said, true = described.to_json(), shape.to_json()
+    if m.mtp_num_layers is not None:  # decides by itself, whatever either says
+        said["mtp_num_layers"] = true["mtp_num_layers"]
+    other = [f"{name} {said[name]} (there {true[name]})" for name in true if said[name] != true[name]]
+    if not other:
+        return []
+    return [
+        f"--hf-config: {m.hf_config} contradicts {source}, because it says {', '.join(other)}; legal: a config.json of "
+        "the same model; try: leave the flag out, since what --load names describes itself"
+    ]
 
 
 def _family_of_options(config: RunConfig) -> str:

@@ -132,6 +132,22 @@ def test_wrong_patterns_are_refused(pattern, message):
         resolve_pattern(pattern, SHAPE, RESOLVED, what="rank")
 
 
+def test_names_that_are_legal_are_listed_once(tmp_path):
+    """Dense layers, experts and shared experts have parts of the same names."""
+    made = make_toy("deepseek_v3", tmp_path / "toy")
+    shape = shape_from_hf(json.loads((made / "config.json").read_text()))
+    targets = resolve_targets(["gate_proj", "up_proj"], shape)
+    assert len(targets.targets) > 1
+    for ask in (
+        lambda: resolve_pattern({"nothing": 3}, shape, targets, what="rank"),
+        lambda: resolve_targets(["nothing"], shape),
+    ):
+        with pytest.raises(UserError) as refused:
+            ask()
+        names = str(refused.value).partition("legal: ")[2].split(", ")
+        assert len(names) == len(set(names)) and {*targets.targets, "gate_proj", "up_proj"} <= set(names)
+
+
 def test_parts_that_share_a_may_differ_in_alpha():
     assert resolve_pattern({"gate_proj": 3.0}, SHAPE, RESOLVED, what="alpha") == {"linear_fc1/gate_proj": 3.0}
 

@@ -293,7 +293,7 @@ CASES: dict[str, Case] = {
     "lora_kernels": case("triton", refused="after", lora_r=4),  # no GPU here; tests/cuda runs the kernels
     "lora_load": case(["@peft"], load="@toy_llama", **NO_SHAPE),
     # checkpoint and logging
-    "load": case("@toy_llama", **NO_SHAPE, hf_config="@toy_qwen"),
+    "load": case("@toy_llama", **NO_SHAPE, hf_config="@toy_llama"),
     "save": case("@new"),
     "save_interval": case(2, save="@new"),
     "ckpt_step": case(1, load="@run", **NO_SHAPE),

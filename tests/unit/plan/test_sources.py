@@ -7,6 +7,7 @@ import pytest
 
 from mindspeed_llm.config.parser import parse
 from mindspeed_llm.errors import UserError
+from mindspeed_llm.models.hf_config import shape_from_hf
 from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.plan.continuity import continue_run, is_allowed
 from mindspeed_llm.plan.identity import FACTS, contradictions, shape_from_options
@@ -168,6 +169,39 @@ def test_a_dry_run_plans_by_a_config_json_what_is_not_there_yet(tmp_path, toy_ll
     ):
         with pytest.raises(UserError, match=message):
             resolve(config(*words, door=door), [])
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["hugging face", "record"])
+def test_a_config_json_beside_weights_must_describe_them(tmp_path, toy_llama, recorded):
+    """The same model is fine, as in a command that is started again; of another one nothing would be taken."""
+    told = json.loads((toy_llama / "config.json").read_text())
+    root = toy_llama
+    if recorded:
+        root = checkpoint(tmp_path / "full", 1)
+        record = {"iteration": 1, "shape": shape_from_hf(told).to_json()}
+        (root / "iter_0000001" / "mindspeed_llm.json").write_text(json.dumps(record))
+    described = tmp_path / "config.json"
+    words = f"--load {root} --hf-config {described} --train-iters 1"
+    described.write_text(json.dumps(told))
+    assert resolve(config(words), []).shape == shape_from_hf(told)
+    described.write_text(json.dumps(told | {"rms_norm_eps": 0.5, "num_hidden_layers": 3}))
+    wrong = rf"--hf-config: {described} contradicts .*, because it says num_layers 3 \(there 4\), norm_epsilon 0.5 \("
+    with pytest.raises(UserError, match=wrong):
+        resolve(config(words), [])
+    described.unlink()
+    with pytest.raises(UserError, match="config.json"):
+        resolve(config(words), [])
+
+
+def test_a_config_json_of_a_truncated_run_is_that_of_the_whole_model(tmp_path, toy_llama):
+    told = json.loads((toy_llama / "config.json").read_text())
+    root = checkpoint(tmp_path / "full", 1)
+    record = {"iteration": 1, "shape": shape_from_hf(told | {"num_hidden_layers": 2}).to_json()}
+    (root / "iter_0000001" / "mindspeed_llm.json").write_text(json.dumps(record))
+    words = f"--load {root} --hf-config {toy_llama} --train-iters 1"
+    assert resolve(config(words, "--truncate-layers 2"), []).shape.num_layers == 2
+    with pytest.raises(UserError, match=r"num_layers 4 \(there 2\)"):
+        resolve(config(words), [])
 
 
 def test_nothing_is_none_and_broken_is_an_error(tmp_path):
