@@ -12,6 +12,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,11 @@ class StandIns:
                 raise
             raise ModuleNotFoundError(f"No module named {name!r}", name=name) from None
         return module if fromlist else importlib.import_module(self.modules[root])
+
+    def version(self, distribution: str) -> str | None:
+        """The version that the stand-in for a distribution says is its own; None where nothing stands in, or says."""
+        target = self.modules.get(re.sub(r"[-_.]+", "_", distribution).lower())
+        return None if target is None else getattr(importlib.import_module(target), "__version__", None)
 
     def ask_again(self, members: Callable[[], list[types.ModuleType]]) -> None:
         """Make the modules that `members` lists, loaded already, ask for the packages again."""

@@ -7,7 +7,7 @@ nccl. Nobody else sees it: `torch.cuda.is_available()` and `vars(torch)` stay as
 
 What no name leads to is changed on torch's classes, see `tensor_methods`; `torch_namespace` holds the names, `members`
 decides whose they are. `imports=True` also answers the imports of modules loaded before `install`, and those of a
-program's `__main__`; `provide` answers imports of absent packages.
+program's `__main__`; `provide` answers imports of absent packages, and `importlib.metadata.version` of them.
 
 Not reached: a default argument or class attribute evaluated in a megatron module loaded before `install`.
 """
@@ -15,6 +15,7 @@ Not reached: a default argument or class attribute evaluated in a megatron modul
 from __future__ import annotations
 
 import builtins
+import importlib.metadata
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from mindspeed_llm.accelerator import device_type, tensor_methods
+from mindspeed_llm.accelerator.distributed_namespace import Overlay
 from mindspeed_llm.accelerator.members import Finder, Members
 from mindspeed_llm.accelerator.protocol import Accelerator
 from mindspeed_llm.accelerator.stand_ins import StandIns
@@ -72,6 +74,7 @@ class _Installation:
         self.accelerator = accelerator
         # On CUDA torch is what megatron expects; only absent packages are answered.
         self.facade = None if accelerator.device_type == "cuda" else TorchFacade(accelerator)
+        self.metadata = Overlay(importlib.metadata, version=self.version)
         self.answers = {theirs: ours for ours, theirs in self.pairs()}
         self.hidden = frozenset() if self.facade is None else CUDA_ONLY
         self.stand_ins = StandIns({}, _BUILTINS)
@@ -82,14 +85,18 @@ class _Installation:
         self.methods: list[tuple[type, str, Any]] = []
         self.restore_device_type: Callable[[], None] | None = None
 
+    def version(self, distribution_name: str) -> str:
+        """`importlib.metadata.version`, which knows the packages that are stood in for."""
+        return self.stand_ins.version(distribution_name) or importlib.metadata.version(distribution_name)
+
     def pairs(self) -> list[tuple[types.ModuleType, types.ModuleType]]:
         """Each stand-in with what it stands for."""
-        facade = self.facade
+        facade, packages = self.facade, (self.metadata, importlib.metadata)
         if facade is None:
-            return []
+            return [packages]
         meshes = (facade.distributed.device_mesh, torch.distributed.device_mesh)
         inner = [(facade.cuda, torch.cuda), (facade.cuda.nvtx, torch.cuda.nvtx)]
-        inner += [(facade.distributed, torch.distributed), meshes]
+        inner += [(facade.distributed, torch.distributed), meshes, packages]
         outer = [(getattr(facade, name), getattr(torch, name)) for name in ("jit", "amp", "accelerator")]
         return [(facade, torch), *inner, *((ours, theirs) for ours, theirs in outer if ours is not theirs)]
 

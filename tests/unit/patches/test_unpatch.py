@@ -80,15 +80,19 @@ STRANGERS = """
             return False
 
     WAYS = ("__import__(name)", "importlib.import_module(name)", "importlib.util.find_spec(name)",
-            "exec('import ' + name, globals()) or True")
+            "exec('import ' + name, globals()) or True",
+            "__import__('importlib.metadata', fromlist=['version']).version(name)")
     def found():
         return {(way, name) for way in WAYS for name in absent if finds(way, name)} | (roots() & set(absent))
 
     import mindspeed_llm.megatron_adaptor as adaptor
-    import transformer_engine
+    import torch, transformer_engine
     from megatron.core.extensions import transformer_engine as extension
     import megatron.core.models.gpt.gpt_layer_specs, megatron.core.optimizer
     assert extension.HAVE_TE and transformer_engine.__version__
+    from importlib.metadata import PackageNotFoundError, version
+    assert version("transformer-engine") == version("Transformer_Engine") == transformer_engine.__version__
+    assert version("torch") == torch.__version__
     assert found() == set()
     from torch.utils._triton import has_triton_package
     assert has_triton_package() == ("triton" not in absent)
@@ -99,6 +103,13 @@ STRANGERS = """
     del sys.modules["transformer_engine"]
     adaptor.unpatch()
     assert found() == set()
+    import importlib.metadata
+    assert version is importlib.metadata.version
+    try:
+        version("transformer-engine")
+        raise AssertionError("a version of what is not installed")
+    except PackageNotFoundError:
+        pass
     try:
         import transformer_engine
     except ModuleNotFoundError:
