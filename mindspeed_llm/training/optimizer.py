@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -157,49 +157,56 @@ def _step_by_operator(optimizer: Any, selection: str) -> None:
         )
 
 
-def warmup_iterations(config: OptimizerConfig, decay_iters: int) -> int:
-    """Iterations of warm-up out of `decay_iters`.
+def warmup_samples(config: OptimizerConfig, decay_samples: int, global_batch_size: int) -> float:
+    """Samples of warm-up out of `decay_samples`: a fraction may end inside an iteration, as in Megatron-LM.
 
     Raises:
         UserError: the warm-up is not shorter than the decay.
     """
     if config.lr_warmup_fraction is not None:
-        warmup = int(Fraction(str(config.lr_warmup_fraction)) * decay_iters)  # 0.29 of 100 are 29, not 28.99...
-    else:
-        warmup = config.lr_warmup_iters
-    if warmup >= decay_iters:
+        if config.lr_warmup_fraction >= 1:
+            raise UserError(
+                f"--lr-warmup-fraction: {config.lr_warmup_fraction} is wrong, because it leaves nothing to decay; "
+                "legal: 0 to below 1"
+            )
+        return config.lr_warmup_fraction * decay_samples
+    warmup = config.lr_warmup_iters * global_batch_size
+    if warmup >= decay_samples:
+        decay_iters = decay_samples / global_batch_size
         raise UserError(
-            f"schedule: {warmup} warm-up iterations do not fit into {decay_iters} decay iterations; "
-            f"legal: at most {decay_iters - 1} for --lr-warmup-iters; try: a smaller one, or more --lr-decay-iters"
+            f"schedule: {config.lr_warmup_iters} warm-up iterations do not fit into {decay_iters:g} decay iterations; "
+            f"legal: at most {math.ceil(decay_iters) - 1} for --lr-warmup-iters; try: a smaller one, or more "
+            "--lr-decay-iters"
         )
     return warmup
 
 
 def build_scheduler(
-    config: OptimizerConfig, optimizer: Any, *, learning_rate: float, train_iters: int, global_batch_size: int
+    config: OptimizerConfig, optimizer: Any, *, learning_rate: float, train_samples: int, global_batch_size: int
 ) -> Any:
-    """megatron-core's schedule, counted in samples like upstream so that checkpoints agree.
+    """megatron-core's schedule with the numbers of Megatron-LM's `get_optimizer_param_scheduler`, all of them samples.
 
     Args:
-        train_iters: length of the run; the decay ends there unless `lr_decay_iters` says otherwise.
+        train_samples: length of the run; the decay ends there unless `lr_decay_iters` says otherwise.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    decay_iters = config.lr_decay_iters or train_iters
+    decay_samples = train_samples if config.lr_decay_iters is None else config.lr_decay_iters * global_batch_size
     wsd = None
     if config.lr_decay_style == "WSD":
-        wsd = (config.lr_wsd_decay_iters or max(decay_iters // 10, 1)) * global_batch_size
+        wsd_iters = config.lr_wsd_decay_iters or max(decay_samples // global_batch_size // 10, 1)
+        wsd = wsd_iters * global_batch_size
     return OptimizerParamScheduler(
         optimizer,
         init_lr=config.lr_warmup_init,
         max_lr=learning_rate,
         min_lr=config.min_lr,
-        lr_warmup_steps=warmup_iterations(config, decay_iters) * global_batch_size,
-        lr_decay_steps=decay_iters * global_batch_size,
+        lr_warmup_steps=warmup_samples(config, decay_samples, global_batch_size),
+        lr_decay_steps=decay_samples,
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=train_iters * global_batch_size,
+        wd_incr_steps=train_samples,
         wd_incr_style="constant",
         wsd_decay_steps=wsd,
         lr_wsd_decay_style=config.lr_wsd_decay_style,

@@ -212,7 +212,8 @@ def make_optimizer(plan: Plan, model: TrainingModel, train_iters: int) -> tuple[
         c.optimizer,
         optimizer,
         learning_rate=learning_rate,
-        train_iters=train_iters,
+        # A last batch that is not full is not trained on, but counts for the decay.
+        train_samples=c.training.train_samples or train_iters * plan.global_batch_size,
         global_batch_size=plan.global_batch_size,
     )
     return optimizer, scheduler

@@ -2,6 +2,7 @@
 
 import os
 import re
+import types
 
 import pytest
 
@@ -11,7 +12,7 @@ from mindspeed_llm.models.shape import ModelShape
 from mindspeed_llm.training.flops import training_flops
 from mindspeed_llm.training.length import train_iterations
 from mindspeed_llm.training.log_line import IterationLog, format_log_line
-from mindspeed_llm.training.optimizer import warmup_iterations
+from mindspeed_llm.training.optimizer import build_scheduler, warmup_samples
 from mindspeed_llm.training.setup import default_threads
 
 
@@ -25,11 +26,54 @@ def test_length_of_a_run():
 
 
 def test_warm_up():
-    assert warmup_iterations(OptimizerConfig(lr_warmup_fraction=0.01), 500) == 5
-    assert warmup_iterations(OptimizerConfig(lr_warmup_fraction=0.29), 100) == 29
-    assert warmup_iterations(OptimizerConfig(lr_warmup_iters=4), 500) == 4
-    with pytest.raises(UserError, match="do not fit into 5 decay iterations; legal: at most 4"):
-        warmup_iterations(OptimizerConfig(lr_warmup_iters=5), 5)
+    assert warmup_samples(OptimizerConfig(lr_warmup_fraction=0.01), 500, 8) == 5
+    assert warmup_samples(OptimizerConfig(lr_warmup_fraction=0.25), 50, 8) == 12.5
+    assert warmup_samples(OptimizerConfig(lr_warmup_iters=4), 4000, 8) == 32
+    with pytest.raises(UserError, match="5 warm-up iterations do not fit into 5 decay iterations; legal: at most 4"):
+        warmup_samples(OptimizerConfig(lr_warmup_iters=5), 40, 8)
+    with pytest.raises(UserError, match="--lr-warmup-fraction: 1.0 is wrong"):
+        warmup_samples(OptimizerConfig(lr_warmup_fraction=1.0), 40, 8)
+
+
+def rates(scheduler, optimizer, iterations, batch=8):
+    found = []
+    for _ in range(iterations):
+        found.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(batch)
+    return found
+
+
+def megatron_rates(options, decay, warmup, wsd=None, iterations=24):
+    """Of megatron-core's schedule with the numbers that Megatron-LM's training.py gives it."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    optimizer = types.SimpleNamespace(param_groups=[{}])
+    scheduler = OptimizerParamScheduler(
+        optimizer, options.lr_warmup_init, 1e-3, options.min_lr, warmup, decay, options.lr_decay_style,
+        0.1, 0.1, 192, "constant", wsd_decay_steps=wsd, lr_wsd_decay_style=options.lr_wsd_decay_style,
+    )  # fmt: skip
+    return rates(scheduler, optimizer, iterations)
+
+
+@pytest.mark.parametrize(
+    "options, train_samples, decay, warmup, wsd",
+    [
+        ({"lr_warmup_fraction": 0.03}, 192, 192, 0.03 * 192, None),  # ends inside the first iteration
+        ({"lr_warmup_fraction": 0.29, "lr_decay_iters": 20, "lr_warmup_init": 1e-5}, 192, 160, 0.29 * 160, None),
+        ({"lr_warmup_fraction": 0.1, "lr_decay_style": "inverse-square-root"}, 192, 192, 0.1 * 192, None),
+        ({"lr_warmup_fraction": 0.1, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 5}, 192, 192, 0.1 * 192, 40),
+        ({"lr_warmup_iters": 3, "lr_decay_style": "linear"}, 192, 192, 24, None),
+        ({"lr_warmup_fraction": 0.1}, 198, 198, 0.1 * 198, None),  # --train-samples, of which a rest is left over
+    ],
+)
+def test_rates_are_those_of_megatron_lm(options, train_samples, decay, warmup, wsd):
+    config = OptimizerConfig(min_lr=1e-4, weight_decay=0.1, **options)
+    optimizer = types.SimpleNamespace(param_groups=[{}])
+    scheduler = build_scheduler(config, optimizer, learning_rate=1e-3, train_samples=train_samples, global_batch_size=8)
+    found = rates(scheduler, optimizer, 24)
+    assert found == megatron_rates(config, decay, warmup, wsd)
+    if warmup % 8:  # cut to whole iterations it is another schedule
+        assert found != megatron_rates(config, decay, warmup // 8 * 8, wsd)
 
 
 LOG = IterationLog(
