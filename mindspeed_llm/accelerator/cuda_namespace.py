@@ -1,7 +1,8 @@
 """What `torch.cuda` means to megatron on an accelerator that is not CUDA: the same names, answered by the accelerator.
 
-CUDA graphs and memory pools, which have no counterpart, are refused in one line when they are made. Anything else not
-listed here is torch.cuda's own, which fails with torch's message instead of pretending.
+CUDA graphs, memory pools and recordings of CUDA's allocator, which have no counterpart, are refused in one line when
+they are made. Anything else not listed here is torch.cuda's own, which fails with torch's message instead of
+pretending.
 """
 
 from __future__ import annotations
@@ -111,6 +112,13 @@ def _memory(accelerator: Accelerator) -> dict[str, Callable]:
         "empty_cache": accelerator.empty_cache,
         "ipc_collect": lambda: None,
     }
+
+
+def _recordings(answered: Mapping[str, Callable]) -> types.ModuleType:
+    """`torch.cuda.memory`: what is answered of it, and what CUDA's allocator alone writes down refused."""
+    names = ("_record_memory_history", "_snapshot", "_dump_snapshot")
+    without = "leave recordings of the allocator off (--record-memory-history)"
+    return Overlay(torch.cuda.memory, **answered, **{name: _refused(f"memory.{name}", without) for name in names})
 
 
 def _memory_stats(accelerator: Accelerator) -> dict[str, int]:
@@ -223,7 +231,8 @@ def names(accelerator: Accelerator) -> dict[str, Any]:
         "is_current_stream_capturing": lambda: False,
         "nvtx": nothing,
     }
-    answered |= _streams(accelerator) | _random(accelerator) | _memory(accelerator)
+    memory = _memory(accelerator)
+    answered |= _streams(accelerator) | _random(accelerator) | memory | {"memory": _recordings(memory)}
     answered |= _graphs() | _properties(accelerator) | _sensors()
     module = torch if accelerator.device_type == "cpu" else torch.get_device_module(accelerator.device_type)
     answered |= {name: getattr(module, name) for name in _TENSOR_TYPES if hasattr(module, name)}

@@ -13,6 +13,7 @@ import torch
 
 from mindspeed_llm.accelerator import members, torch_facade
 from mindspeed_llm.accelerator.cpu import CPU
+from mindspeed_llm.errors import UserError
 
 SOURCE = """
 import torch
@@ -113,6 +114,17 @@ def test_a_function_of_torch_that_is_replaced_is_replaced_for_the_program(subjec
     with mock.patch.object(code.torch, "zeros", new=lambda *args, **kwargs: "the program's own"):
         assert code.make()[0] == "the program's own" and torch.zeros(1).tolist() == [0.0]
     assert code.torch.zeros is held
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("name", ["_record_memory_history", "_snapshot"])
+def test_recordings_of_cudas_allocator_are_refused_in_one_line(subject, name):
+    code = subject(install_first=True)
+    with pytest.raises(UserError, match=rf"^torch.cuda.memory.{name}: [^\n]*--record-memory-history\)$"):
+        getattr(code.torch.cuda.memory, name)(True)
+    assert code.torch.cuda.memory.memory_allocated() >= 0
+    torch_facade.uninstall()
+    assert getattr(torch.cuda.memory, name).__module__ == "torch.cuda.memory"
 
 
 @needs_no_cuda
