@@ -18,6 +18,7 @@ from mindspeed_llm.data.preprocess import preprocess_input, preprocess_settings
 from mindspeed_llm.data.record import find_dataset, record_path
 from mindspeed_llm.data.sources import find_files
 from mindspeed_llm.data.templates import SHIPPED
+from mindspeed_llm.errors import UserError
 
 if TYPE_CHECKING:
     from mindspeed_llm.config.data import DataConfig
@@ -56,7 +57,7 @@ def preprocess_cached(
         stage: see `preprocess_input`.
 
     Raises:
-        UserError: preprocessing fails.
+        UserError: preprocessing fails, or the cache's file system locks no files.
     """
     (source,) = data.data_path
     settings = {**preprocess_settings(data), "stage": stage}
@@ -110,10 +111,22 @@ def _stem(source: str) -> str:
 
 @contextmanager
 def _locked(prefix: Path) -> Iterator[None]:
+    """Hold the one lock of the processes that want this prefix.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
     with open(f"{prefix}.lock", "w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"data: another process preprocesses to {prefix}; waiting for it", flush=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"data: another process preprocesses to {prefix}; waiting for it", flush=True)
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:  # Lustre mounted without flock, NFS without its lock service
+            raise UserError(
+                f"--cache-dir: {prefix.parent} cannot be used, because its file system locks no files "
+                f"({error.strerror}), and several processes could preprocess to it at once; legal: a directory where "
+                "flock works; try: one on a local disk, or preprocess_data.py and its --output-prefix as --data-path"
+            ) from error
         yield

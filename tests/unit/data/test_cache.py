@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -96,6 +98,24 @@ def test_several_processes_build_once(tmp_path, raw, tokenizer_dir):
     assert len({output.strip().splitlines()[-1] for output in outputs}) == 1
     assert sum("rows read" in output for output in outputs) == 1  # one report: one of them did the work
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("while_waiting", [False, True])
+def test_a_file_system_without_locks_is_refused(tmp_path, raw, tokenizer, monkeypatch, number, while_waiting):
+    """Nothing is built there, where nothing keeps another process from building it too."""
+
+    def flock(stream, operation):
+        if while_waiting and operation & fcntl.LOCK_NB:
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=rf"--cache-dir: {tmp_path}/cache .*locks no files \({os.strerror(number)}\)"):
+        preprocess_cached(config(raw), tokenizer, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    assert is_preprocessed(preprocess_cached(config(raw), tokenizer, tmp_path / "cache"))
 
 
 def test_raw_and_preprocessed_paths_are_told_apart(tmp_path, raw, tokenizer):
