@@ -12,6 +12,7 @@ from typing import Any
 
 from mindspeed_llm.data.hub import cached_only, endpoint, hub_answers
 from mindspeed_llm.data.indexed import natural_key
+from mindspeed_llm.data.json_array import array_rows
 from mindspeed_llm.errors import UserError
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow")
@@ -154,7 +155,7 @@ def _file_chunks(file: Path, columns: list[str] | None) -> Iterator[Chunk]:
     if file.suffix == ".txt":
         return _chunk_numbered(file, "line", _in_utf8(file, _text_rows(file)))
     if file.suffix == ".json" and _first_character(file) == b"[":
-        return _chunk_numbered(file, "line", _in_utf8(file, _json_array_rows(file)))
+        return _chunk_numbered(file, "line", _in_utf8(file, array_rows(file)))
     return _chunk_numbered(file, "line", _json_lines(file))
 
 
@@ -184,37 +185,6 @@ def _json_lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield number, line, len(line)
-
-
-def _json_array_rows(file: Path) -> Iterator[tuple[int, Any, int]]:
-    """Elements of one JSON array with the line each starts on, or with its number where all stand on one line."""
-    text = file.read_text(encoding="utf-8-sig")
-    decoder = json.JSONDecoder()
-    one_line = "\n" not in text.strip()
-    position = text.index("[") + 1
-    line = 1 + text.count("\n", 0, position)
-    while True:
-        start = _skip(text, position, " \t\r\n,")
-        line += text.count("\n", position, start)
-        if start == len(text):
-            raise UserError(f"input: '{file}' is cut off, because its JSON array does not end")
-        if text[start] == "]":
-            return
-        try:
-            row, position = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            # Nothing after a broken element can be told apart, so this is not one bad row.
-            raise UserError(
-                f"input: {file}:{error.lineno} is not JSON ({error.msg}); legal: an array of objects"
-            ) from error
-        yield line, row, position - start
-        line += one_line or text.count("\n", start, position)
-
-
-def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
-        position += 1
-    return position
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any], int]]:

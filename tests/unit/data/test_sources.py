@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 
 import pytest
 
+from mindspeed_llm.data import json_array, sources
 from mindspeed_llm.data.sources import find_files, read_chunks
 from mindspeed_llm.errors import UserError
 
@@ -86,6 +88,82 @@ def test_a_broken_array_stops_with_its_line(tmp_path):
     (tmp_path / "b.json").write_text('[\n {"a": 1},\n')
     with pytest.raises(UserError, match="does not end"):
         read(tmp_path / "b.json")
+
+
+ELEMENTS = [
+    {"text": 'quote " and \\ back\nslash', "deep": [[1, {"a": [None, True]}], -0.5e-300]},
+    12345, -1.25e17, float("-inf"), "\u4e2d\U0001f600\u2028", "", [], {}, {"text": "\u00fc" * 50}, 7,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 16, 23, 64])
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize(
+    "indent, encoding, newline", [(None, "utf-8-sig", "\n"), (1, "utf-8", "\r\n"), (0, "utf-8", "\r")]
+)
+def test_blocks_may_end_anywhere_in_an_array(tmp_path, monkeypatch, block, ascii_only, indent, encoding, newline):
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
+    file = tmp_path / "a.json"
+    text = "\n \n" + json.dumps(ELEMENTS, indent=indent, ensure_ascii=ascii_only) + "\n\n"
+    file.write_bytes(text.replace("\n", newline).encode(encoding))
+    numbers, rows, sizes = zip(*json_array.array_rows(file))
+    assert list(rows) == ELEMENTS
+    if indent is None:
+        assert numbers == tuple(range(3, 13))
+        assert sizes == tuple(len(json.dumps(element, ensure_ascii=ascii_only)) for element in ELEMENTS)
+    else:
+        assert [text.split("\n")[number - 1].strip()[:1] for number in numbers] == list('{1--""[{{7')
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[\n1,\n2,\n{"a" 3}\n, 4]', "a.json:4 is not JSON .*':' delimiter"),
+        ('[\n1,\n"two\n"]', "a.json:3 is not JSON .*control character"),
+        ('[\n1,\n{"a": "b', "a.json:3 is not JSON .*Unterminated string"),
+        ('[\n1,\n{"a": [1.', "a.json:3 is not JSON"),
+        ("[\n1,\n1.", "a.json:3 is not JSON|a.json' is cut off"),
+    ],
+)
+def test_blocks_do_not_change_where_an_array_is_broken(tmp_path, monkeypatch, block, text, message):
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        list(json_array.array_rows(file))
+
+
+def test_numbers_that_look_whole_at_the_end_of_a_block_are_read_on(tmp_path, monkeypatch):
+    """Negative control of the blocks above: without the margin a part of a number is taken for all of it."""
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(json_array, "UNDECIDED", -1)
+    (tmp_path / "a.json").write_text("[12345, 6]")
+    assert [row for _, row, _ in json_array.array_rows(tmp_path / "a.json")][0] == 123
+
+
+def peak_bytes(action):
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "lines"])
+def test_an_array_takes_the_memory_of_a_chunk_and_not_of_the_file(tmp_path, indent):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"text": "word " * 4000}] * 1600, indent=indent))
+
+    def chunks():
+        assert sum(len(chunk.rows) for chunk in read_chunks(str(file))) == 1600
+
+    size = file.stat().st_size
+    assert size > 30 << 20
+    assert peak_bytes(chunks) < 3 * sources.CHUNK_BYTES
+    # What holds the whole text is seen.
+    assert peak_bytes(lambda: json.JSONDecoder().raw_decode(file.read_text(), 0)) > size
 
 
 def test_directories_are_read_in_numeric_order(tmp_path):
