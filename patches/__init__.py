@@ -8,6 +8,7 @@ from mindspeed_llm import patching
 from mindspeed_llm.patches.core import parallel_state, utils
 from mindspeed_llm.patches.core.datasets import utils as dataset_utils
 from mindspeed_llm.patches.core.dist_checkpointing.strategies import torch as dist_strategies
+from mindspeed_llm.patches.core.distributed import data_parallel_base
 from mindspeed_llm.patches.core.fusions import (
     fused_indices_converter,
     fused_mla_yarn_rope_apply,
@@ -31,6 +32,7 @@ def catalogue() -> tuple[Patch, ...]:
         parallel_state,
         dataset_utils,
         dist_strategies,
+        data_parallel_base,
         fused_indices_converter,
         fused_mla_yarn_rope_apply,
         fused_pad_routing_map,
