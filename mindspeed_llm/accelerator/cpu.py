@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,8 +150,7 @@ class CPU:
         return 0
 
     def resident_memory(self) -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
+        return host_memory.resident_bytes()
 
     def peak_resident_memory(self) -> int:
         """Highest resident set size of the process so far, bytes (ru_maxrss is in KiB on Linux)."""

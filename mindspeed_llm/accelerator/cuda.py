@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mindspeed_llm.accelerator import profiling
-from mindspeed_llm.accelerator.out_of_memory import SEGMENT_BYTES
+from mindspeed_llm.accelerator.caching_memory import CachingMemory
 from mindspeed_llm.config.profiling import ProfilingConfig
 
 # Dense tensor-core FLOP/s of bf16/fp16 from NVIDIA's data sheets (without sparsity), keyed by a word of the device
@@ -20,7 +18,7 @@ PEAK_HALF_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e1
 IN_SLOTS = ("PCI", "NVL")
 
 
-class CUDA:
+class CUDA(CachingMemory):
     """See `protocol.Accelerator`."""
 
     name = "cuda"
@@ -28,9 +26,6 @@ class CUDA:
     distributed_backend = "nccl"
     supports_pin_memory = True
     reduces_float64 = True
-
-    def __init__(self) -> None:
-        self._highest_before = 0
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()
@@ -71,38 +66,11 @@ class CUDA:
     def generator(self) -> torch.Generator:
         return torch.cuda.default_generators[torch.cuda.current_device()]
 
-    def memory_allocated(self) -> int:
-        return torch.cuda.memory_allocated()
-
-    def peak_memory_allocated(self) -> int:
-        return torch.cuda.max_memory_allocated()
-
-    def reset_peak_memory(self) -> None:
-        self._highest_before = self.highest_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-
-    def highest_memory_allocated(self) -> int:
-        return max(self._highest_before, self.peak_memory_allocated())
-
     def memory_total(self) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
-    def memory_room(self) -> int:
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-    def memory_in_pieces(self) -> int:
-        gaps = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return gaps + min(torch.cuda.mem_get_info()[0], SEGMENT_BYTES)
-
-    def resident_memory(self) -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-
     def profiler(self, options: ProfilingConfig, worker: str) -> Any:
         return profiling.torch_profiler(options, worker, "cuda")
-
-    def empty_cache(self) -> None:
-        torch.cuda.empty_cache()
 
     def model(self) -> str:
         return torch.cuda.get_device_name()

@@ -40,6 +40,11 @@ def address_room() -> int | None:
     return limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def resident_bytes() -> int:
+    """Bytes of memory that this process has pages for."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def _group_rooms(root: Path) -> list[int]:
     """What is left of the limits of this process's control group and of those above it."""
     groups, rooms = _text(root / "proc/self/cgroup"), []

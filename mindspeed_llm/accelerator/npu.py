@@ -10,16 +10,14 @@ import functools
 import importlib
 import importlib.util
 import re
-import resource
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mindspeed_llm.accelerator import npu_environment, profiling
-from mindspeed_llm.accelerator.out_of_memory import SEGMENT_BYTES
+from mindspeed_llm.accelerator.caching_memory import CachingMemory
 from mindspeed_llm.config.hccl_groups import OTHER_GROUPS, short_name
 from mindspeed_llm.config.profiling import ProfilingConfig
 
@@ -43,7 +41,7 @@ def _problem() -> str | None:
     return None if torch.npu.is_available() else "torch_npu sees no device"
 
 
-class NPU:
+class NPU(CachingMemory):
     """See `protocol.Accelerator`."""
 
     name = "npu"
@@ -54,8 +52,8 @@ class NPU:
     reduces_float64 = False
 
     def __init__(self) -> None:
+        super().__init__()
         self._buffer_megabytes: dict[str, int] = {}
-        self._highest_before = 0
 
     def is_available(self) -> bool:
         return _problem() is None
@@ -97,38 +95,11 @@ class NPU:
         index = torch.npu.current_device()  # initialises the device, which makes the generators
         return torch.npu.default_generators[index]
 
-    def memory_allocated(self) -> int:
-        return torch.npu.memory_allocated()
-
-    def peak_memory_allocated(self) -> int:
-        return torch.npu.max_memory_allocated()
-
-    def reset_peak_memory(self) -> None:
-        self._highest_before = self.highest_memory_allocated()
-        torch.npu.reset_peak_memory_stats()
-
-    def highest_memory_allocated(self) -> int:
-        return max(self._highest_before, self.peak_memory_allocated())
-
     def memory_total(self) -> int:
         return torch.npu.mem_get_info()[1]
 
-    def memory_room(self) -> int:
-        return torch.npu.mem_get_info()[0] + torch.npu.memory_reserved() - torch.npu.memory_allocated()
-
-    def memory_in_pieces(self) -> int:
-        gaps = torch.npu.memory_reserved() - torch.npu.memory_allocated()
-        return gaps + min(torch.npu.mem_get_info()[0], SEGMENT_BYTES)
-
-    def resident_memory(self) -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-
     def profiler(self, options: ProfilingConfig, worker: str) -> Any:
         return profiling.npu_profiler(options, worker)
-
-    def empty_cache(self) -> None:
-        torch.npu.empty_cache()
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """None: no figure of a chip has been confirmed, and a wrong utilisation is worse than none."""
