@@ -35,6 +35,9 @@ from mindspeed_llm.parallel.survivors import Alarm, LastWill, Survivors, has_end
 POLL_SECONDS = 1.0
 # A rank that fails by itself, or is ended by its launcher, gets this long before the watch ends it.
 GRACE_SECONDS = 5.0
+# More time for one that is about to say what would have helped; launchers give 30 s (torchrun's default) from the first
+# rank's end on.
+SAYING_SECONDS = 20.0
 # A rank that waits this long in a collective after the launcher's store is gone waits for nobody.
 ALONE_SECONDS = 20.0
 # Silence after which a rank is taken for gone: by itself, and when something else (a signal) points to it. Python code
@@ -81,6 +84,8 @@ class Watch:
         self.main_thread = threading.get_ident()
         self.stopped, self.over, self.alerted = threading.Event(), threading.Event(), threading.Event()
         self.speaking, self.suspicious = threading.Lock(), False
+        self.said = threading.Event()
+        self.said.set()
         self.will: LastWill | None = None
         self.told: bool | None = None
         self.beats, self.said_at, self.dumped_at = 0, -1, -1
@@ -184,9 +189,23 @@ class Watch:
         self._leave()
 
     def _leave(self) -> None:
-        if not self.stopped.wait(GRACE_SECONDS):
-            sys.stdout.flush()
-            os._exit(1)
+        if self.stopped.wait(GRACE_SECONDS):
+            return
+        if not self.said.is_set():
+            self.said.wait(SAYING_SECONDS)
+            if self.stopped.wait(GRACE_SECONDS):
+                return
+        sys.stdout.flush()
+        os._exit(1)
+
+    @contextmanager
+    def saying(self) -> Iterator[None]:
+        """The body finds words for this rank's failure: within limits, the watch does not end the rank meanwhile."""
+        self.said.clear()
+        try:
+            yield
+        finally:
+            self.said.set()
 
     def _write_error_file(self, alarm: Alarm, error: BaseException | None = None) -> None:
         if self.logs is None or not alarm.savable:  # a refusal says all there is to say

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -32,13 +32,19 @@ class OutOfMemoryAdvice:
 
     Args:
         tell: hears of the failure before changes are searched for, so that nobody waits for this rank meanwhile.
+        saying: entered for the search, of which one plan can take longer than a rank that has failed is given.
 
     Attributes:
         model, optimizer: what exists so far, for the report.
     """
 
-    def __init__(self, plan: Plan, tell: Callable[[BaseException], object] | None = None) -> None:
-        self._plan, self._tell = plan, tell
+    def __init__(
+        self,
+        plan: Plan,
+        tell: Callable[[BaseException], object] | None = None,
+        saying: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._plan, self._tell, self._saying = plan, tell, saying
         self._room = accelerator.current().memory_room()
         self.model: TrainingModel | None = None
         self.optimizer: Any = None
@@ -75,11 +81,12 @@ class OutOfMemoryAdvice:
         shortage = Shortage(
             predicted, layers, rank, room=self._room, taken=max(self._room - left, 0), lost=lost, asked=asked
         )
-        if self._tell is not None:
-            told = OutOfMemory(f"out of memory: {shortage.words()}")
-            told.__cause__ = refusal  # whose traceback stands in this rank's error file
-            self._tell(told)
-        return OutOfMemory(f"out of memory: {shortage.words()}; try: {advice(self._plan, shortage)}")
+        with self._saying():
+            if self._tell is not None:
+                told = OutOfMemory(f"out of memory: {shortage.words()}")
+                told.__cause__ = refusal  # whose traceback stands in this rank's error file
+                self._tell(told)
+            return OutOfMemory(f"out of memory: {shortage.words()}; try: {advice(self._plan, shortage)}")
 
     def _report(self, predicted: MemoryEstimate) -> str:
         own = measure(self.model, self.optimizer, {}, accelerator.current().peak_memory_allocated() or None)

@@ -96,7 +96,7 @@ def _train(plan: Plan, prefixes: Sequence[str], pad_token_id: int, stop: StopReq
     data = TrainingData(plan, prefixes, pad_token_id)
     if data.train or data.valid:
         check_agreement({"data files": data.fingerprint()}, "data")
-    advice = OutOfMemoryAdvice(plan, watch.tell if watch else None)
+    advice = OutOfMemoryAdvice(plan, watch.tell, watch.saying) if watch else OutOfMemoryAdvice(plan)
     with advice.explaining():
         advice.model = model = build(plan)
     if plan.config.training.eval_only:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import traceback
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from mindspeed_llm import accelerator
 from mindspeed_llm.accelerator.out_of_memory import refused_bytes
 from mindspeed_llm.errors import OutOfMemory
+from mindspeed_llm.parallel import watch
 from mindspeed_llm.plan.memory import MemoryEstimate
 from mindspeed_llm.training import out_of_memory
 from mindspeed_llm.training.out_of_memory import OutOfMemoryAdvice, Shortage
@@ -121,6 +123,49 @@ def test_the_others_hear_of_it_before_changes_are_searched_for(monkeypatch):
     assert search == "search"
     # The rank's error file shows where it was refused.
     assert "DefaultCPUAllocator" in "".join(traceback.format_exception(told))
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_rank_that_searches_is_not_ended_by_its_watch(monkeypatch, says):
+    """A plan that takes longer than the grace of a failed rank; without the word to the watch it is ended."""
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.1)
+    ended = threading.Event()
+    monkeypatch.setattr(watch.os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(out_of_memory.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(out_of_memory, "stages_memory", lambda plan: [MemoryEstimate(1, 1, 1, 1)])
+    own = watch.Watch(torch.distributed.HashStore(), 0, 1, timeout_minutes=1)
+    leaving = threading.Thread(target=own._leave)
+
+    def search(plan, shortage):
+        assert ended.wait(0.6) != says
+        return "less"
+
+    monkeypatch.setattr(out_of_memory, "advice", search)
+    places = SimpleNamespace(vpp=1, layers=lambda stage, chunk: {0: 0})
+    layout = SimpleNamespace(coordinates=lambda rank: SimpleNamespace(pp=0), layers=places)
+    saying = {"saying": own.saying} if says else {}
+    advice = OutOfMemoryAdvice(SimpleNamespace(layout=layout), lambda error: leaving.start(), **saying)
+    with pytest.raises(OutOfMemory, match="; try: less$"), advice.explaining():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    own.end()
+    leaving.join()
+    assert ended.is_set() != says
+
+
+@pytest.mark.parametrize("limit", ["SAYING_SECONDS", None])
+def test_a_rank_that_never_finds_words_or_never_ends_is_ended(monkeypatch, limit):
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.05)
+    if limit:
+        monkeypatch.setattr(watch, limit, 0.1)
+    ended = []
+    monkeypatch.setattr(watch.os, "_exit", ended.append)
+    own = watch.Watch(torch.distributed.HashStore(), 0, 1, timeout_minutes=1)
+    with own.saying():
+        if limit:
+            own._leave()
+    if not limit:  # it has said what it had to say
+        own._leave()
+    assert ended == [1]
 
 
 def test_what_another_plan_may_come_to():
