@@ -58,7 +58,11 @@ class DecoderLayer(TransformerLayer):
         if chosen(options.norm):
             for norm, user in ((self.input_layernorm, self.self_attention), (self.pre_mlp_layernorm, self.mlp)):
                 norm.recomputed = True
-                user.register_forward_hook(partial(_drop_norm, norm))
+                if user is self.mlp and self.recompute_mlp:
+                    # Inside of what is recomputed there is no output with a gradient: it is dropped behind that.
+                    self.mlp_bda = _dropping(norm, self.mlp_bda)
+                else:
+                    user.register_forward_hook(partial(_drop_norm, norm))
         if isinstance(self.mlp, MoELayer):
             self.mlp.moe_layer_recompute |= chosen(options.expert_layer)
             self.mlp.experts.recompute_all = chosen(options.experts)
@@ -73,3 +77,16 @@ def _drop_norm(norm: nn.Module, _user: nn.Module, _inputs: Any, output: tuple[Te
     """Forward hook of the module behind a norm, which is the only one that uses its output."""
     norm.drop(output[0])
     norm.drop = keep
+
+
+def _dropping(norm: nn.Module, sums: Callable[[bool, bool], Callable[..., Tensor]]) -> Callable[..., Any]:
+    """megatron's bias-dropout-add behind an MLP, before which the output of the norm in front of that is dropped."""
+
+    def sum_of(training: bool, fused: bool) -> Callable[..., Tensor]:
+        def add(output_and_bias: tuple[Tensor, Tensor | None], *others: Any) -> Tensor:
+            _drop_norm(norm, norm, (), output_and_bias)
+            return sums(training, fused)(output_and_bias, *others)
+
+        return add
+
+    return sum_of

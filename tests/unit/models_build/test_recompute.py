@@ -139,6 +139,41 @@ def test_a_result_that_is_not_made_again_is_noticed():
     )
 
 
+MLPS = dict(recompute_granularity="selective", recompute_modules=["mlp"])
+
+
+@pytest.mark.parametrize("frozen", ["", "linear_fc2"], ids=["all trained", "second linears trained"])
+def test_norms_before_mlps_that_are_recomputed_as_a_whole(frozen):
+    """The same bits from less memory than either alone."""
+    loss, gradients, held = plain("dense", frozen=frozen)
+    found, others, less = run(DENSE, frozen=frozen, recompute=RecomputeOptions(norm=ALL), **MLPS)
+    assert torch.equal(found, loss) and gradients.keys() == others.keys() and gradients
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+    assert less < run(DENSE, frozen=frozen, **MLPS)[2] < held or frozen
+
+
+def test_a_norm_dropped_inside_of_what_is_recomputed_is_noticed():
+    """Negative control: no gradient's hook fills it again."""
+    with mock.patch("mindspeed_llm.models.layer._dropping", inside):
+        with pytest.raises(RuntimeError, match="not allocated"):
+            run(DENSE, recompute=RecomputeOptions(norm=ALL), **MLPS)
+
+
+def inside(norm, sums):
+    """megatron's bias-dropout-add, before which the norm's output is dropped where nothing has a gradient."""
+
+    def add_of(training, fused):
+        def add(output_and_bias, *others):
+            with torch.no_grad():
+                norm.drop(output_and_bias[0].detach())
+            norm.drop = lambda later: None
+            return sums(training, fused)(output_and_bias, *others)
+
+        return add
+
+    return add_of
+
+
 def test_less_is_kept_the_more_layers_recompute():
     kept = [run(DENSE, recompute=RecomputeOptions(activation=layers))[2] for layers in (0, 1, 3, 4, ALL)]
     assert kept[0] > kept[1] > kept[2] > kept[3] == kept[4]
