@@ -158,8 +158,7 @@ def test_groups_share_one_network_thread():
 def _threads_of_groups_of_one():
     """Threads of ten groups that each rank has alone, and of as many that both share."""
     new_group = torch_facade.TorchFacade(CPU()).distributed.new_group
-    new_group([0, 1], backend="gloo")  # the one that makes the device
-    found = []
+    first, found = new_group([0, 1], backend="gloo"), []  # the one that makes the device
     for ranks in ([[0], [1]], [[0, 1]]):
         before = _threads()
         groups = [new_group(of_rank, backend="gloo") for _ in range(10) for of_rank in ranks]
@@ -169,6 +168,7 @@ def _threads_of_groups_of_one():
             if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
                 torch.distributed.destroy_process_group(group)
         del group, groups
+    torch.distributed.destroy_process_group(first)
     return found
 
 

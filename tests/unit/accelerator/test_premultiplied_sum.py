@@ -120,6 +120,8 @@ def _others():
         torch.distributed.all_reduce(torch.ones(1), op)
     other, apart = distributed.new_group([1]), torch.ones(1)
     distributed.all_reduce(apart, op, group=other)
+    if rank == 1:
+        torch.distributed.destroy_process_group(other)
     return largest.item(), whole.item(), apart.item()
 
 
