@@ -148,6 +148,11 @@ def between(low: float, high: float) -> Callable[[Any], str | None]:
     return lambda value: None if low <= value <= high else f"legal: {low} to {high}"
 
 
+def share(value: float) -> str | None:
+    """A check that a number lies in [0, 1)."""
+    return None if 0 <= value < 1 else "legal: 0 to below 1"
+
+
 def options_of(section: str, cls: type, doors: tuple[str, ...]) -> Iterator[Option]:
     """All options that the dataclass `cls` declares, in order."""
     hints = typing.get_type_hints(cls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option, section
+from mindspeed_llm.config.schema import TRAINING_DOORS, above, at_least, option, section, share
 
 
 @section
@@ -86,7 +86,7 @@ class OptimizerConfig:
     lr_decay_iters: int | None = option(
         help="iterations until --min-lr; default: --train-iters", level="advanced", check=at_least(1)
     )
-    lr_warmup_fraction: float | None = option(help="share of the decay iterations that warms up", check=at_least(0))
+    lr_warmup_fraction: float | None = option(help="share of the decay iterations that warms up", check=share)
     lr_warmup_iters: int = option(0, help="iterations of warm-up", check=at_least(0))
     lr_warmup_init: float = option(0.0, help="learning rate at the first step", level="expert", check=at_least(0))
     lr_wsd_decay_style: str = option(

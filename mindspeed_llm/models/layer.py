@@ -75,7 +75,12 @@ class DecoderLayer(TransformerLayer):
 
 def _drop_norm(norm: nn.Module, _user: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
     """Forward hook of the module behind a norm, which is the only one that uses its output."""
-    norm.drop(output[0])
+    _drop_before(norm, output[0])
+
+
+def _drop_before(norm: nn.Module, later: Tensor) -> None:
+    """Give a norm's output back until the gradient of `later` is known."""
+    norm.drop(later)
     norm.drop = keep
 
 
@@ -84,7 +89,7 @@ def _dropping(norm: nn.Module, sums: Callable[[bool, bool], Callable[..., Tensor
 
     def sum_of(training: bool, fused: bool) -> Callable[..., Tensor]:
         def add(output_and_bias: tuple[Tensor, Tensor | None], *others: Any) -> Tensor:
-            _drop_norm(norm, norm, (), output_and_bias)
+            _drop_before(norm, output_and_bias[0])
             return sums(training, fused)(output_and_bias, *others)
 
         return add

@@ -55,6 +55,9 @@ def test_upstream_flags_without_meaning_are_noted_with_their_values():
 
 def test_a_seed_is_not_negative():
     assert parse("pretrain", ["--seed", "-1"]).problems == ["--seed: -1 is wrong; legal: 0 or more"]
+    whole = parse("pretrain", ["--lr-warmup-fraction", "1"])
+    assert whole.problems == ["--lr-warmup-fraction: 1.0 is wrong; legal: 0 to below 1"]
+    assert not parse("pretrain", ["--lr-warmup-fraction", "0"]).problems
 
 
 def test_flags_of_other_doors_are_refused_with_the_doors_that_have_them():
